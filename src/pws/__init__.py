@@ -1,0 +1,25 @@
+"""Parametric Weights Standardization: train convolutional networks without BatchNorm."""
+
+from pws.errors import PwsError, ShapeError
+from pws.gain import PAPER_GAIN, variance_preserving_gain
+from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
+from pws.param_groups import param_groups
+from pws.standardize import standardize
+from pws.surgery import calibrate
+
+__all__ = [
+    "PAPER_GAIN",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+    "PwsError",
+    "ShapeError",
+    "calibrate",
+    "param_groups",
+    "standardize",
+    "variance_preserving_gain",
+]

@@ -1,0 +1,29 @@
+"""The errors a user can mend. Each message states the rule, what came, the likely cause and the next step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PwsError(ValueError):
+    """Base of every error that bad input can cause; the command line prints it and exits with 2."""
+
+
+class ShapeError(PwsError):
+    """A tensor's shape makes the operation meaningless."""
+
+
+class UnknownNameError(PwsError):
+    """A name that is in no registry."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        super().__init__(f"unknown {kind} {name!r}{nearest(str(name), known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The tail of an error about a misspelt name: the likely ones first, then all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else "."
+    return f"{hint} Valid: {', '.join(names)}"

@@ -1,0 +1,195 @@
+"""Drop-in layers: torch.nn's convolutions and Linear, whose kernel is the standardized weight.
+
+Each class takes the arguments of its parent in torch.nn, then keyword-only `gamma`, `relative_gamma` and `gain`, and
+behaves like the parent in everything else. Parameters: `weight` (the parent's shape, Kaiming normal for ReLU), `alpha`
+`(out_channels,)` at 1 and `bias` (the paper's beta) at 0. There are no buffers and nothing is cached: the kernel is
+computed from the parameters in every call, so a copy, a cast or a loaded checkpoint can never leave a stale one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn import init
+
+from pws.gain import resolve_gain
+from pws.standardize import check_fan_in, check_gamma, standardize
+
+
+Layer = TypeVar("Layer", bound=type[nn.Module])
+
+
+def _with_signature_of(parent: type[nn.Module]) -> Callable[[Layer], Layer]:
+    """Show the parent's arguments by name, then ours, in help() and in IDEs that inspect the live class."""
+
+    def decorate(cls: Layer) -> Layer:
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            super(cls, self).__init__(*args, **kwargs)  # type: ignore[misc]
+
+        signature = inspect.signature(parent.__init__)
+        own = inspect.signature(StandardizedLayer.__init__).parameters.values()
+        ours = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[misc]
+        return cls
+
+    return decorate
+
+
+class StandardizedLayer(nn.Module):
+    """What all layers share: the parameters, the kernel and the checkpoint format.
+
+    Raises:
+        ShapeError: the fan-in is 1 (a depthwise 1x1 convolution, or 1x1 from one channel).
+        PwsError: gamma is negative, gain is not positive or names no activation.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    alpha: nn.Parameter
+
+    def __init__(
+        self,
+        *args: Any,
+        gamma: float = 1e-3,
+        relative_gamma: bool = False,
+        gain: float | str = "relu",
+        **kwargs: Any,
+    ) -> None:
+        check_gamma(gamma)
+        number = resolve_gain(gain)
+        super().__init__(*args, **kwargs)
+        self.gamma, self.relative_gamma, self.gain = gamma, relative_gamma, number
+        self.alpha = nn.Parameter(torch.ones(self.filters().shape[0], device=self.weight.device, dtype=self.weight.dtype))
+
+    def filters(self) -> Tensor:
+        """The weight with one filter an entry of the leading dimension, `(out_channels, ...)`."""
+        return self.weight
+
+    def kernel(self) -> Tensor:
+        """The standardized weight, in the shape of `weight`: what the layer convolves with."""
+        return standardize(
+            self.filters(), self.alpha, gain=self.gain, gamma=self.gamma, relative_gamma=self.relative_gamma
+        )
+
+    def reset_parameters(self) -> None:
+        """Kaiming normal weights for ReLU (deviation `sqrt(2 / fan_in)`), alpha 1, bias 0."""
+        init.normal_(self.weight, std=(2 / check_fan_in(self.filters())) ** 0.5)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+        if "alpha" in self._parameters:  # the parent's constructor calls this before alpha exists
+            init.ones_(self.alpha)
+
+    def extra_repr(self) -> str:
+        """The parent's settings, then ours."""
+        relative = ", relative_gamma=True" if self.relative_gamma else ""
+        return f"{super().extra_repr()}, gamma={self.gamma:g}{relative}, gain={self.gain:.5g}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        alpha = state_dict.get(f"{prefix}alpha")
+        if alpha is not None and alpha.dim() > 1 and alpha.numel() == alpha.shape[0]:
+            # The authors' checkpoints hold alpha as (out_channels, 1, 1, 1).
+            state_dict[f"{prefix}alpha"] = alpha.flatten()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _Conv(StandardizedLayer):
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve `input` with the kernel, add the bias."""
+        return self._conv_forward(input, self.kernel(), self.bias)
+
+
+@_with_signature_of(nn.Conv1d)
+class Conv1d(_Conv, nn.Conv1d):
+    """`torch.nn.Conv1d` with a standardized kernel."""
+
+
+@_with_signature_of(nn.Conv2d)
+class Conv2d(_Conv, nn.Conv2d):
+    """`torch.nn.Conv2d` with a standardized kernel.
+
+    >>> layer = Conv2d(3, 8, 3, padding=1)
+    >>> layer(torch.randn(2, 3, 5, 5)).shape
+    torch.Size([2, 8, 5, 5])
+    """
+
+
+@_with_signature_of(nn.Conv3d)
+class Conv3d(_Conv, nn.Conv3d):
+    """`torch.nn.Conv3d` with a standardized kernel."""
+
+
+class _ConvTranspose(StandardizedLayer):
+    """A filter is what makes one output channel: `(in_channels / groups, *kernel_size)`, here spread over `weight[:, j]`.
+
+    With a stride each output position meets only `fan_in / prod(stride)` entries of its filter, so the variance is that
+    much smaller than behind an ordinary convolution; `pws.calibrate` evens it out.
+    """
+
+    groups: int
+    output_padding: tuple[int, ...]
+    _output_padding: Callable[..., list[int]]
+    _convolve: ClassVar[Callable[..., Tensor]]
+
+    def filters(self) -> Tensor:
+        """The weight with one filter an entry of the leading dimension, `(out_channels, in_channels / groups, ...)`."""
+        return self._swap_channels(self.weight)
+
+    def kernel(self) -> Tensor:
+        """The standardized weight, in the shape of `weight`: what the layer convolves with."""
+        return self._swap_channels(super().kernel())
+
+    def _swap_channels(self, weight: Tensor) -> Tensor:
+        # (G a, b, ...) to (G b, a, ...), where one of a, b is in_channels / groups: its own inverse.
+        a, b = weight.shape[0] // self.groups, weight.shape[1]
+        grouped = weight.unflatten(0, (self.groups, a)).transpose(1, 2)
+        return grouped.reshape(self.groups * b, a, *weight.shape[2:])
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Transpose-convolve `input` with the kernel, add the bias."""
+        settings: Any = self
+        output_padding = self._output_padding(
+            *(input, output_size, settings.stride, settings.padding, settings.kernel_size),
+            *(self.weight.dim() - 2, settings.dilation),
+        )
+        return type(self)._convolve(
+            *(input, self.kernel(), self.bias, settings.stride, settings.padding),
+            *(output_padding, self.groups, settings.dilation),
+        )
+
+
+@_with_signature_of(nn.ConvTranspose1d)
+class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` with a standardized kernel."""
+
+    _convolve = staticmethod(F.conv_transpose1d)
+
+
+@_with_signature_of(nn.ConvTranspose2d)
+class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` with a standardized kernel."""
+
+    _convolve = staticmethod(F.conv_transpose2d)
+
+
+@_with_signature_of(nn.ConvTranspose3d)
+class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` with a standardized kernel."""
+
+    _convolve = staticmethod(F.conv_transpose3d)
+
+
+@_with_signature_of(nn.Linear)
+class Linear(StandardizedLayer, nn.Linear):
+    """`torch.nn.Linear` with a standardized kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input @ kernel.T + bias`."""
+        return F.linear(input, self.kernel(), self.bias)

@@ -1,0 +1,7 @@
+"""The paper's networks; each takes any method, number of input channels, classes and width."""
+
+from pws.models.allconv import AllConv
+from pws.models.registry import MODELS, build_model
+from pws.models.resnet import ResNet
+
+__all__ = ["MODELS", "AllConv", "ResNet", "build_model"]

@@ -1,0 +1,157 @@
+"""Data-dependent alpha: the paper's `initalpha` as an explicit call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from pws.errors import PwsError
+from pws.layers import StandardizedLayer
+
+Batch = Tensor | tuple[Any, ...] | list[Any]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """One layer that `calibrate` set."""
+
+    layer: str
+    variance: float
+    """Output variance found, behind layers already calibrated; with `per_channel`, the mean of the channels'."""
+    factor: float
+    """What alpha was multiplied with; with `per_channel`, the mean of the channels' factors."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Tensor | Iterable[Batch],
+    *,
+    target: float = 1.0,
+    per_channel: bool = False,
+    only: Callable[[str, nn.Module], bool] | None = None,
+) -> list[Calibrated]:
+    """Scale alpha, layer by layer in execution order, so that each layer's output has variance `target`.
+
+        alpha <- alpha * sqrt(target / Var(y - bias)),      Var biased, over all entries of the output
+
+    One forward pass over all batches joined: each layer sees inputs that come from layers already calibrated. A layer
+    called more than once is set by its first call. The result is stored in alpha alone, so a checkpoint carries it and
+    a resumed run must not call this again. With `torch.distributed` initialized, the statistics are pooled over all
+    ranks, and every rank (all must hold the same model) sets the same alpha.
+
+    The model runs in eval mode without gradient (BatchNorm then uses its running statistics); its modes, buffers and
+    every parameter but alpha are left as they were.
+
+    Args:
+        model: any module that holds pws layers.
+        batches: a batch, or several in an iterable: each the model's input tensor, or a tuple that starts with it. They
+            are joined, so choose as many samples as one forward pass has memory for.
+        target: the output variance wanted; the paper uses 2.
+        per_channel: a factor a channel, from that channel's own variance, instead of one a layer.
+        only: calibrate the layers for which `only(name, layer)` is true; all pws layers if left out.
+
+    Returns:
+        What was found and done, in execution order.
+
+    Raises:
+        PwsError: no pws layer ran, or an output's variance is zero or not finite; alpha is then as it was.
+
+    Source: paper section 4, `initalpha`: target 2, on the stem and the first convolution of each residual block.
+    """
+    if not 0 < target < float("inf"):
+        raise PwsError(f"calibrate needs a positive finite target variance; got {target!r}. Usual: 1; the paper: 2.")
+    names = {m: n for n, m in model.named_modules() if isinstance(m, StandardizedLayer) and (not only or only(n, m))}
+    done: dict[nn.Module, Calibrated] = {}
+
+    def scale(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert isinstance(layer, StandardizedLayer)
+        if layer in done:
+            return output
+        channel_last = output.movedim(1 - layer.weight.dim(), -1)
+        centred = channel_last if layer.bias is None else channel_last - layer.bias
+        variance = _variance(centred, per_channel)
+        _check_variance(variance, names[layer])
+        factor = (target / variance).sqrt()
+        done[layer] = Calibrated(names[layer], float(variance.mean()), float(factor.mean()))
+        layer.alpha.mul_(factor)
+        scaled = centred * factor.to(centred.dtype)
+        return (scaled if layer.bias is None else scaled + layer.bias).movedim(-1, 1 - layer.weight.dim())
+
+    with _alpha_restored_on_error(list(names)), _eval_mode(model), _hooks(list(names), scale):
+        model(_join(model, batches))
+        if not done:
+            raise PwsError(
+                f"calibrate found no pws layer that ran in {type(model).__name__}. Build the model with pws.Conv2d and "
+                "its kin, or check the `only` argument."
+            )
+    return list(done.values())
+
+
+def _variance(output: Tensor, per_channel: bool) -> Tensor:
+    """Biased variance over all entries, or over all but the last dimension; pooled over the ranks, in float64."""
+    rows = output.double().reshape(-1, output.shape[-1] if per_channel else 1)
+    moments = torch.stack([torch.full_like(rows[0], rows.shape[0]), rows.sum(0), rows.square().sum(0)])
+    if distributed.is_available() and distributed.is_initialized():
+        # Gathered and added in the order of the ranks, so that every rank gets the same bits.
+        gathered = [torch.empty_like(moments) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(gathered, moments)
+        moments = torch.stack(gathered).sum(0)
+    count, total, squares = moments
+    return squares / count - (total / count).square()
+
+
+def _check_variance(variance: Tensor, name: str) -> None:
+    if not (torch.isfinite(variance).all() and (variance > 0).all()):
+        raise PwsError(
+            f"calibrate needs an output that varies; layer {name!r} has variance {variance.min():g} (smallest channel). "
+            "A constant or non-finite input, dead activations in front of it, or alpha = 0 do this: check the batch and "
+            "the layers before this one."
+        )
+
+
+def _join(model: nn.Module, batches: Tensor | Iterable[Batch]) -> Tensor:
+    parts = [batches] if isinstance(batches, Tensor) else [b if isinstance(b, Tensor) else b[0] for b in batches]
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        raise PwsError(
+            "calibrate needs at least one batch: an input tensor, or tuples that start with one; got "
+            f"{[type(part).__name__ for part in parts] or 'none'}."
+        )
+    return torch.cat(parts).to(next(model.parameters()).device)
+
+
+@contextmanager
+def _alpha_restored_on_error(layers: list[StandardizedLayer]) -> Iterator[None]:
+    before = [layer.alpha.clone() for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, alpha in zip(layers, before, strict=True):
+            layer.alpha.copy_(alpha)
+        raise
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _hooks(layers: list[StandardizedLayer], hook: Callable[..., Tensor]) -> Iterator[None]:
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
