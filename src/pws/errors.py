@@ -22,8 +22,8 @@ class UnknownNameError(PwsError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The tail of an error about a misspelt name: the likely ones first, then all of them."""
+    """The tail of an error about a misspelt name: the likely ones, and all where they are few or none is likely."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
-    return f"{hint} Valid: {', '.join(names)}"
+    return hint if close and len(names) > 24 else f"{hint} Valid: {', '.join(names)}"

@@ -1,0 +1,7 @@
+"""`python -m pws`."""
+
+import sys
+
+from pws.cli import main
+
+sys.exit(main())

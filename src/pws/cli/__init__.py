@@ -1,0 +1,64 @@
+"""The command `pws`: one file a command. Exit codes: 0 done, 2 bad input, 3 non-finite loss, 130 interrupted."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from pws.errors import PwsError, UnknownNameError
+
+COMMANDS: Final = {
+    "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",
+    "train": "train a recipe: pws train fashion-mnist-allconv-pws --optim.lr 0.1",
+    "evaluate": "top-1, top-5, loss and accuracy by class of a run: pws evaluate runs/NAME",
+}
+USAGE: Final = "\n".join(
+    [
+        "usage: pws COMMAND [options]     (pws COMMAND --help tells a command's options)",
+        "",
+        "Parametric Weights Standardization: train convolutional networks without BatchNorm.",
+        "",
+        *(f"  {name:10}{line}" for name, line in COMMANDS.items()),
+        "",
+        "exit codes: 0 done, 2 bad input, 3 the loss went non-finite, 130 interrupted",
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        return _run(arguments[0], arguments[1:])
+    except PwsError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"pws {version('pws-torch')}")
+        return 0
+    if command not in COMMANDS:
+        raise UnknownNameError("command", command, COMMANDS)
+    try:
+        module = importlib.import_module(f"pws.cli.{command}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("pws"):
+            raise
+        raise PwsError(f"pws {command} needs {error.name}: pip install 'pws-torch[train]'.") from error
+    code: int = module.run(arguments)
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"pws: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,59 @@
+"""`pws evaluate`: a run's checkpoint on the test images."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentError
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from pws.cli.quiet import quiet_lightning
+from pws.errors import PwsError
+from pws.training.evaluate import Evaluation, evaluate
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, evaluate, print."""
+    parser = ArgumentParser(
+        prog="pws evaluate",
+        description="Top-1, top-5, loss and accuracy by class of a run's checkpoint on the test images.",
+        epilog="Example: pws evaluate runs/fashion-mnist-allconv-pws --checkpoint last --json",
+        exit_on_error=False,
+    )
+    parser.add_argument("run", type=str, help="the run's folder")
+    parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise PwsError(str(error)) from error
+    quiet_lightning()
+    evaluation = evaluate(Path(parsed.run), parsed.checkpoint)
+    if parsed.json:
+        print(json.dumps(asdict(evaluation), indent=2))
+    else:
+        _print(evaluation)
+    return 0
+
+
+def _print(evaluation: Evaluation) -> None:
+    console = Console()
+    total = Table(title=evaluation.checkpoint, title_justify="left")
+    for column in ("images", "top-1", "top-5", "loss"):
+        total.add_column(column, justify="right")
+    total.add_row(
+        f"{evaluation.images:,}",
+        f"{100 * evaluation.accuracy:.2f} %",
+        f"{100 * evaluation.top5:.2f} %",
+        f"{evaluation.loss:.4f}",
+    )
+    classes = Table()
+    classes.add_column("class")
+    classes.add_column("accuracy", justify="right")
+    for name, accuracy in evaluation.per_class.items():
+        classes.add_row(name, f"{100 * accuracy:.2f} %")
+    console.print(total, classes)

@@ -1,0 +1,57 @@
+"""`pws train`: a recipe to a run folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from pws.cli.quiet import quiet_lightning
+from pws.errors import PwsError
+from pws.training.module import NonFiniteLossError
+from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser, shipped_recipes
+from pws.training.run import Summary, train
+
+USAGE = "pws train RECIPE [--resume] [--runs DIR] [--PART.KEY VALUE ...]"
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, train, print how it ended."""
+    parser = recipe_parser(
+        USAGE,
+        "Train a recipe into runs/NAME. RECIPE is a YAML file, a run's folder, or a shipped recipe: "
+        f"{', '.join(path.stem for path in shipped_recipes())}.",
+        "Example: pws train fashion-mnist-allconv-pws --optim.lr 0.5 --trainer.epochs 2 --name fast. "
+        "Exit codes: 0 done, 2 bad input, 3 the loss went non-finite.",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run from its last whole epoch")
+    parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    if arguments[0].startswith("-"):
+        raise PwsError(f"the recipe comes first: {USAGE}; got {arguments[0]!r}.")
+    recipe, parsed = parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
+    folder = Path(parsed.runs) / recipe.name
+    quiet_lightning()
+    try:
+        summary = train(recipe, folder, resume=parsed.resume)
+    except NonFiniteLossError as error:
+        if rank_zero_only.rank == 0:
+            print(f"pws: {error}", file=sys.stderr)
+        return 3
+    if rank_zero_only.rank == 0:
+        print(_closing(summary, folder))
+    return 0
+
+
+def _closing(summary: Summary, folder: Path) -> str:
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f} %"
+
+    return (
+        f"test accuracy {percent(summary.accuracy)} (best {percent(summary.best_accuracy)}), {summary.steps} steps in "
+        f"{summary.train_seconds:.0f} s, {summary.images_per_second:.0f} images/s, {summary.peak_memory_mb:.0f} MB\n"
+        f"{folder}/: summary.json, recipe.yaml, metrics.csv, tensorboard/, checkpoints/   (pws evaluate {folder})"
+    )

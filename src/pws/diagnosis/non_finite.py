@@ -1,0 +1,31 @@
+"""Which layer's output went non-finite first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
+    """The name of the first layer, in execution order, whose output for `images` holds NaN or infinity, or None.
+
+    The model runs once more in its present mode; BatchNorm's running statistics move by that one batch.
+    """
+    found: list[str] = []
+    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+
+    def check(name: str) -> object:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(check(name)) for name, module in leaves]  # type: ignore[arg-type]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -1,0 +1,20 @@
+"""Training on Lightning's engine: recipes, data, runs. Needs the extra `train`."""
+
+from pws.training.evaluate import Evaluation, evaluate
+from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
+from pws.training.recipe_file import load_recipe, shipped_recipes
+from pws.training.run import Summary, train
+
+__all__ = [
+    "DataConfig",
+    "Evaluation",
+    "ModelConfig",
+    "OptimConfig",
+    "Recipe",
+    "Summary",
+    "TrainerConfig",
+    "evaluate",
+    "load_recipe",
+    "shipped_recipes",
+    "train",
+]

@@ -1,0 +1,65 @@
+"""What a run says while it trains, and what it counts."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class Clock(Callback):
+    """Seconds spent in training, validation left out, and the best accuracy; kept over a resume in the checkpoint."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.best_accuracy = 0.0
+        self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start counting."""
+        self._started = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop counting: validation runs inside the training epoch."""
+        self.stop()
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Keep the best accuracy."""
+        self.best_accuracy = max(self.best_accuracy, float(trainer.callback_metrics.get("val_accuracy", 0.0)))
+
+    def stop(self) -> None:
+        """Add what has passed since the last start; nothing if the clock stands."""
+        if self._started:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds += time.perf_counter() - self._started
+            self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"seconds": self.seconds, "best_accuracy": self.best_accuracy}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.seconds, self.best_accuracy = state_dict["seconds"], state_dict["best_accuracy"]
+
+
+class EpochLines(Callback):
+    """A line an epoch, for terminals and log files alike."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print the epoch's line."""
+        metrics = trainer.callback_metrics
+        print(
+            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
+            f"loss {float(metrics['train_loss_epoch']):.4f}  test loss {float(metrics['val_loss']):.4f}  "
+            f"test accuracy {100 * float(metrics['val_accuracy']):.2f} %  {self.clock.seconds:.0f} s",
+            flush=True,
+        )

@@ -1,0 +1,157 @@
+"""Image data: what each dataset is, and batches that depend on the seed, the epoch and the image alone.
+
+A batch is asked for by epoch and image numbers, and each image's augmentation is seeded by (seed, epoch, image). So the
+same images come in the same shape whatever the number of processes, of loader workers, or of restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from pws.errors import PwsError
+from pws.training.datasets import Images, Splits, load_splits
+from pws.training.recipe import DataConfig
+
+Key = tuple[int, list[int]]
+"""Epoch and image numbers of a batch."""
+
+
+class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Normalized batches `(N, C, H, W)` float32 and labels `(N,)`, by epoch and image numbers."""
+
+    def __init__(self, images: Images, splits: Splits, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.mean = torch.tensor(splits.mean)[:, None, None]
+        self.std = torch.tensor(splits.std)[:, None, None]
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+        epoch, numbers = key
+        if self.images.augment is None:
+            pixels, labels = self.images.get(numbers)
+        else:
+            parts = [self._augmented(epoch, number) for number in numbers]
+            pixels, labels = torch.cat([p for p, _ in parts]), torch.cat([label for _, label in parts])
+        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        return (scaled - self.mean) / self.std, labels
+
+    def _augmented(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        assert self.images.augment is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_000_007 + number) % 2**63)
+            pixels, label = self.images.get([number])
+            return self.images.augment(pixels), label
+
+
+class TrainSampler(Sampler[Key]):
+    """Each epoch's batches for one process: an order drawn from seed and epoch, cut into batches, cut into parts.
+
+    A step's batch is shared out: process r of R takes every R-th of its images from r on, in `accumulate` equal parts.
+    Images that do not fill a last batch are left out for this epoch.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int, rank: int, world: int, accumulate: int) -> None:
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size * self.accumulate
+
+    def __iter__(self) -> Iterator[Key]:
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        for start in range(0, self.count - self.batch_size + 1, self.batch_size):
+            own = order[start + self.rank : start + self.batch_size : self.world]
+            for part in own.chunk(self.accumulate):
+                yield self.epoch, part.tolist()
+
+
+def check_shares(count: int, batch_size: int, world: int, accumulate: int) -> None:
+    """Raise `PwsError` unless batches can be filled and shared out equally."""
+    if batch_size < 1 or accumulate < 1 or batch_size % (world * accumulate):
+        raise PwsError(
+            "data.batch_size counts the images of a step over all processes and accumulated parts, and must be divisible "
+            f"by their product; got {batch_size} for {world} processes and trainer.accumulate={accumulate}."
+        )
+    if batch_size > count:
+        raise PwsError(f"data.batch_size must be at most the number of training images, {count}; got {batch_size}.")
+
+
+class TestSampler(Sampler[Key]):
+    """All images once; process r of R takes every R-th image from r on, in order."""
+
+    __test__ = False  # the name is not a pytest class
+
+    def __init__(self, count: int, batch_size: int, *, rank: int, world: int) -> None:
+        own = range(rank, count, world)
+        self.batches = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Key]:
+        for batch in self.batches:
+            yield 0, batch
+
+
+@dataclass
+class Shares:
+    """How the work is divided among processes."""
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+
+class ImageData(LightningDataModule):
+    """The loaders of a recipe's data."""
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        super().__init__()
+        self.config, self.seed = config, seed
+        self.splits = load_splits(config, seed)
+
+    def _loader(self, images: Images, sampler: Sampler[Key]) -> DataLoader[tuple[Tensor, Tensor]]:
+        workers = self.config.workers
+        return DataLoader(
+            ImageBatches(images, self.splits, self.seed),
+            batch_size=None,  # the sampler yields whole batches
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def shares(self) -> Shares:
+        """This process's part of the work, from the trainer it is attached to."""
+        trainer = self.trainer
+        if trainer is None:
+            return Shares()
+        return Shares(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Shuffled, augmented if the recipe says so."""
+        shares, images = self.shares(), self.splits.train
+        sampler = TrainSampler(
+            *(len(images), self.config.batch_size),
+            seed=self.seed,
+            rank=shares.rank,
+            world=shares.world,
+            accumulate=shares.accumulate,
+        )
+        return self._loader(images, sampler)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The test images, in order."""
+        shares, images = self.shares(), self.splits.test
+        batch_size = max(1, min(500, self.config.batch_size * 4))
+        return self._loader(images, TestSampler(len(images), batch_size, rank=shares.rank, world=shares.world))

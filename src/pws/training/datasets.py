@@ -1,0 +1,293 @@
+"""The datasets: where their files are looked for, how they are read, how they are augmented."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision import datasets as tv
+from torchvision.transforms import v2
+
+from pws.errors import PwsError, UnknownNameError
+from pws.training.recipe import DataConfig
+
+DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
+Augment = Callable[[Tensor], Tensor]
+
+
+class Images(Protocol):
+    """Images by number."""
+
+    augment: Augment | None
+
+    def __len__(self) -> int: ...
+
+    def get(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Pixels `(N, C, H, W)`, uint8 or float32, and labels `(N,)` int64."""
+
+
+@dataclass
+class Splits:
+    """A dataset, ready to be batched."""
+
+    train: Images
+    test: Images
+    classes: list[str]
+    mean: Sequence[float]
+    """Of each channel's pixels; bytes count as 0 to 1."""
+    std: Sequence[float]
+
+
+@dataclass
+class TensorImages:
+    """Images held in memory."""
+
+    pixels: Tensor
+    labels: Tensor
+    augment: Augment | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def get(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Pixels and labels of these images."""
+        return self.pixels[numbers], self.labels[numbers]
+
+
+class FolderImages:
+    """Images in files, one folder a class, read when asked for."""
+
+    def __init__(self, folder: Path, prepare: Augment, augment: Augment | None, numbers: list[int] | None = None) -> None:
+        self.files, self.prepare, self.augment = _image_folder(folder), prepare, augment
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.files) if self.numbers is None else len(self.numbers)
+
+    def get(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        """Pixels and labels of these images; all of one size unless one image is asked for."""
+        chosen = numbers if self.numbers is None else [self.numbers[n] for n in numbers]
+        parts = [self._read(number) for number in chosen]
+        return torch.stack([pixels for pixels, _ in parts]), torch.tensor([label for _, label in parts])
+
+    def _read(self, number: int) -> tuple[Tensor, int]:
+        path, label = self.files.samples[number]
+        try:
+            image = v2.functional.pil_to_tensor(self.files.loader(path))
+        except OSError as error:
+            raise PwsError(f"cannot read the image {path}: {error}. Remove or replace the file.") from error
+        return (image if self.augment else self.prepare(image)), label
+
+
+def load_splits(config: DataConfig, seed: int) -> Splits:
+    """The dataset that `config` names.
+
+    Raises:
+        UnknownNameError: no such dataset.
+        PwsError: files are missing or corrupt, with where they were looked for and how to get them.
+    """
+    if config.name not in DATASETS:
+        raise UnknownNameError("dataset", config.name, DATASETS)
+    return DATASETS[config.name](config, seed)
+
+
+def _digits(config: DataConfig, seed: int) -> Splits:
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    pixels = torch.tensor(raw.images).mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.tensor(raw.target)
+    # Every fifth image is for testing: both parts hold all the writers, in the order of the file.
+    test = torch.arange(len(labels)) % 5 == 0
+    train, held_out = (pixels[~test], labels[~test]), (pixels[test], labels[test])
+    return _in_memory(config, seed, train, held_out, [str(d) for d in range(10)], (0.3053,), (0.3763,), flip=False)
+
+
+def _fashion_mnist(config: DataConfig, seed: int) -> Splits:
+    folders = [Path(config.root), Path(config.root) / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST]
+    if config.download:
+        tv.FashionMNIST(config.root, download=True)
+    parts = {
+        part: (
+            _read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None],
+            _read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long(),
+        )
+        for part in ("train", "t10k")
+    }
+    return _in_memory(
+        *(config, seed, parts["train"], parts["t10k"], tv.FashionMNIST.classes, (0.2860,), (0.3530,)), flip=True
+    )
+
+
+def _find(name: str, folders: list[Path]) -> Path:
+    for folder in folders:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    looked = ", ".join(str(folder) for folder in folders)
+    raise PwsError(
+        f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. Get it with "
+        "`apt install dataset-fashion-mnist` (Debian, Ubuntu) or --data.download true, or point --data.root at it."
+    )
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The uint8 tensor in an idx file: magic number, sizes (big-endian 32-bit each), bytes."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+        raise PwsError(f"{path} is corrupt ({error}). Delete it and get it again.") from error
+    dims = 1 + len(shape)
+    sizes = [int.from_bytes(raw[4 * d : 4 * d + 4], "big") for d in range(1, 1 + dims)]
+    header = 4 * (1 + dims)
+    if raw[:4] != bytes([0, 0, 8, dims]) or tuple(sizes[1:]) != shape or len(raw) != header + _product(sizes):
+        raise PwsError(
+            f"{path} is not an idx file of bytes shaped (count{''.join(f', {s}' for s in shape)}): its header says "
+            f"{sizes} and it holds {len(raw)} bytes. It is cut off or another file: delete it and get it again."
+        )
+    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(sizes)
+
+
+def _product(sizes: list[int]) -> int:
+    return int(torch.tensor(sizes).prod())
+
+
+def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[DataConfig, int], Splits]:
+    def load(config: DataConfig, seed: int) -> Splits:
+        try:
+            train, test = (kind(config.root, train=part, download=config.download) for part in (True, False))
+        except (RuntimeError, OSError) as error:
+            raise PwsError(
+                f"{config.name}: {kind.base_folder} is missing or corrupt; looked in {config.root} ({error}). Get it with "
+                f"--data.download true, or put the folder of {kind.filename} there."
+            ) from error
+        pixels = [(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in (train, test)]
+        return _in_memory(config, seed, pixels[0], pixels[1], train.classes, mean, std, flip=True)
+
+    return load
+
+
+def _npz(config: DataConfig, seed: int) -> Splits:
+    path = Path(config.root)
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: torch.from_numpy(file[key]) for key in keys}
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
+        raise PwsError(
+            f"npz: cannot read {path} ({error}). --data.root names a file in MedMNIST's layout: an .npz with the arrays "
+            f"{', '.join(keys)}; images (N, H, W) or (N, H, W, C), labels (N,)."
+        ) from error
+    (train, labels), (test, test_labels) = (_npz_part(path, part, arrays) for part in ("train", "test"))
+    scaled = train.double() / 255 if train.dtype == torch.uint8 else train.double()
+    count = int(max(labels.max(), test_labels.max())) + 1
+    mean, std = scaled.mean((0, 2, 3)).tolist(), scaled.std((0, 2, 3)).clamp(min=1e-6).tolist()
+    return _in_memory(
+        *(config, seed, (train, labels), (test, test_labels), [str(c) for c in range(count)], mean, std), flip=True
+    )
+
+
+def _npz_part(path: Path, part: str, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].flatten().long()
+    if images.dim() == 3:
+        images = images[..., None]
+    if images.dim() != 4 or len(images) != len(labels) or not len(images) or labels.min() < 0:
+        raise PwsError(
+            f"npz: {path} needs {part}_images (N, H, W) or (N, H, W, C) and as many labels, from 0 on; got images "
+            f"{tuple(images.shape)}, {len(labels)} labels."
+        )
+    images = images.permute(0, 3, 1, 2).contiguous()
+    images = images if images.dtype == torch.uint8 else images.float()
+    bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten()
+    if len(bad):
+        raise PwsError(
+            f"npz: {len(bad)} of {len(images)} {part}_images in {path} hold NaN or infinity, the first is number "
+            f"{int(bad[0])}. No network can train on them: mend or remove them."
+        )
+    return images, labels
+
+
+def _in_memory(
+    config: DataConfig,
+    seed: int,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: list[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    flip: bool,
+) -> Splits:
+    pixels, labels = train
+    chosen = _chosen(config, len(labels), seed)
+    if chosen is not None:
+        pixels, labels = pixels[chosen], labels[chosen]
+    side = config.image_size or pixels.shape[-1]
+    steps: list[Any] = [v2.RandomCrop(side, padding=max(1, side // 8)), *([v2.RandomHorizontalFlip()] if flip else [])]
+    augment = v2.Compose(steps) if config.augment else None
+    return Splits(
+        TensorImages(_resized(pixels, side), labels, augment),
+        TensorImages(_resized(test[0], side), test[1]),
+        *(list(classes), mean, std),
+    )
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    if pixels.shape[-1] == side:
+        return pixels
+    resized = F.interpolate(pixels.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8) if pixels.dtype == torch.uint8 else resized
+
+
+def _chosen(config: DataConfig, count: int, seed: int) -> list[int] | None:
+    if config.train_images is None:
+        return None
+    if not 1 <= config.train_images <= count:
+        raise PwsError(f"data.train_images must be 1 to {count}, all that {config.name} has; got {config.train_images}.")
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order[: config.train_images]
+
+
+def _folder(config: DataConfig, seed: int) -> Splits:
+    root, side = Path(config.root), config.image_size or 224
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise PwsError(
+                f"{config.name}: the folder {root / part} is missing. Put the images into {root}/train/CLASS/... and "
+                f"{root}/val/CLASS/..., or point --data.root at the folder that holds train and val."
+            )
+    prepare = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+    augment = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]) if config.augment else None
+    train, test = FolderImages(root / "train", prepare, augment), FolderImages(root / "val", prepare, None)
+    if train.files.classes != test.files.classes:
+        odd = sorted(set(train.files.classes) ^ set(test.files.classes))
+        raise PwsError(f"{config.name}: train and val must hold the same class folders; these stand in one only: {odd}.")
+    train.numbers = _chosen(config, len(train.files), seed)
+    return Splits(train, test, train.files.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _image_folder(folder: Path) -> tv.ImageFolder:
+    try:
+        return tv.ImageFolder(str(folder))
+    except (FileNotFoundError, RuntimeError) as error:
+        raise PwsError(f"{folder} must hold a folder a class with images in it: {error}") from error
+
+
+DATASETS: Final[dict[str, Callable[[DataConfig, int], Splits]]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar(tv.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _cifar(tv.CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": _folder,
+    "folder": _folder,
+    "npz": _npz,
+}
+"""Name to loader."""

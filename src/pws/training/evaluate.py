@@ -1,0 +1,90 @@
+"""Top-1, top-5, loss and accuracy by class of a run's checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from pws.errors import PwsError
+from pws.training.data import ImageData
+from pws.training.module import Classifier
+from pws.training.recipe_file import load_recipe
+from pws.training.run import model_for
+
+
+@dataclass
+class Evaluation:
+    """A checkpoint on the test images; accuracies in [0, 1]."""
+
+    checkpoint: str
+    images: int
+    accuracy: float
+    top5: float
+    """Top-k with k the number of classes where there are fewer than five."""
+    loss: float
+    per_class: dict[str, float]
+
+
+def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
+    """Evaluate a run's checkpoint: "best", "last" or the path of a file.
+
+    Raises:
+        PwsError: the run or the checkpoint is missing, corrupt, or of another architecture.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise PwsError(f"{run} is no run folder: it has no recipe.yaml. Give the folder that `pws train` printed.")
+    recipe = load_recipe(run / "recipe.yaml")
+    data = ImageData(recipe.data, recipe.seed)
+    module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
+    path = run / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else Path(checkpoint)
+    load_weights(module, path)
+    trainer = Trainer(
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        devices=1,
+    )
+    results = trainer.validate(module, datamodule=data, verbose=False)[0]
+    return Evaluation(
+        checkpoint=str(path),
+        images=len(data.splits.test),
+        accuracy=results["val_accuracy"],
+        top5=results["val_top5"],
+        loss=results["val_loss"],
+        per_class=dict(zip(data.splits.classes, module.per_class, strict=True)),
+    )
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Load a checkpoint's weights, tensors only (`weights_only=True`)."""
+    if not path.is_file():
+        raise PwsError(f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch.")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (RuntimeError, pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, OSError) as error:
+        raise PwsError(f"{path} is not a checkpoint of pws train, or is cut off ({str(error)[:200]}).") from error
+    own = module.state_dict()
+    problems = [
+        *(f"{key} is missing" for key in own.keys() - weights.keys()),
+        *(f"{key} is not in the network" for key in weights.keys() - own.keys()),
+        *(
+            f"{key} is {tuple(weights[key].shape)}, the network's is {tuple(own[key].shape)}"
+            for key in own.keys() & weights.keys()
+            if weights[key].shape != own[key].shape
+        ),
+    ]
+    if problems:
+        raise PwsError(
+            f"{path} is a checkpoint of another architecture than the run's recipe.yaml describes: "
+            f"{len(problems)} of {len(own)} tensors differ, such as: {'; '.join(sorted(problems)[:3])}. "
+            "Use the checkpoint with the recipe it was trained with."
+        )
+    module.load_state_dict(weights)

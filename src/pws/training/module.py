@@ -1,0 +1,134 @@
+"""The classifier that Lightning trains."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from pws import calibrate, param_groups
+from pws.diagnosis import first_non_finite
+from pws.errors import PwsError
+from pws.models import ResNet
+from pws.training.recipe import OptimConfig
+from pws.training.schedule import lr_factor
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss went to NaN or infinity at `step` (steps done before it); `layer` went first."""
+
+    def __init__(self, step: int, layer: str | None, lr: float) -> None:
+        where = f"the output of layer {layer!r} was the first to" if layer else "all layers' outputs were finite, the loss"
+        super().__init__(
+            f"the loss went non-finite at step {step} (learning rate {lr:g}): {where} overflow. Lower --optim.lr, clip "
+            "with --optim.clip_norm, or use --model.method pws."
+        )
+        self.step, self.layer = step, layer
+
+
+class Classifier(LightningModule):
+    """Cross-entropy, SGD by `pws.param_groups`, a schedule a step, and an end to the run when the loss is not finite."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        num_classes: int,
+        calibration: Literal["no", "initalpha", "all"] = "no",
+    ) -> None:
+        super().__init__()
+        self.model, self.optim, self.calibration = model, optim, calibration
+        self.test_metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+                "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+            }
+        )
+        self.class_accuracy = MulticlassAccuracy(num_classes, average="none")
+        self.test_loss = MeanMetric()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images."""
+        logits: Tensor = self.model(images)
+        return logits
+
+    def on_fit_start(self) -> None:
+        """Calibrate on the first step's batch; a resumed run carries its alpha in the checkpoint."""
+        if self.calibration == "no" or self.trainer.ckpt_path is not None:
+            return
+        loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        batches = list(islice(iter(loader), self.trainer.accumulate_grad_batches))
+        if self.calibration == "all":
+            calibrate(self.model, batches)
+            return
+        if not isinstance(self.model, ResNet):
+            raise PwsError(
+                'model.calibrate "initalpha" is defined by residual blocks, and this network has none. Use "all" or "no".'
+            )
+        layers = self.model.initalpha_layers()
+        calibrate(self.model, batches, target=2.0, only=lambda _, layer: layer in layers)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        """Mean cross-entropy of the batch."""
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        mean = _mean_over_processes(loss)
+        if not torch.isfinite(mean):
+            self._explain(images)
+        self.log("train_loss", mean, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def _explain(self, images: Tensor) -> None:
+        bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten()
+        if len(bad):
+            raise PwsError(
+                f"the batch of step {self.global_step} holds NaN or infinity in {len(bad)} of {len(images)} images (first: "
+                f"image {int(bad[0])} of the batch). No network can train on it: mend the data or its normalization."
+            )
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        raise NonFiniteLossError(self.global_step, first_non_finite(self.model, images), lr)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        """Add a batch to the metrics."""
+        images, labels = batch
+        logits = self(images).float()
+        self.test_metrics.update(logits, labels)
+        self.class_accuracy.update(logits, labels)
+        self.test_loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val_accuracy, val_top5 and val_loss, over all processes."""
+        values = {f"val_{name}": value for name, value in self.test_metrics.compute().items()}
+        self.log_dict({**values, "val_loss": self.test_loss.compute()}, prog_bar=True)
+        self.per_class: list[float] = self.class_accuracy.compute().tolist()
+        for metric in (self.test_metrics, self.class_accuracy, self.test_loss):
+            metric.reset()
+
+    def configure_optimizers(self) -> Any:
+        """SGD over `pws.param_groups`, its rates multiplied by `lr_factor` after every step."""
+        optim = self.optim
+        groups = param_groups(
+            self.model, lr=optim.lr, weight_decay=optim.weight_decay, scale_lr_factor=optim.scale_lr_factor
+        )
+        sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov)
+        assert self.trainer.max_epochs is not None
+        loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        steps_per_epoch = len(loader) // self.trainer.accumulate_grad_batches
+        factor = lr_factor(optim, steps_per_epoch * self.trainer.max_epochs, steps_per_epoch)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(sgd, factor)
+        return {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _mean_over_processes(loss: Tensor) -> Tensor:
+    """The loss of the whole batch; not finite if it is so in any process, so that all of them end together."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return loss.detach()
+    total = loss.detach().clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()

@@ -1,0 +1,136 @@
+"""Recipes: what a run trains, on what, how and where. A YAML file holds any part of it; flags override the file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """The network and its method.
+
+    Args:
+        name: allconv, preact, cifar-resnet18, cifar-resnet34, or resnet18, 34, 50, 101, 152.
+        method: none, bn, gn, wn, ws or pws.
+        width: factor on every number of channels.
+        num_classes: what the data must have; taken from the data if left out.
+        gain: (pws) gain of every layer, a number or an activation's name; "relu" if left out, 2 ** 0.5 in the paper.
+        gamma: (pws) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
+        relative_gamma: (pws) add gamma * 2 / fan_in instead.
+        calibrate: set alpha from the first training batch, once: "initalpha" is the paper's (output variance 2, the stem
+            and the first convolution of each block), "all" gives every pws layer output variance 1.
+    """
+
+    name: str = "allconv"
+    method: str = "pws"
+    width: float = 1.0
+    num_classes: int | None = None
+    gain: float | str | None = None
+    gamma: float | None = None
+    relative_gamma: bool | None = None
+    calibrate: Literal["no", "initalpha", "all"] = "no"
+
+
+@dataclass
+class DataConfig:
+    """The images.
+
+    Args:
+        name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), or
+            npz (root is a file in MedMNIST's layout).
+        root: where to look for files; digits needs none.
+        download: let torchvision download what is missing (fashion-mnist, cifar10, cifar100).
+        batch_size: images a step of the optimizer, over all devices and accumulated batches together.
+        augment: random crop of the image padded by an eighth, and flip (not for digits); for imagenet and folder a random
+            resized crop and flip.
+        image_size: side in pixels that images are resized to; their own if left out, 224 for imagenet and folder.
+        train_images: use only this many training images, drawn by the seed.
+        workers: loader processes.
+    """
+
+    name: str = "digits"
+    root: str = "data"
+    download: bool = False
+    batch_size: int = 128
+    augment: bool = False
+    image_size: int | None = None
+    train_images: int | None = None
+    workers: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """SGD and its schedule.
+
+    Args:
+        lr: learning rate at batch_size.
+        momentum: momentum of SGD.
+        nesterov: Nesterov momentum.
+        weight_decay: decay of the weights; alpha, biases and norm parameters have none.
+        scale_lr_factor: (pws) factor on the learning rate of alpha and bias.
+        schedule: constant; step (times decay at each milestone); cosine or linear, both to 0.
+        milestones: (step) epochs at which the learning rate falls.
+        decay: (step) factor at each milestone.
+        warmup_epochs: epochs over which the learning rate rises linearly from 0, a part of an epoch too.
+        clip_norm: clip the gradient to this global norm.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    scale_lr_factor: float = 1.0
+    schedule: Literal["constant", "step", "cosine", "linear"] = "cosine"
+    milestones: list[int] = field(default_factory=list)
+    decay: float = 0.1
+    warmup_epochs: float = 0.0
+    clip_norm: float | None = None
+
+
+@dataclass
+class TrainerConfig:
+    """Where and how long; handed to Lightning's Trainer.
+
+    Args:
+        epochs: epochs to train.
+        max_steps: stop after this many steps of the optimizer; the schedule still counts epochs.
+        accelerator: auto, cpu, gpu.
+        devices: how many devices of a node, or auto.
+        num_nodes: machines.
+        strategy: auto, ddp, fsdp.
+        precision: 32-true, bf16-mixed, 16-mixed, 64-true.
+        accumulate: split each step's batch into this many parts, one after the other.
+        early_stop: stop after this many epochs without a better validation accuracy.
+    """
+
+    epochs: int = 10
+    max_steps: int | None = None
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    accumulate: int = 1
+    early_stop: int | None = None
+
+
+@dataclass
+class Recipe:
+    """A run from start to end.
+
+    Args:
+        name: the run's folder below --runs; the recipe file's name if left out.
+        seed: of weights, order and augmentation.
+        model: the network and its method.
+        data: the images.
+        optim: SGD and its schedule.
+        trainer: where and how long.
+    """
+
+    name: str = ""
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

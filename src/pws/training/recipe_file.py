@@ -1,0 +1,114 @@
+"""Recipe files and their overrides, read by jsonargparse from the dataclasses of `recipe.py`."""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser
+
+from pws.errors import PwsError, UnknownNameError, nearest
+from pws.training.recipe import Recipe
+
+
+def recipe_parser(prog: str, description: str, epilog: str) -> ArgumentParser:
+    """A parser of every setting of a recipe; the command adds its own arguments."""
+    parser = ArgumentParser(prog=prog, description=description, epilog=epilog, exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile, help=SUPPRESS)
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tuple[Recipe, Any]:
+    """The recipe in `path` with `flags` over it, and all that was parsed.
+
+    Raises:
+        PwsError: the file is not YAML, a key or flag is unknown, or a value has the wrong type.
+    """
+    _check_keys(path)
+    try:
+        parsed = parser.parse_args([f"--config={path}", *flags])
+    except ArgumentError as error:
+        raise PwsError(_explain(str(error), parser)) from error
+    built = parser.instantiate(parsed)
+    recipe = Recipe(**{field.name: built[field.name] for field in fields(Recipe)})
+    recipe.name = recipe.name or path.stem
+    if not re.fullmatch(r"[\w.+-]+", recipe.name):
+        raise PwsError(f"name is a folder's name: letters, digits, '.', '_', '+', '-'; got {recipe.name!r}.")
+    return recipe, parsed
+
+
+def load_recipe(path: str | Path, *flags: str) -> Recipe:
+    """A recipe file (or a shipped recipe's name) with `--part.key=value` flags over it."""
+    return parse_recipe(recipe_parser("pws", "", ""), find_recipe(str(path)), flags)[0]
+
+
+def find_recipe(name: str) -> Path:
+    """The file of that path, the recipe of that run folder, or the shipped recipe of that name.
+
+    Raises:
+        UnknownNameError: none of these.
+    """
+    path = Path(name)
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for file in shipped_recipes()}
+    if path.stem in shipped and path.suffix in ("", ".yaml"):
+        return shipped[path.stem]
+    raise UnknownNameError("recipe (no such file, run folder or shipped recipe)", name, shipped)
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with pws: inside the installed package, or beside src in a checkout."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if folder.is_dir():
+            return sorted(folder.glob("*.yaml"))
+    raise PwsError(f"the shipped recipes are missing from {package}: the installation is broken, install pws-torch again.")
+
+
+def _check_keys(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise PwsError(f"{path} is not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise PwsError(f"{path} must hold a recipe's keys ({', '.join(_keys(Recipe))}); got {content!r}.")
+    known = set(_keys(Recipe))
+    for key in _flatten(content):
+        if key not in known:
+            raise UnknownNameError(f"recipe key in {path}:", key, known)
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        inner = hints[field.name]
+        if is_dataclass(inner):
+            yield from _keys(inner, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    parts = {field.name for field in fields(Recipe) if is_dataclass(get_type_hints(Recipe)[field.name])}
+    for key, value in content.items():
+        if not prefix and key in parts and isinstance(value, dict):
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    unknown = re.search(r"unrecognized arguments: (\S+)", message)
+    if unknown:
+        flags = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+        return f"unknown flag {unknown[1]}{nearest(unknown[1].split('=')[0], flags - {'--config'})}"
+    return message
