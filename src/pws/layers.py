@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,22 +21,22 @@ from torch.nn import init
 from pws.gain import resolve_gain
 from pws.standardize import check_fan_in, check_gamma, standardize
 
-
-Layer = TypeVar("Layer", bound=type[nn.Module])
+Layer = TypeVar("Layer", bound=type["StandardizedLayer"])
 
 
 def _with_signature_of(parent: type[nn.Module]) -> Callable[[Layer], Layer]:
     """Show the parent's arguments by name, then ours, in help() and in IDEs that inspect the live class."""
 
     def decorate(cls: Layer) -> Layer:
-        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-            super(cls, self).__init__(*args, **kwargs)  # type: ignore[misc]
+        @wraps(StandardizedLayer.__init__)
+        def init(self: StandardizedLayer, *args: Any, **kwargs: Any) -> None:
+            StandardizedLayer.__init__(self, *args, **kwargs)
 
         signature = inspect.signature(parent.__init__)
         own = inspect.signature(StandardizedLayer.__init__).parameters.values()
         ours = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore[attr-defined]
-        cls.__init__ = __init__  # type: ignore[misc]
+        vars(init)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), *ours])
+        cls.__init__ = init  # type: ignore[method-assign]
         return cls
 
     return decorate
@@ -65,7 +66,9 @@ class StandardizedLayer(nn.Module):
         number = resolve_gain(gain)
         super().__init__(*args, **kwargs)
         self.gamma, self.relative_gamma, self.gain = gamma, relative_gamma, number
-        self.alpha = nn.Parameter(torch.ones(self.filters().shape[0], device=self.weight.device, dtype=self.weight.dtype))
+        self.alpha = nn.Parameter(
+            torch.ones(self.filters().shape[0], device=self.weight.device, dtype=self.weight.dtype)
+        )
 
     def filters(self) -> Tensor:
         """The weight with one filter an entry of the leading dimension, `(out_channels, ...)`."""
@@ -149,7 +152,7 @@ class _ConvTranspose(StandardizedLayer):
     def _swap_channels(self, weight: Tensor) -> Tensor:
         # (G a, b, ...) to (G b, a, ...), where one of a, b is in_channels / groups: its own inverse.
         a, b = weight.shape[0] // self.groups, weight.shape[1]
-        grouped = weight.unflatten(0, (self.groups, a)).transpose(1, 2)
+        grouped = weight.reshape(self.groups, a, b, *weight.shape[2:]).transpose(1, 2)
         return grouped.reshape(self.groups * b, a, *weight.shape[2:])
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -187,7 +190,7 @@ class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
 
 
 @_with_signature_of(nn.Linear)
-class Linear(StandardizedLayer, nn.Linear):
+class Linear(StandardizedLayer, nn.Linear):  # type: ignore[misc]  # nn.Linear says that its bias is never None
     """`torch.nn.Linear` with a standardized kernel."""
 
     def forward(self, input: Tensor) -> Tensor:

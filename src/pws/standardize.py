@@ -90,7 +90,7 @@ def check_gamma(gamma: float) -> None:
 def _memory_order(weight: Tensor) -> list[int]:
     # Flattening in the order of memory is a view for every dense layout (channels_last too), and keeps that layout in
     # the result; the statistics of a filter do not care about the order of its entries.
-    return [0, *sorted(range(1, weight.dim()), key=lambda d: -weight.stride(d))]
+    return [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
 
 
 def _result_dtype(weight: Tensor) -> torch.dtype:
@@ -130,7 +130,7 @@ class _Standardize(torch.autograd.Function):
         ctx.save_for_backward(weight_OK, alpha_O, mean_O1, rstd_O1)
 
     @staticmethod
-    def backward(ctx: Any, grad_OK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_OK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         weight_OK, alpha_O, mean_O1, rstd_O1 = ctx.saved_tensors
         wide_OK, g_OK = _widen(weight_OK), grad_OK.to(mean_O1.dtype)
         if torch.is_grad_enabled():  # a second derivative is wanted: the saved statistics would be constants to it

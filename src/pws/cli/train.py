@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from pws.cli.quiet import quiet_lightning
 from pws.errors import PwsError
+from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
 from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser, shipped_recipes
 from pws.training.run import Summary, train
@@ -38,10 +37,10 @@ def run(arguments: list[str]) -> int:
     try:
         summary = train(recipe, folder, resume=parsed.resume)
     except NonFiniteLossError as error:
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             print(f"pws: {error}", file=sys.stderr)
         return 3
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         print(_closing(summary, folder))
     return 0
 

@@ -22,7 +22,7 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
 
         return hook
 
-    handles = [module.register_forward_hook(check(name)) for name, module in leaves]  # type: ignore[arg-type]
+    handles = [module.register_forward_hook(check(name)) for name, module in leaves]
     try:
         model(images)
     finally:

@@ -72,17 +72,22 @@ def _gn() -> Method:
 
 def _wn() -> Method:
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
-        return weight_norm(_conv(in_channels, out_channels, kernel_size, **settings))
+        return _weight_norm(_conv(in_channels, out_channels, kernel_size, **settings))
 
     def head(in_features: int, num_classes: int) -> nn.Module:
-        return weight_norm(nn.Linear(in_features, num_classes))
+        return _weight_norm(nn.Linear(in_features, num_classes))
 
     return Method("wn", "Weight Normalization: Salimans and Kingma 2016", conv, head)
 
 
+def _weight_norm(layer: nn.Module) -> nn.Module:
+    normalized: nn.Module = weight_norm(layer)
+    return normalized
+
+
 def _ws() -> Method:
     try:
-        from timm.layers import StdConv2d
+        from timm.layers.std_conv import StdConv2d
     except ImportError as error:
         raise PwsError("the method ws uses timm's StdConv2d: pip install 'pws-torch[models]'.") from error
 

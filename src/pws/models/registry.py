@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Final
@@ -28,7 +28,7 @@ def _resnet(depth: int, *, imagenet_stem: bool) -> Callable[..., nn.Module]:
     return partial(ResNet, Design(blocks, (64, 128, 256, 512), (1, 2, 2, 2), bottleneck, imagenet_stem))
 
 
-MODELS: Final = MappingProxyType(
+MODELS: Final[Mapping[str, Callable[..., nn.Module]]] = MappingProxyType(
     {
         "allconv": AllConv,
         "preact": partial(ResNet, Design((6, 6, 6), (16, 32, 64), (2, 2, 1), True, False, end_norms=False)),
@@ -55,5 +55,4 @@ def build_model(
             "a network needs at least one input channel, one class and a positive width; got "
             f"in_channels={in_channels}, num_classes={num_classes}, width={width}."
         )
-    builder: Callable[..., nn.Module] = MODELS[name]
-    return builder(method, in_channels, num_classes, width)
+    return MODELS[name](method, in_channels, num_classes, width)

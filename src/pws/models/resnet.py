@@ -62,7 +62,8 @@ class Block(nn.Module):
         branch = self.convs[0](branch)
         for norm, conv in zip(self.norms[1:], self.convs[1:], strict=True):
             branch = conv(F.relu(norm(branch)))
-        return (stream + branch) * self.scale
+        total: Tensor = stream + branch
+        return total * self.scale
 
 
 class ResNet(nn.Module):

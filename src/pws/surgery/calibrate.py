@@ -103,7 +103,8 @@ def _variance(output: Tensor, per_channel: bool) -> Tensor:
         distributed.all_gather(gathered, moments)
         moments = torch.stack(gathered).sum(0)
     count, total, squares = moments
-    return squares / count - (total / count).square()
+    variance: Tensor = squares / count - (total / count).square()
+    return variance
 
 
 def _check_variance(variance: Tensor, name: str) -> None:

@@ -10,6 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for the run; told by the launcher's environment, before any set-up."""
+    rank: int | None = getattr(rank_zero_only, "rank", None)
+    return not rank
+
+
 class Clock(Callback):
     """Seconds spent in training, validation left out, and the best accuracy; kept over a resume in the checkpoint."""
 

@@ -65,7 +65,9 @@ class TensorImages:
 class FolderImages:
     """Images in files, one folder a class, read when asked for."""
 
-    def __init__(self, folder: Path, prepare: Augment, augment: Augment | None, numbers: list[int] | None = None) -> None:
+    def __init__(
+        self, folder: Path, prepare: Augment, augment: Augment | None, numbers: list[int] | None = None
+    ) -> None:
         self.files, self.prepare, self.augment = _image_folder(folder), prepare, augment
         self.numbers = numbers
 
@@ -169,7 +171,9 @@ def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> 
                 f"{config.name}: {kind.base_folder} is missing or corrupt; looked in {config.root} ({error}). Get it with "
                 f"--data.download true, or put the folder of {kind.filename} there."
             ) from error
-        pixels = [(torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in (train, test)]
+        pixels = [
+            (torch.from_numpy(s.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(s.targets)) for s in (train, test)
+        ]
         return _in_memory(config, seed, pixels[0], pixels[1], train.classes, mean, std, flip=True)
 
     return load
@@ -251,7 +255,9 @@ def _chosen(config: DataConfig, count: int, seed: int) -> list[int] | None:
     if config.train_images is None:
         return None
     if not 1 <= config.train_images <= count:
-        raise PwsError(f"data.train_images must be 1 to {count}, all that {config.name} has; got {config.train_images}.")
+        raise PwsError(
+            f"data.train_images must be 1 to {count}, all that {config.name} has; got {config.train_images}."
+        )
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order[: config.train_images]
 
@@ -269,7 +275,9 @@ def _folder(config: DataConfig, seed: int) -> Splits:
     train, test = FolderImages(root / "train", prepare, augment), FolderImages(root / "val", prepare, None)
     if train.files.classes != test.files.classes:
         odd = sorted(set(train.files.classes) ^ set(test.files.classes))
-        raise PwsError(f"{config.name}: train and val must hold the same class folders; these stand in one only: {odd}.")
+        raise PwsError(
+            f"{config.name}: train and val must hold the same class folders; these stand in one only: {odd}."
+        )
     train.numbers = _chosen(config, len(train.files), seed)
     return Splits(train, test, train.files.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -66,7 +66,9 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a checkpoint's weights, tensors only (`weights_only=True`)."""
     if not path.is_file():
-        raise PwsError(f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch.")
+        raise PwsError(
+            f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch."
+        )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except (RuntimeError, pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, OSError) as error:

@@ -24,7 +24,9 @@ class NonFiniteLossError(ArithmeticError):
     """The loss went to NaN or infinity at `step` (steps done before it); `layer` went first."""
 
     def __init__(self, step: int, layer: str | None, lr: float) -> None:
-        where = f"the output of layer {layer!r} was the first to" if layer else "all layers' outputs were finite, the loss"
+        where = (
+            f"the output of layer {layer!r} was the first to" if layer else "all layers' outputs were finite, the loss"
+        )
         super().__init__(
             f"the loss went non-finite at step {step} (learning rate {lr:g}): {where} overflow. Lower --optim.lr, clip "
             "with --optim.clip_norm, or use --model.method pws."

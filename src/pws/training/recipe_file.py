@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser
+from jsonargparse import SUPPRESS, ArgumentParser
 
 from pws.errors import PwsError, UnknownNameError, nearest
 from pws.training.recipe import Recipe
@@ -19,7 +19,7 @@ from pws.training.recipe import Recipe
 def recipe_parser(prog: str, description: str, epilog: str) -> ArgumentParser:
     """A parser of every setting of a recipe; the command adds its own arguments."""
     parser = ArgumentParser(prog=prog, description=description, epilog=epilog, exit_on_error=False)
-    parser.add_argument("--config", action=ActionConfigFile, help=SUPPRESS)
+    parser.add_argument("--config", action="config", help=SUPPRESS)
     parser.add_class_arguments(Recipe)
     return parser
 
@@ -71,7 +71,9 @@ def shipped_recipes() -> list[Path]:
     for folder in (package / "recipes", package.parents[1] / "recipes"):
         if folder.is_dir():
             return sorted(folder.glob("*.yaml"))
-    raise PwsError(f"the shipped recipes are missing from {package}: the installation is broken, install pws-torch again.")
+    raise PwsError(
+        f"the shipped recipes are missing from {package}: the installation is broken, install pws-torch again."
+    )
 
 
 def _check_keys(path: Path) -> None:
@@ -90,9 +92,8 @@ def _check_keys(path: Path) -> None:
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(cls)
     for field in fields(cls):
-        inner = hints[field.name]
-        if is_dataclass(inner):
-            yield from _keys(inner, f"{prefix}{field.name}.")
+        if is_dataclass(hints[field.name]):
+            yield from _keys(hints[field.name], f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}"
 

@@ -12,19 +12,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from pws.errors import PwsError
 from pws.methods import build_method
 from pws.models import build_model
-from pws.training.callbacks import Clock, EpochLines
+from pws.training.callbacks import Clock, EpochLines, is_first_process
 from pws.training.data import ImageData, check_shares
 from pws.training.datasets import Splits
 from pws.training.module import Classifier, NonFiniteLossError
@@ -77,11 +76,11 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = F
     clock = Clock()
     trainer = _trainer(recipe, folder, clock, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
-    if rank_zero_only.rank == 0:  # from here on there is a folder: everything that bad input can break is behind us
+    if is_first_process():  # from here on there is a folder: everything that bad input can break is behind us
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
     trainer.loggers = [_csv_logger(folder, last), TensorBoardLogger(folder, name="", version="tensorboard")]
-    if not quiet and rank_zero_only.rank == 0:
+    if not quiet and is_first_process():
         print(_headline(recipe, data, model, folder, last), flush=True)
     failure = None
     try:
@@ -113,9 +112,7 @@ def model_for(config: ModelConfig, splits: Splits) -> nn.Module:
     options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma")}
     method = build_method(config.method, **{key: value for key, value in options.items() if value is not None})
     image, _ = splits.test.get([0])
-    model = build_model(
-        config.name, method, in_channels=image.shape[1], num_classes=classes, width=config.width
-    )
+    model = build_model(config.name, method, in_channels=image.shape[1], num_classes=classes, width=config.width)
     try:
         with torch.no_grad():
             model.eval()(image.float())
@@ -139,7 +136,7 @@ def _checkpoint(folder: Path, recipe: Recipe, *, resume: bool) -> str | None:
     """The checkpoint to go on from, after making sure that the folder is free, or that its recipe is this one."""
     last, stored = folder / "checkpoints" / "last.ckpt", folder / "recipe.yaml"
     checkpoint = str(last) if resume and last.is_file() else None
-    if rank_zero_only.rank != 0:  # the run's first process has checked all this before it started the others
+    if not is_first_process():  # the run's first process has checked all this before it started the others
         return checkpoint
     if folder.exists() and not resume:
         raise PwsError(
@@ -199,7 +196,12 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, *, quiet: bool) -> Trai
             enable_model_summary=False,
             default_root_dir=folder,
         )
-    except (ValueError, TypeError, RuntimeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        MisconfigurationException,
+    ) as error:
         raise PwsError(f"Lightning refuses the trainer settings {asdict(config)}: {error}") from error
 
 
@@ -212,9 +214,9 @@ def _csv_logger(folder: Path, resumed: str | None) -> CSVLogger:
         with old.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if int(row["step"]) < step]
     logger = CSVLogger(folder, name="", version="")
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         old.unlink(missing_ok=True)
-        logger.experiment.metrics.extend({k: v for k, v in row.items() if v != ""} for row in kept)  # type: ignore[misc]
+        logger.experiment.metrics.extend({k: v for k, v in row.items() if v != ""} for row in kept)
     return logger
 
 

@@ -1,0 +1,46 @@
+# `make demo` and `make test` need python3 (3.11 or newer for the lock), its venv module and make; the rest is installed here.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check install lint types docs wheel lock
+
+install: .venv/installed
+
+.venv/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+demo: install
+	$(BIN)/pws demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
+
+# The wheel in an empty environment, with nothing but its one dependency at the lock's version.
+wheel: install
+	rm -rf dist build/wheel-env
+	$(BIN)/python -m build --wheel --outdir dist . > build.log 2>&1 || (cat build.log; exit 1)
+	rm build.log
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/pip install --quiet --disable-pip-version-check --constraint requirements.lock dist/*.whl
+	cd build && wheel-env/bin/python -c "import pws, torch; print(pws.__file__, pws.Conv2d(3, 8, 3)(torch.ones(1, 3, 5, 5)).shape)"
+	cd build && wheel-env/bin/pws --help > /dev/null
+
+check: lint types test docs wheel
+
+# Resolve the newest versions of everything again; needs `pip install uv`.
+lock:
+	uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --no-header --no-emit-package pws-torch \
+		--constraint constraints.txt pyproject.toml --output-file requirements.lock
