@@ -22,6 +22,7 @@ class Clock(Callback):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.best_accuracy = 0.0
+        self.validated_step = -1
         self._started = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -33,7 +34,8 @@ class Clock(Callback):
         self.stop()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Keep the best accuracy."""
+        """Keep the best accuracy, and when it was looked at last."""
+        self.validated_step = trainer.global_step
         self.best_accuracy = max(self.best_accuracy, float(trainer.callback_metrics.get("val_accuracy", 0.0)))
 
     def stop(self) -> None:
@@ -63,6 +65,8 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print the epoch's line."""
         metrics = trainer.callback_metrics
+        if self.clock.validated_step != trainer.global_step:  # max_steps ended the epoch before its validation
+            return
         print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
             f"loss {float(metrics['train_loss_epoch']):.4f}  test loss {float(metrics['val_loss']):.4f}  "

@@ -65,7 +65,12 @@ class Classifier(LightningModule):
         if self.calibration == "no" or self.trainer.ckpt_path is not None:
             return
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        batches = list(islice(iter(loader), self.trainer.accumulate_grad_batches))
+        precision = self.trainer.precision_plugin
+        batches = [precision.convert_input(b) for b in islice(iter(loader), self.trainer.accumulate_grad_batches)]
+        with precision.forward_context():
+            self._calibrate(batches)
+
+    def _calibrate(self, batches: list[Any]) -> None:
         if self.calibration == "all":
             calibrate(self.model, batches)
             return

@@ -7,6 +7,7 @@ import json
 import platform
 import resource
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,7 +89,10 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = F
     except NonFiniteLossError as error:
         failure = error
     clock.stop()
-    summary = _summary(trainer, module, clock, recipe, failure)
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    if failure is None and clock.validated_step != trainer.global_step:  # max_steps ended an epoch before its validation
+        metrics.update(trainer.validate(module, datamodule=data, verbose=False)[0])
+    summary = _summary(trainer, module, clock, recipe, metrics, failure)
     if trainer.is_global_zero:
         (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     if failure is not None:
@@ -167,6 +171,7 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, *, quiet: bool) -> Trai
         monitor="val_accuracy",
         mode="max",
         save_last=True,
+        save_on_train_epoch_end=True,  # behind the validation: a checkpoint is the end of a whole epoch
         enable_version_counter=False,
     )
     callbacks: list[Callback] = [clock, checkpoint]
@@ -216,7 +221,10 @@ def _csv_logger(folder: Path, resumed: str | None) -> CSVLogger:
     logger = CSVLogger(folder, name="", version="")
     if is_first_process():
         old.unlink(missing_ok=True)
-        logger.experiment.metrics.extend({k: v for k, v in row.items() if v != ""} for row in kept)
+        with warnings.catch_warnings():  # it warns of deleting what is in the folder; there is no metrics.csv any more
+            warnings.simplefilter("ignore")
+            writer = logger.experiment
+        writer.metrics.extend({k: v for k, v in row.items() if v != ""} for row in kept)
     return logger
 
 
@@ -230,9 +238,13 @@ def _headline(recipe: Recipe, data: ImageData, model: nn.Module, folder: Path, l
 
 
 def _summary(
-    trainer: Trainer, module: Classifier, clock: Clock, recipe: Recipe, failure: NonFiniteLossError | None
+    trainer: Trainer,
+    module: Classifier,
+    clock: Clock,
+    recipe: Recipe,
+    metrics: dict[str, float],
+    failure: NonFiniteLossError | None,
 ) -> Summary:
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     steps, on_gpu = trainer.global_step, module.device.type == "cuda"
     # ru_maxrss is in KiB on Linux.
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,51 @@
+"""Every shipped recipe is loaded and trained for a step, on small images in place of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pws.training import load_recipe, shipped_recipes, train
+from pws.training.datasets import DATASETS
+from small_data import write_folder, write_npz
+
+SMALL = ("--model.width=0.125", "--data.batch_size=4", "--data.workers=0", "--trainer.max_steps=1", "--trainer.epochs=1")
+PUBLISHED = {"allconv": 2, "preact": 2, "cifar-resnet34": 3, "resnet50": 3}
+
+
+def recipes() -> list[Path]:
+    return shipped_recipes()
+
+
+def test_all_are_here() -> None:
+    names = [load_recipe(path).model.name for path in recipes()]
+    assert len(names) == 12
+    fashion = [path for path in recipes() if path.stem.startswith("fashion-mnist")]
+    assert len(fashion) == 2
+    for name, count in PUBLISHED.items():
+        assert names.count(name) == count + (2 if name == "allconv" else 0)
+
+
+@pytest.mark.parametrize("path", recipes(), ids=lambda path: path.stem)
+def test_one_step(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.data.name in DATASETS
+    if recipe.data.name == "imagenet":
+        write_folder(tmp_path / "data", classes=3, images=3, side=70)
+        flags = [f"--data.root={tmp_path / 'data'}", "--model.num_classes=3", "--data.image_size=64"]
+    else:
+        channels, side = (1, 28) if recipe.data.name == "fashion-mnist" else (3, 32)
+        write_npz(tmp_path / "data.npz", channels=channels, side=side)
+        flags = ["--data.name=npz", f"--data.root={tmp_path / 'data.npz'}"]
+    summary = train(load_recipe(path, *SMALL, *flags), tmp_path / "run", quiet=True)
+    assert (summary.status, summary.steps) == ("finished", 1)
+
+
+def test_published_settings() -> None:
+    resnet50 = load_recipe("imagenet-resnet50-pws")
+    assert (resnet50.optim.lr, resnet50.data.batch_size, resnet50.optim.weight_decay) == (0.025, 64, 1e-4)
+    assert (resnet50.model.gamma, resnet50.model.calibrate) == (1e-4, "initalpha")
+    assert resnet50.model.gain == pytest.approx(2**0.5, abs=1e-12)
+    allconv = load_recipe("cifar10-allconv-pws")
+    assert (allconv.optim.lr, allconv.optim.weight_decay, allconv.trainer.epochs) == (0.1, 5e-4, 200)
+    assert (allconv.optim.schedule, allconv.optim.milestones) == ("step", [100, 150, 180])

@@ -1,0 +1,189 @@
+"""Runs: what they leave behind, how they resume, end, and divide the work."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pws.errors import PwsError
+from pws.training import Recipe, load_recipe, train
+from pws.training.module import NonFiniteLossError
+from torch import Tensor
+
+TINY = (
+    *("--data.name=digits", "--data.image_size=12", "--data.train_images=128", "--data.batch_size=32"),
+    *("--model.width=0.08", "--trainer.accelerator=cpu", "--trainer.devices=1"),
+)
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def tiny(*flags: str) -> Recipe:
+    return load_recipe("fashion-mnist-allconv-pws", *TINY, *flags)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    return state
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "pws", "train", "fashion-mnist-allconv-pws", *TINY, *flags),
+        *(f"--runs={folder.parent}", f"--name={folder.name}"),
+    ]
+
+
+def run_command(folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    # The timeout is for a hang, as when one of two processes waits for the other for ever.
+    run = subprocess.run(command(folder, *flags), capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    assert run.returncode == code, run.stderr
+    return run
+
+
+def test_a_run_leaves_everything(tmp_path: Path) -> None:
+    recipe = tiny("--trainer.epochs=3")
+    summary = train(recipe, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert stored["accuracy"] == summary.accuracy
+    assert stored["best_accuracy"] >= stored["accuracy"]
+    assert (stored["status"], stored["steps"], stored["epochs"]) == ("finished", 12, 3)
+    assert stored["first_non_finite_step"] is None
+    assert stored["train_seconds"] > 0
+    assert stored["images_per_second"] == pytest.approx(12 * 32 / stored["train_seconds"], rel=0.01)
+    assert stored["peak_memory_mb"] > 100
+    assert stored["versions"]["torch"] == torch.__version__.split("+")[0]
+    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert (resolved["model"]["width"], resolved["optim"]["momentum"]) == (0.08, 0.9)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [float(r["val_accuracy"]) for r in rows if r["val_accuracy"]][-1] == pytest.approx(summary.accuracy)
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
+    train(tiny("--trainer.epochs=1", "--optim.lr=0.05"), tmp_path / "first", quiet=True)
+    train(load_recipe(tmp_path / "first" / "recipe.yaml"), tmp_path / "second", quiet=True)
+    assert_equal(weights(tmp_path / "second"), weights(tmp_path / "first"), 0.0)
+
+
+def test_kill_and_resume(tmp_path: Path) -> None:
+    flags = ("--trainer.epochs=40", "--data.augment=true", "--optim.schedule=cosine")
+    run_command(tmp_path / "whole", *flags)
+    process = subprocess.Popen(
+        command(tmp_path / "killed", *flags), stdout=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    resumed = run_command(tmp_path / "killed", *flags, "--resume").stdout
+    assert "resuming" in resumed
+    assert "epoch 1/" not in resumed
+    assert_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"), 0.0)
+    metrics = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("killed", "whole")]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), [("--optim.lr=0.3", "optim differs"), ("--seed=5", "seed differs")]
+)
+def test_resume_with_another_recipe(tmp_path: Path, changed: str, message: str) -> None:
+    train(tiny("--trainer.epochs=1"), tmp_path / "run", quiet=True)
+    with pytest.raises(PwsError, match=message):
+        train(tiny("--trainer.epochs=1", changed), tmp_path / "run", resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("method", ["pws", "none"])
+def test_two_processes_train_as_one(tmp_path: Path, method: str) -> None:
+    # float64, so that the order of sums does not hide a difference in what is summed.
+    flags = ("--trainer.epochs=2", "--trainer.precision=64-true", "--data.augment=true", f"--model.method={method}")
+    flags = (*flags, "--model.calibrate=all") if method == "pws" else flags
+    one = train(tiny(*flags), tmp_path / "one", quiet=True)
+    run_command(tmp_path / "two", *flags, "--trainer.devices=2")
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-9)
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert (two["steps"], two["accuracy"]) == (one.steps, one.accuracy)
+    assert two["test_loss"] == pytest.approx(one.test_loss, rel=1e-6)
+    assert two["train_loss"] == pytest.approx(one.train_loss, rel=1e-6)
+
+
+def test_accumulated_parts_train_as_one_batch(tmp_path: Path) -> None:
+    flags = ("--trainer.epochs=2", "--trainer.precision=64-true")
+    train(tiny(*flags), tmp_path / "whole", quiet=True)
+    summary = train(tiny(*flags, "--trainer.accumulate=4"), tmp_path / "parts", quiet=True)
+    assert summary.steps == 8
+    assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"), 1e-9)
+
+
+def test_calibration_runs_once_and_not_on_resume(tmp_path: Path) -> None:
+    base = ("--trainer.epochs=1", "--optim.lr=0", "--model.calibrate=all")
+    train(tiny(*base), tmp_path / "run", quiet=True)
+    alpha = {key: value for key, value in weights(tmp_path / "run").items() if key.endswith("alpha")}
+    assert alpha
+    assert all((value != 1).all() for value in alpha.values())
+    (tmp_path / "run" / "summary.json").unlink()
+    train(tiny(*base[1:], "--trainer.epochs=2"), tmp_path / "run", resume=True, quiet=True)
+    resumed = weights(tmp_path / "run")
+    for key, value in alpha.items():
+        assert torch.equal(resumed[key], value)
+
+
+def test_non_finite_loss_names_step_and_layer(tmp_path: Path) -> None:
+    recipe = tiny("--model.method=none", "--optim.lr=1e6", "--optim.clip_norm=null")
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(recipe, tmp_path / "run", quiet=True)
+    assert caught.value.layer is not None
+    assert caught.value.layer.startswith("features.")
+    stored = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert stored["status"] == "non-finite"
+    assert stored["first_non_finite_step"] == caught.value.step
+    assert 1 <= caught.value.step <= 4
+    assert stored["accuracy"] is None
+
+
+def test_early_stop(tmp_path: Path) -> None:
+    summary = train(tiny("--optim.lr=0", "--trainer.epochs=9", "--trainer.early_stop=2"), tmp_path / "run", quiet=True)
+    assert summary.epochs == 3
+
+
+def test_learning_rate_and_clipping_reach_the_optimizer(tmp_path: Path) -> None:
+    start = train(tiny("--optim.lr=0", "--trainer.epochs=1", "--trainer.max_steps=1"), tmp_path / "a", quiet=True)
+    train(tiny("--optim.lr=0.1", "--trainer.epochs=1", "--trainer.max_steps=1"), tmp_path / "b", quiet=True)
+    assert start.steps == 1
+    assert start.accuracy is not None
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    squares = sum(float((first[key] - second[key]).double().square().sum()) for key in first)
+    # One SGD step of a gradient clipped to norm 1, and 5e-4 times weights of a norm below 40, which Lightning adds later.
+    assert 0.05 < math.sqrt(squares) < 0.1 * (1 + 5e-4 * 40)
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    summary = train(tiny("--trainer.precision=bf16-mixed", "--trainer.epochs=1"), tmp_path / "run", quiet=True)
+    assert summary.status == "finished"
+    assert all(value.dtype == torch.float32 for key, value in weights(tmp_path / "run").items() if "model" in key)
+
+
+def test_two_processes_end_together_when_one_overflows(tmp_path: Path) -> None:
+    flags = ("--model.method=none", "--optim.lr=1e6", "--optim.clip_norm=null", "--trainer.devices=2")
+    run = run_command(tmp_path / "run", *flags, code=3)
+    assert run.stderr.count("non-finite at step") == 1
