@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from reference import RELU_GAIN
 from scipy.integrate import fixed_quad
 from tolerances import assert_close
-from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import pws
+from pws import gain
 from pws.gain import ACTIVATIONS
 
 KINKS = (-12.0, -6.0, -3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0, 12.0)
@@ -76,11 +78,11 @@ def test_activations_are_all_elementwise_ones_of_torch() -> None:
     assert {name.replace("_", "") for name in ACTIVATIONS} == modules - take_more
 
 
-def transmission(gain: float, activation: str, depth: int = 8) -> float:
+def transmission(number: float, activation: str, depth: int = 8) -> float:
     """The mean factor on the variance a layer, `depth` standardized layers behind `activation` each."""
     signal = torch.randn(512, 512)
     for _ in range(depth):
-        kernel = pws.standardize(torch.randn(512, 512) + 0.5, gain=gain, gamma=0.0)
+        kernel = pws.standardize(torch.randn(512, 512) + 0.5, gain=number, gamma=0.0)
         signal = F.linear(getattr(F, activation)(signal), kernel)
     return float(signal.var()) ** (1 / depth)
 
@@ -103,25 +105,29 @@ def test_unknown_names_are_refused(name: str) -> None:
     assert "relu" in str(caught.value)
 
 
-def test_a_gain_does_not_depend_on_the_state_of_torch() -> None:
-    """The first call for a name may come while a model is built on another device or in another default dtype."""
-    from pws import gain
-
-    gain._quadrature.cache_clear()
-    with torch.device("meta"):
-        assert pws.variance_preserving_gain("relu") == pytest.approx(RELU_GAIN, rel=1e-9)
-    gain._quadrature.cache_clear()
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert pws.variance_preserving_gain("relu") == pytest.approx(RELU_GAIN, rel=1e-9)
+@pytest.fixture
+def _first_use() -> None:
+    """As in a process that has asked for no gain yet."""
+    for function in vars(gain).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
+@pytest.mark.usefixtures("_first_use")
+@pytest.mark.parametrize(
+    "state",
+    [torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)],
+    ids=["meta device", "inference mode", "autocast"],
+)
+def test_a_gain_does_not_depend_on_the_state_of_torch(state: Any) -> None:
+    """The first call for a name may come while a model is built on another device or in another precision."""
+    with state:
+        number = pws.variance_preserving_gain("relu")
+    assert_close(number, RELU_GAIN, "quadrature")
+
+
+@pytest.mark.usefixtures("_first_use")
 def test_a_layer_builds_under_fake_tensors() -> None:
     """Memory planners build models so; the first gain of the process is then asked for under fake tensors."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from pws import gain
-
-    gain._quadrature.cache_clear()
     with FakeTensorMode():
-        layer: Tensor = pws.Linear(4, 3).weight
-    assert layer.shape == (3, 4)
+        assert pws.Linear(4, 3).weight.shape == (3, 4)

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pws.training import load_recipe, shipped_recipes, train
-from pws.training.datasets import DATASETS
 from small_data import write_folder, write_npz
 
-SMALL = ("--model.width=0.125", "--data.batch_size=4", "--data.workers=0", "--trainer.max_steps=1", "--trainer.epochs=1")
+from pws.training import load_recipe, shipped_recipes, train
+from pws.training.datasets import DATASETS
+
+SMALL = (
+    "--model.width=0.125",
+    "--data.batch_size=4",
+    "--data.workers=0",
+    "--trainer.max_steps=1",
+    "--trainer.epochs=1",
+)
 PUBLISHED = {"allconv": 2, "preact": 2, "cifar-resnet34": 3, "resnet50": 3}
 
 

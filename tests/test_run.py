@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import Tensor
+
 from pws.errors import PwsError
 from pws.training import Recipe, load_recipe, train
 from pws.training.module import NonFiniteLossError
-from torch import Tensor
 
 TINY = (
     *("--data.name=digits", "--data.image_size=12", "--data.train_images=128", "--data.batch_size=32"),
@@ -40,7 +41,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            found[key], value, rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 def command(folder: Path, *flags: str) -> list[str]:
@@ -86,9 +89,7 @@ def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
 def test_kill_and_resume(tmp_path: Path) -> None:
     flags = ("--trainer.epochs=40", "--data.augment=true", "--optim.schedule=cosine")
     run_command(tmp_path / "whole", *flags)
-    process = subprocess.Popen(
-        command(tmp_path / "killed", *flags), stdout=subprocess.PIPE, text=True, env=ONE_THREAD
-    )
+    process = subprocess.Popen(command(tmp_path / "killed", *flags), stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("epoch 3/"):
@@ -104,9 +105,7 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"), [("--optim.lr=0.3", "optim differs"), ("--seed=5", "seed differs")]
-)
+@pytest.mark.parametrize(("changed", "message"), [("--optim.lr=0.3", "optim differs"), ("--seed=5", "seed differs")])
 def test_resume_with_another_recipe(tmp_path: Path, changed: str, message: str) -> None:
     train(tiny("--trainer.epochs=1"), tmp_path / "run", quiet=True)
     with pytest.raises(PwsError, match=message):

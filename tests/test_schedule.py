@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
+
 from pws.training.recipe import OptimConfig
 from pws.training.schedule import lr_factor
-from torch.optim import lr_scheduler
 
 STEPS, PER_EPOCH = 24, 4
 

@@ -46,7 +46,7 @@ def standardize(
 
     Raises:
         ShapeError: a filter has fewer than two entries, or alpha does not hold one number a filter.
-        PwsError: gamma is negative, or gain is not positive.
+        PwsError: gamma is negative, gain is not positive, or the weight is of integers.
 
     >>> kernel = standardize(torch.tensor([[1.0, 3.0], [5.0, 4.0]]), gain=2**0.5, gamma=0.0)
     >>> kernel.round(decimals=4)
@@ -54,6 +54,10 @@ def standardize(
             [ 1., -1.]])
     """
     fan_in = check_fan_in(weight)
+    if not weight.is_floating_point():
+        raise PwsError(
+            f"Only floating-point weights have a standardized kernel; got {weight.dtype}. Convert with .float()."
+        )
     if alpha is not None and alpha.shape != weight.shape[:1]:
         raise ShapeError(
             f"alpha holds one scale a filter, shape ({weight.shape[0]},) for a weight of shape {tuple(weight.shape)}; "

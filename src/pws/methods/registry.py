@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import gcd
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -63,7 +62,8 @@ def _bn() -> Method:
 
 def _group_norm(channels: int) -> nn.Module:
     # 32 groups as published; a group of a single channel would be Instance Norm, so narrow layers get fewer.
-    return nn.GroupNorm(gcd(32, max(1, channels // 2)), channels)
+    groups = [g for g in range(1, 33) if channels % g == 0 and g <= max(1, channels // 2)]
+    return nn.GroupNorm(groups[-1], channels)
 
 
 def _gn() -> Method:

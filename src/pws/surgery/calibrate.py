@@ -69,27 +69,29 @@ def calibrate(
     names = {m: n for n, m in model.named_modules() if isinstance(m, StandardizedLayer) and (not only or only(n, m))}
     done: dict[nn.Module, Calibrated] = {}
 
-    def scale(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
+    def scale(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, StandardizedLayer)
         if layer in done:
             return output
         channel_last = output.movedim(1 - layer.weight.dim(), -1)
         centred = channel_last if layer.bias is None else channel_last - layer.bias
         variance = _variance(centred, per_channel)
-        _check_variance(variance, names[layer])
+        _check_variance(variance, _rounding(layer, inputs[0]), names[layer])
         factor = (target / variance).sqrt()
         done[layer] = Calibrated(names[layer], float(variance.mean()), float(factor.mean()))
         layer.alpha.mul_(factor)
         scaled = centred * factor.to(centred.dtype)
         return (scaled if layer.bias is None else scaled + layer.bias).movedim(-1, 1 - layer.weight.dim())
 
-    with _alpha_restored_on_error(list(names)), _eval_mode(model), _hooks(list(names), scale):
-        model(_join(model, batches))
-        if not done:
-            raise PwsError(
-                f"calibrate found no pws layer that ran in {type(model).__name__}. Build the model with pws.Conv2d and "
-                "its kin, or check the `only` argument."
-            )
+    if names:
+        images = _join(batches).to(next(iter(names)).weight.device)
+        with _alpha_restored_on_error(list(names)), _eval_mode(model), _hooks(list(names), scale):
+            model(images)
+    if not done:
+        raise PwsError(
+            f"calibrate found no pws layer that ran in {type(model).__name__}. Build the model with "
+            "pws.Conv2d and its kin, or check the `only` argument."
+        )
     return list(done.values())
 
 
@@ -107,8 +109,14 @@ def _variance(output: Tensor, per_channel: bool) -> Tensor:
     return variance
 
 
-def _check_variance(variance: Tensor, name: str) -> None:
-    if not (torch.isfinite(variance).all() and (variance > 0).all()):
+def _rounding(layer: StandardizedLayer, inputs: Tensor) -> float:
+    """An output variance that rounding alone can make: a zero-mean kernel answers a constant input with such noise."""
+    scale = layer.kernel().double().square().sum() / layer.alpha.numel() * inputs.double().square().mean()
+    return float(scale) * (16 * torch.finfo(inputs.dtype).eps) ** 2
+
+
+def _check_variance(variance: Tensor, rounding: float, name: str) -> None:
+    if not (torch.isfinite(variance).all() and (variance > rounding).all()):
         raise PwsError(
             f"calibrate needs an output that varies; layer {name!r} has variance {variance.min():g} (smallest channel). "
             "A constant or non-finite input, dead activations in front of it, or alpha = 0 do this: check the batch and "
@@ -116,14 +124,20 @@ def _check_variance(variance: Tensor, name: str) -> None:
         )
 
 
-def _join(model: nn.Module, batches: Tensor | Iterable[Batch]) -> Tensor:
-    parts = [batches] if isinstance(batches, Tensor) else [b if isinstance(b, Tensor) else b[0] for b in batches]
-    if not parts or not all(isinstance(part, Tensor) for part in parts):
+def _join(batches: Tensor | Iterable[Batch]) -> Tensor:
+    parts = (
+        [batches]
+        if isinstance(batches, Tensor)
+        else [b[0] if isinstance(b, tuple | list) and b else b for b in batches]
+    )
+    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    samples = [part for part in parts if isinstance(part, Tensor) and part.numel()]
+    if not parts or len(samples) < len(parts) or len({part.shape[1:] for part in samples}) > 1:
         raise PwsError(
-            "calibrate needs at least one batch: an input tensor, or tuples that start with one; got "
-            f"{[type(part).__name__ for part in parts] or 'none'}."
+            "calibrate needs at least one batch, of input tensors that can be joined, or of tuples that start with one; "
+            f"got {shapes or 'none'}. Put a single (images, labels) batch into a list."
         )
-    return torch.cat(parts).to(next(model.parameters()).device)
+    return torch.cat(samples)
 
 
 @contextmanager

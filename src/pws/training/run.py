@@ -90,7 +90,9 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = F
         failure = error
     clock.stop()
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    if failure is None and clock.validated_step != trainer.global_step:  # max_steps ended an epoch before its validation
+    if (
+        failure is None and clock.validated_step != trainer.global_step
+    ):  # max_steps ended an epoch before its validation
         metrics.update(trainer.validate(module, datamodule=data, verbose=False)[0])
     summary = _summary(trainer, module, clock, recipe, metrics, failure)
     if trainer.is_global_zero:
