@@ -38,7 +38,8 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
             parts = [self._augmented(epoch, number) for number in numbers]
             pixels, labels = torch.cat([p for p, _ in parts]), torch.cat([label for _, label in parts])
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return (scaled - self.mean) / self.std, labels
+        normalized = (scaled - self.mean) / self.std
+        return normalized.contiguous(memory_format=torch.channels_last), labels
 
     def _augmented(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         assert self.images.augment is not None

@@ -124,10 +124,10 @@ class Classifier(LightningModule):
             self.model, lr=optim.lr, weight_decay=optim.weight_decay, scale_lr_factor=optim.scale_lr_factor
         )
         sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov)
-        assert self.trainer.max_epochs is not None
+        steps = int(self.trainer.estimated_stepping_batches)
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         steps_per_epoch = len(loader) // self.trainer.accumulate_grad_batches
-        factor = lr_factor(optim, steps_per_epoch * self.trainer.max_epochs, steps_per_epoch)
+        factor = lr_factor(optim, steps, steps_per_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(sgd, factor)
         return {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

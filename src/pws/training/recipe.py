@@ -94,7 +94,7 @@ class TrainerConfig:
 
     Args:
         epochs: epochs to train.
-        max_steps: stop after this many steps of the optimizer; the schedule still counts epochs.
+        max_steps: end after this many steps of the optimizer if that is earlier; the schedule ends there too.
         accelerator: auto, cpu, gpu.
         devices: how many devices of a node, or auto.
         num_nodes: machines.
