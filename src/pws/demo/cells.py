@@ -1,0 +1,142 @@
+"""The cells of the demonstration: a method at a learning rate, trained by the same code as `pws train`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+
+from pws.training.data import ImageData
+from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
+from pws.training.run import model_for
+
+METHOD_ORDER: Final = ("none", "wn", "gn", "bn", "pws")
+LEARNING_RATES: Final = {"small": 0.01, "large": 0.3, "very large": 1.0}
+CONTROL: Final = "none, step bounded"
+"""The row that shows what bounding the step does by itself."""
+
+STEP_BOUND: Final = 0.1
+"""The gradient of PWS is clipped to norm STEP_BOUND / lr, so that a step is at most this long (docs/training.md)."""
+CHANCE: Final = 0.2
+"""Below this accuracy a network of ten classes has learnt nothing."""
+GUESSING_LOSS: Final = 0.95 * math.log(10)
+"""Cross-entropy of about a uniform guess among ten classes."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at a learning rate."""
+
+    row: str
+    method: str
+    lr: float
+    bounded: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a cell ended."""
+
+    accuracy: float | None
+    """On the test images, in [0, 1]; None if the loss went non-finite."""
+    collapse_step: int | None = None
+    """Where the loss went non-finite, or from where on it stayed at that of a guess; None if the network trained."""
+    non_finite_layer: str | None = None
+    variances: tuple[float, ...] = ()
+    """Variance of the logits of each step's batch, as long as the loss was finite."""
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the loss went non-finite or the network learnt nothing."""
+        return self.accuracy is None or self.accuracy < CHANCE
+
+    def __str__(self) -> str:
+        if self.accuracy is None:
+            return f"NaN at step {self.collapse_step}"
+        if self.collapsed:
+            return f"guessing from step {self.collapse_step}"
+        return f"{100 * self.accuracy:.1f} %"
+
+
+def all_cells() -> list[Cell]:
+    """Every method at every learning rate, then the control."""
+    rows = [(name, name, name == "pws") for name in METHOD_ORDER] + [(CONTROL, "none", True)]
+    return [Cell(row, method, lr, bounded) for row, method, bounded in rows for lr in LEARNING_RATES.values()]
+
+
+def recipe_of(cell: Cell, epochs: int = 5) -> Recipe:
+    """The digits at 16 x 16, the 9-convolution network at a third of its width, batch 64."""
+    return Recipe(
+        model=ModelConfig(name="allconv", method=cell.method, width=1 / 3),
+        data=DataConfig(name="digits", image_size=16, batch_size=64),
+        optim=OptimConfig(lr=cell.lr, schedule="linear", clip_norm=STEP_BOUND / cell.lr if cell.bounded else None),
+        trainer=TrainerConfig(epochs=epochs, accelerator="cpu", devices=1),
+    )
+
+
+def prepare(recipe: Recipe) -> tuple[ImageData, Classifier]:
+    """Data and network of a recipe, the same on every call."""
+    data = ImageData(recipe.data, recipe.seed)
+    seed_everything(recipe.seed, workers=True, verbose=False)
+    return data, Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
+
+
+def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> Outcome:
+    """Train a cell; `progress(steps_done, steps)` is called after every step."""
+    recipe = recipe_of(cell, epochs)
+    data, module = prepare(recipe)
+    watch = _Watch(progress)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
+        gradient_clip_val=recipe.optim.clip_norm,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    try:
+        trainer.fit(module, datamodule=data)
+    except NonFiniteLossError as error:
+        return Outcome(None, error.step, error.layer, watch.finite_variances())
+    accuracy = float(trainer.callback_metrics["val_accuracy"])
+    return Outcome(accuracy, watch.guessing_from() if accuracy < CHANCE else None, variances=watch.finite_variances())
+
+
+class _Watch(Callback):
+    """Reports progress, keeps the losses and the variance of the logits."""
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self.progress = progress
+        self.losses: list[float] = []
+        self.variances: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        def keep(layer: nn.Module, _: object, logits: Tensor) -> None:
+            if layer.training:
+                self.variances.append(float(logits.detach().double().var()))
+
+        module.model.register_forward_hook(keep)  # type: ignore[union-attr]
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: object) -> None:
+        self.losses.append(float(outputs["loss"]))
+        self.progress(trainer.global_step, int(trainer.estimated_stepping_batches))
+
+    def finite_variances(self) -> tuple[float, ...]:
+        """The variance of the logits in every step that ended with a finite loss."""
+        return tuple(self.variances[: len(self.losses)])
+
+    def guessing_from(self) -> int:
+        """The step from which on every loss was that of a guess, or worse."""
+        better = [step for step, loss in enumerate(self.losses) if loss < GUESSING_LOSS]
+        return better[-1] + 1 if better else 0
