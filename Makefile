@@ -7,6 +7,9 @@ BIN := .venv/bin
 install: .venv/installed
 
 .venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c "import sys, venv; sys.exit(None if sys.version_info >= (3, 11) else \
+		f'make needs Python 3.11 or newer (the lock pins torch 2.15), this is {sys.version.split()[0]}: make PYTHON=python3.12')"
+	@echo "installing the lock into .venv (5.5 GB, a few minutes, once)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
