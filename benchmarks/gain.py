@@ -47,7 +47,10 @@ def run_cell(flags: tuple[str, ...], lr: float, seed: int) -> dict[str, Any]:
 
 def markdown(cells: dict[str, Any]) -> str:
     """The table of the documentation: means over the seeds."""
-    lines = ["| | " + " | ".join(f"LR {lr:g}" for lr in LEARNING_RATES) + " |", "| --- |" + " ---: |" * len(LEARNING_RATES)]
+    lines = [
+        "| | " + " | ".join(f"LR {lr:g}" for lr in LEARNING_RATES) + " |",
+        "| --- |" + " ---: |" * len(LEARNING_RATES),
+    ]
     for row in ROWS:
         found = [[cells[f"{row} | {lr:g} | {seed}"] for seed in SEEDS] for lr in LEARNING_RATES]
         lines.append(f"| {row} | " + " | ".join(_text(outcomes) for outcomes in found) + " |")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,13 +52,24 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--model.gain=rellu"], "unknown activation 'rellu'; did you mean relu"),
         (["--model.method=bn", "--model.gain=1.0"], "the method bn has no option 'gain'"),
         (["--model.gamma=-1"], "gamma is added to a variance"),
-        (["--model.width=0"], "positive width"),
+        (["--model.width=0"], "model.width must be positive"),
         (["--model.num_classes=7"], "the data's number of classes; got 7, the data has 10"),
         (["--data.image_size=8"], "can't take images of 8 x 8"),
         (["--data.batch_size=65"], "at most the number of training images, 64; got 65"),
         (["--data.batch_size=32", "--trainer.accumulate=5"], "divisible"),
         (["--data.train_images=5000"], "1 to 1437"),
         (["--trainer.precision=17"], "Lightning refuses"),
+        (["--optim.lr=-1"], "optim.lr must be at least 0; got -1"),
+        (["--optim.lr=.inf"], "optim.lr must be at least 0; got inf"),
+        (["--optim.momentum=1"], "optim.momentum must be at least 0 and below 1"),
+        (["--optim.clip_norm=0"], "optim.clip_norm must be positive"),
+        (["--optim.schedule=step"], "needs optim.milestones"),
+        (["--trainer.epochs=0"], "trainer.epochs must be at least 1"),
+        (["--data.workers=-1"], "data.workers must be at least 0"),
+        (["--model.calibrate=initalpha"], "defined by residual blocks"),
+        (["--model.method=bn", "--model.calibrate=all"], "the method bn has none"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy must be auto or ddp"),
+        (["--name=.."], "name is a folder's name"),
         (["--name=a/b"], "name is a folder's name"),
         (["--resume"], "does not exist"),
     ],
@@ -82,6 +94,12 @@ def test_bad_recipe_file(content: str, message: str, tmp_path: Path, capsys: pyt
     (tmp_path / "mine.yaml").write_text(content)
     assert message in fail(capsys, "train", str(tmp_path / "mine.yaml"), f"--runs={tmp_path / 'runs'}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "cannot make the run folder" in fail(capsys, *TRAIN, f"--runs={tmp_path / 'file'}")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_misspelt_recipe_and_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,8 +130,71 @@ def test_corrupt_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     write_folder(tmp_path / "data", classes=2, images=2, side=40)
     broken = tmp_path / "data" / "val" / "class0" / "0.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    error = fail(capsys, *TRAIN, "--data.name=folder", f"--data.root={tmp_path / 'data'}", "--data.train_images=null")
-    assert str(broken) in error
+    flags = ("--data.name=folder", f"--data.root={tmp_path / 'data'}", "--data.train_images=null")
+    assert str(broken) in fail(capsys, *TRAIN, *flags, f"--runs={tmp_path / 'runs'}")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_training_image(tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "data", classes=2, images=4, side=40)
+    broken = tmp_path / "data" / "train" / "class1" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    flags = (
+        "--data.name=folder",
+        f"--data.root={tmp_path / 'data'}",
+        "--data.train_images=null",
+        "--data.batch_size=8",
+    )
+    assert main([*TRAIN, *flags, f"--data.workers={workers}", f"--runs={tmp_path / 'runs'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pws: cannot read the image {broken}")
+    assert error.count("\n") == 1
+    assert not any((tmp_path / "runs").iterdir()), "the folder of a run that never began blocks the next try"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_images": np.zeros((20, 16, 16, 3), np.uint8)}, "must be of one shape"),
+        ({"train_labels": np.array(["a"] * 20)}, "cannot read"),
+        ({"train_labels": np.zeros(20, int), "test_labels": np.zeros(20, int)}, "at least two classes"),
+        ({"train_labels": np.zeros(7, int)}, "as many labels"),
+    ],
+    ids=["channels", "strings", "one class", "count"],
+)
+def test_bad_arrays(
+    changes: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_npz(tmp_path / "data.npz")
+    with np.load(tmp_path / "data.npz") as file:
+        np.savez(tmp_path / "data.npz", **{**dict(file), **changes})
+    flags = ("--data.name=npz", f"--data.root={tmp_path / 'data.npz'}", "--data.train_images=null")
+    assert message in fail(capsys, *TRAIN, *flags, f"--runs={tmp_path / 'runs'}")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("checkpoints/last.ckpt", b"cut off", "is not a checkpoint"),
+        ("recipe.yaml", b"", "holds no recipe"),
+        ("recipe.yaml", b"model: [", "cannot read"),
+        ("summary.json", b"{", "cannot read"),
+    ],
+)
+def test_resume_from_a_damaged_folder(
+    file: str, content: bytes, message: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / file).write_bytes(content)
+    error = fail(capsys, *TRAIN, f"--runs={tmp_path}", "--name=run", "--resume")
+    assert message in error
+    assert (tmp_path / "run" / file).read_bytes() == content
+
+
+def test_resume_in_the_given_folder(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is finished" in fail(capsys, "train", str(run_folder), "--resume")
 
 
 def test_images_that_hold_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

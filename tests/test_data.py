@@ -73,7 +73,12 @@ def test_workers_give_the_same_batches() -> None:
         assert torch.equal(la, lb)
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+FASHION = pytest.mark.skipif(
+    not DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist, which .ci/run installs"
+)
+
+
+@pytest.mark.parametrize("name", ["digits", pytest.param("fashion-mnist", marks=FASHION)])
 def test_normalization_and_counts(name: str) -> None:
     splits = load_splits(DataConfig(name=name), seed=0)
     assert (len(splits.train), len(splits.test)) == {"digits": (1437, 360), "fashion-mnist": (60000, 10000)}[name]
@@ -83,6 +88,7 @@ def test_normalization_and_counts(name: str) -> None:
     assert labels.bincount().numel() == len(splits.classes) == 10
 
 
+@FASHION
 def test_fashion_mnist_labels_belong_to_images() -> None:
     # A trouser is narrow and a bag is wide: swapped or shifted labels would not keep that.
     splits = load_splits(DataConfig(name="fashion-mnist"), seed=0)
@@ -141,19 +147,45 @@ def test_npz(tmp_path: Path) -> None:
     assert labels.tolist() == [*range(10), *range(10)]
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "not gzip", "another shape"])
+def write_idx(folder: Path) -> None:
+    """Two blank Fashion-MNIST images in each part, in four idx files."""
+    for part in ("train", "t10k"):
+        images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)
+        labels = bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 9])
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def test_idx_files_from_a_folder(tmp_path: Path) -> None:
+    write_idx(tmp_path)
+    splits = load_splits(DataConfig(name="fashion-mnist", root=str(tmp_path)), seed=0)
+    assert splits.test.get([0, 1])[1].tolist() == [3, 9]
+    assert splits.train.get([1])[0].shape == (1, 1, 28, 28)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut off", "not gzip", "fewer labels"])
 def test_damaged_fashion_mnist(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pws.training.datasets.DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
-    for file in DEBIAN_FASHION_MNIST.glob("*.gz"):
-        (tmp_path / file.name).symlink_to(file)
-    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    write_idx(tmp_path)
+    labels = tmp_path / "t10k-labels-idx1-ubyte"
     whole = labels.read_bytes()
     labels.unlink()
-    if damage == "truncated":
-        labels.write_bytes(whole[:1000])
+    if damage == "cut off":
+        labels.write_bytes(whole[:-1])
     elif damage == "not gzip":
-        labels.write_bytes(b"<html>not found</html>")
-    elif damage == "another shape":
-        labels.write_bytes(gzip.compress(gzip.decompress(whole)[:-7]))
-    with pytest.raises(PwsError, match="t10k-labels-idx1-ubyte"):
+        labels.with_suffix(".gz").write_bytes(b"<html>not found</html>")
+    elif damage == "fewer labels":
+        labels.write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 1, 3]))
+    with pytest.raises(PwsError, match="t10k"):
         load_splits(DataConfig(name="fashion-mnist", root=str(tmp_path)), seed=0)
+
+
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 24, 60), dtype=np.uint8)
+    labels = np.arange(20) % 2
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    for side, shape in ((None, (24, 60)), (24, (24, 24)), (60, (60, 60))):
+        config = DataConfig(name="npz", root=str(tmp_path / "a.npz"), image_size=side, augment=True)
+        splits = load_splits(config, seed=0)
+        assert ImageBatches(splits.train, splits, 0)[0, [1, 2]][0].shape == (2, 1, *shape)

@@ -70,7 +70,7 @@ def test_the_story_tells_what_was_measured() -> None:
     gradients = {method: {"features.0": 7.0, "features.2": 41.0} for method in METHOD_ORDER}
     what, why, control = sentences({cell: outcome(cell) for cell in all_cells()}, gradients)
     assert "none (NaN at step 4) and wn (NaN at step 4) collapsed, while gn (97.5 %), bn (97.5 %) and pws" in what
-    assert "7 to 41 times" in why
+    assert "squared average gradient was 7 to 41 times" in why
     assert "from 0.5 to 4e+20 with none, from 0.5 to 0.8 with pws" in why
     assert "none with the same bound gave 97.5 %" in control
 

@@ -45,6 +45,13 @@ def test_first_non_finite_in_execution_order() -> None:
     assert not model.middle._forward_hooks
 
 
+def test_a_parametrized_layer_is_named_itself() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.ReLU())
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.fill_(torch.inf)
+    assert first_non_finite(model, torch.ones(1, 2)) == "0"
+
+
 def test_a_batch_that_holds_nan() -> None:
     class Broken(ImageData):
         def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +60,13 @@ def test_a_batch_that_holds_nan() -> None:
 
     module = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), OptimConfig(), 10)
     trainer = Trainer(
-        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu", devices=1
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+        devices=1,
     )
     with pytest.raises(PwsError, match=r"batch of step 0 holds NaN or infinity in 1 of 32 images \(first: image 3"):
         trainer.fit(module, datamodule=Broken(DataConfig(batch_size=32), seed=0))

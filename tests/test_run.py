@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from pws.errors import PwsError
-from pws.training import Recipe, load_recipe, train
+from pws.training import Recipe, evaluate, load_recipe, train
 from pws.training.module import NonFiniteLossError
 
 TINY = (
@@ -87,7 +87,8 @@ def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
 
 
 def test_kill_and_resume(tmp_path: Path) -> None:
-    flags = ("--trainer.epochs=40", "--data.augment=true", "--optim.schedule=cosine")
+    # Loader workers draw batches ahead: the resumed run must not take them from another epoch's order.
+    flags = ("--trainer.epochs=20", "--data.augment=true", "--optim.schedule=cosine", "--data.workers=1")
     run_command(tmp_path / "whole", *flags)
     process = subprocess.Popen(command(tmp_path / "killed", *flags), stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
     assert process.stdout is not None
@@ -100,14 +101,20 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     resumed = run_command(tmp_path / "killed", *flags, "--resume").stdout
     assert "resuming" in resumed
     assert "epoch 1/" not in resumed
+    last = torch.load(tmp_path / "killed" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert (last["epoch"], last["global_step"]) == (19, 80)
     assert_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"), 0.0)
     metrics = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("killed", "whole")]
     assert metrics[0] == metrics[1]
 
 
-@pytest.mark.parametrize(("changed", "message"), [("--optim.lr=0.3", "optim differs"), ("--seed=5", "seed differs")])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [("--optim.lr=0.3", "optim differs"), ("--seed=5", "seed differs"), ("--trainer.epochs=2", "trainer differs")],
+)
 def test_resume_with_another_recipe(tmp_path: Path, changed: str, message: str) -> None:
     train(tiny("--trainer.epochs=1"), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(PwsError, match=message):
         train(tiny("--trainer.epochs=1", changed), tmp_path / "run", resume=True, quiet=True)
 
@@ -135,16 +142,53 @@ def test_accumulated_parts_train_as_one_batch(tmp_path: Path) -> None:
 
 
 def test_calibration_runs_once_and_not_on_resume(tmp_path: Path) -> None:
-    base = ("--trainer.epochs=1", "--optim.lr=0", "--model.calibrate=all")
-    train(tiny(*base), tmp_path / "run", quiet=True)
+    recipe = tiny("--trainer.epochs=1", "--optim.lr=0", "--model.calibrate=all")
+    train(recipe, tmp_path / "run", quiet=True)
     alpha = {key: value for key, value in weights(tmp_path / "run").items() if key.endswith("alpha")}
     assert alpha
     assert all((value != 1).all() for value in alpha.values())
     (tmp_path / "run" / "summary.json").unlink()
-    train(tiny(*base[1:], "--trainer.epochs=2"), tmp_path / "run", resume=True, quiet=True)
+    train(recipe, tmp_path / "run", resume=True, quiet=True)
     resumed = weights(tmp_path / "run")
     for key, value in alpha.items():
         assert torch.equal(resumed[key], value)
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    train(tiny("--trainer.epochs=1"), tmp_path / "run", quiet=True)
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    with pytest.raises(PwsError, match="is finished"):
+        train(tiny("--trainer.epochs=1"), tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+
+
+def test_the_last_checkpoint_is_the_last_epoch(tmp_path: Path) -> None:
+    # At learning rate 0 no epoch is better than the first: the best one stays, the last one goes on.
+    train(tiny("--optim.lr=0", "--trainer.epochs=3"), tmp_path / "run", quiet=True)
+    epochs = [
+        torch.load(tmp_path / "run" / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"]
+        for name in ("best", "last")
+    ]
+    assert epochs == [0, 2]
+
+
+def test_overflow_in_the_last_step_is_not_a_finished_run(tmp_path: Path) -> None:
+    flags = ("--model.method=none", "--optim.lr=1e9", "--optim.clip_norm=null", "--trainer.max_steps=1")
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(tiny(*flags), tmp_path / "run", quiet=True)
+    assert caught.value.step == 1
+    assert caught.value.layer is not None
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "non-finite"
+
+
+def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    summary = train(
+        tiny("--trainer.epochs=2", "--trainer.max_steps=6", "--trainer.early_stop=3"), tmp_path / "run", quiet=True
+    )
+    assert summary.steps == 6
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 6
+    assert evaluate(tmp_path / "run", "last").accuracy == pytest.approx(summary.accuracy)
 
 
 def test_non_finite_loss_names_step_and_layer(tmp_path: Path) -> None:
@@ -180,6 +224,25 @@ def test_mixed_precision(tmp_path: Path) -> None:
     summary = train(tiny("--trainer.precision=bf16-mixed", "--trainer.epochs=1"), tmp_path / "run", quiet=True)
     assert summary.status == "finished"
     assert all(value.dtype == torch.float32 for key, value in weights(tmp_path / "run").items() if "model" in key)
+
+
+def test_interrupt_exits_with_130(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path / "run", "--trainer.epochs=500"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ONE_THREAD,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "pws: interrupted" in error
+    assert "Traceback" not in error
 
 
 def test_two_processes_end_together_when_one_overflows(tmp_path: Path) -> None:

@@ -36,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments[0], arguments[1:])
     except PwsError as error:
-        return _fail(str(error), 2)
+        # A loader process's error arrives with its traceback as text: the last of it is the error.
+        return _fail(str(error).rsplit("PwsError: ", 1)[-1].strip(), 2)
+    except OSError as error:
+        return _fail(f"{error}. Check the path, its permissions and the space on the disk.", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted; `pws train` goes on with --resume", 130)
 
 
 def _run(command: str, arguments: list[str]) -> int:
@@ -50,12 +53,11 @@ def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UnknownNameError("command", command, COMMANDS)
     try:
-        module = importlib.import_module(f"pws.cli.{command}")
+        code: int = importlib.import_module(f"pws.cli.{command}").run(arguments)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pws"):
             raise
         raise PwsError(f"pws {command} needs {error.name}: pip install 'pws-torch[train]'.") from error
-    code: int = module.run(arguments)
     return code
 
 

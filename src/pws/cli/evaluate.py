@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentError
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.table import Table
 from pws.cli.quiet import quiet_lightning
 from pws.errors import PwsError
 from pws.training.evaluate import Evaluation, evaluate
+from pws.training.module import NonFiniteLossError
 
 
 def run(arguments: list[str]) -> int:
@@ -32,7 +34,11 @@ def run(arguments: list[str]) -> int:
     except ArgumentError as error:
         raise PwsError(str(error)) from error
     quiet_lightning()
-    evaluation = evaluate(Path(parsed.run), parsed.checkpoint)
+    try:
+        evaluation = evaluate(Path(parsed.run), parsed.checkpoint)
+    except NonFiniteLossError as error:
+        print(f"pws: {error}", file=sys.stderr)
+        return 3
     if parsed.json:
         print(json.dumps(asdict(evaluation), indent=2))
     else:
@@ -42,7 +48,8 @@ def run(arguments: list[str]) -> int:
 
 def _print(evaluation: Evaluation) -> None:
     console = Console()
-    total = Table(title=evaluation.checkpoint, title_justify="left")
+    console.print(evaluation.checkpoint, highlight=False, soft_wrap=True)
+    total = Table()
     for column in ("images", "top-1", "top-5", "loss"):
         total.add_column(column, justify="right")
     total.add_row(

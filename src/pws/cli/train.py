@@ -10,7 +10,8 @@ from pws.errors import PwsError
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
 from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser, shipped_recipes
-from pws.training.run import Summary, train
+from pws.training.run import train
+from pws.training.summary import Summary
 
 USAGE = "pws train RECIPE [--resume] [--runs DIR] [--PART.KEY VALUE ...]"
 
@@ -32,14 +33,17 @@ def run(arguments: list[str]) -> int:
     if arguments[0].startswith("-"):
         raise PwsError(f"the recipe comes first: {USAGE}; got {arguments[0]!r}.")
     recipe, parsed = parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
-    folder = Path(parsed.runs) / recipe.name
+    given = Path(arguments[0])
+    # A run's own folder is what --resume goes on in, wherever it lies.
+    folder = given if parsed.resume and given.is_dir() else Path(parsed.runs) / recipe.name
     quiet_lightning()
     try:
         summary = train(recipe, folder, resume=parsed.resume)
     except NonFiniteLossError as error:
         if is_first_process():
             print(f"pws: {error}", file=sys.stderr)
-        return 3
+            return 3
+        return 0  # the launcher kills the first process, and its message, when another one ends with a code
     if is_first_process():
         print(_closing(summary, folder))
     return 0

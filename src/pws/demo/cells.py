@@ -109,6 +109,8 @@ def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> O
         trainer.fit(module, datamodule=data)
     except NonFiniteLossError as error:
         return Outcome(None, error.step, error.layer, watch.finite_variances())
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from error
     accuracy = float(trainer.callback_metrics["val_accuracy"])
     return Outcome(accuracy, watch.guessing_from() if accuracy < CHANCE else None, variances=watch.finite_variances())
 

@@ -11,7 +11,8 @@ from pws.diagnosis import average_gradient_ratio
 
 
 def average_gradients() -> dict[str, dict[str, float]]:
-    """Method to layer to `n` times the average-gradient ratio, mean over filters, on the first batch before any step.
+    """Method to layer to `n` times the average-gradient ratio, mean over filters, on the first batch before any step:
+    how many times the square of the average gradient is what independent gradients would make it.
 
     1 is what independent gradients would give. The gradient is that by the trainable weight: WN's direction, PWS's raw
     weight.

@@ -54,6 +54,6 @@ def _gradients(axes: Axes, gradients: Gradients) -> None:
     axes.set_yscale("log")
     axes.set_ylim(FLOOR * 0.8, None)
     axes.set_xlabel("convolution, from the input to the head")
-    axes.set_ylabel("average gradient: n x ratio")
+    axes.set_ylabel("squared average gradient,\n1 = independent gradients")
     axes.set_title("How alike a filter's weights are pushed, first step (pws: 0)")
     axes.legend()

@@ -36,11 +36,12 @@ def _why(results: Results, gradients: Gradients) -> str:
     none, pws = (_at(results, method, "very large").variances for method in ("none", "pws"))
     last = min(len(none), len(pws)) - 1
     return (
-        "In the first step of none the weights of a filter were pushed alike, which shifts its mean: the average gradient was "
-        f"{spans['none'][0]:.0f} to {spans['none'][1]:.0f} times as strong as independent gradients make it (most in {layer}; "
+        "In the first step of none the weights of a filter were pushed alike, which shifts its mean: the squared average "
+        f"gradient was {spans['none'][0]:.0f} to {spans['none'][1]:.0f} times that of independent gradients (most in {layer}; "
         f"wn {spans['wn'][0]:.0f} to {spans['wn'][1]:.0f}, bn {spans['bn'][0]:.0f} to {spans['bn'][1]:.0f}, "
         f"pws {spans['pws'][1]:.0f}), and by step {last} at learning rate {LEARNING_RATES['very large']:g} the variance of the "
-        f"network's output had gone from {none[0]:.2g} to {none[last]:.2g} with none, from {pws[0]:.2g} to {pws[last]:.2g} with pws."
+        f"network's output had gone from {none[0]:.2g} to {none[last]:.2g} with none, "
+        f"from {pws[0]:.2g} to {pws[last]:.2g} with pws."
     )
 
 

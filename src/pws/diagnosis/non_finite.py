@@ -13,7 +13,8 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
     The model runs once more in its present mode; BatchNorm's running statistics move by that one batch.
     """
     found: list[str] = []
-    leaves = [(name, module) for name, module in model.named_modules() if not any(module.children())]
+    # Inner layers fire before those that hold them; what a parametrization computes is the weight, not the output.
+    layers = [(name, module) for name, module in model.named_modules() if ".parametrizations" not in name]
 
     def check(name: str) -> object:
         def hook(_: nn.Module, __: object, output: object) -> None:
@@ -22,7 +23,7 @@ def first_non_finite(model: nn.Module, images: Tensor) -> str | None:
 
         return hook
 
-    handles = [module.register_forward_hook(check(name)) for name, module in leaves]
+    handles = [module.register_forward_hook(check(name)) for name, module in layers]
     try:
         model(images)
     finally:

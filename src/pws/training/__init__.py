@@ -3,7 +3,8 @@
 from pws.training.evaluate import Evaluation, evaluate
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.recipe_file import load_recipe, shipped_recipes
-from pws.training.run import Summary, train
+from pws.training.run import train
+from pws.training.summary import Summary
 
 __all__ = [
     "DataConfig",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 
@@ -53,6 +54,18 @@ class Clock(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.seconds, self.best_accuracy = state_dict["seconds"], state_dict["best_accuracy"]
+
+
+class StepBar(RichProgressBar):
+    """A bar over the steps of the epoch, with the loss; the epoch's line says the rest."""
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        """What stands behind the bar."""
+        loss = trainer.callback_metrics.get("train_loss_step")
+        return {} if loss is None else {"loss": f"{float(loss):.4f}"}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted like the epoch's line
 
 
 class EpochLines(Callback):

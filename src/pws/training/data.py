@@ -43,10 +43,14 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def _augmented(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         assert self.images.augment is not None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_000_007 + number) % 2**63)
+        before = torch.get_rng_state()
+        # torch.manual_seed would reseed every GPU's generator too.
+        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_000_007 + number) % 2**63)
+        try:
             pixels, label = self.images.get([number])
             return self.images.augment(pixels), label
+        finally:
+            torch.set_rng_state(before)
 
 
 class TrainSampler(Sampler[Key]):
@@ -119,6 +123,8 @@ class ImageData(LightningDataModule):
     def __init__(self, config: DataConfig, seed: int) -> None:
         super().__init__()
         self.config, self.seed = config, seed
+        self.first_epoch = 0
+        """Where a resumed run goes on: Lightning draws the first batches before it tells the sampler the epoch."""
         self.splits = load_splits(config, seed)
 
     def _loader(self, images: Images, sampler: Sampler[Key]) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -149,6 +155,7 @@ class ImageData(LightningDataModule):
             world=shares.world,
             accumulate=shares.accumulate,
         )
+        sampler.set_epoch(self.first_epoch)
         return self._loader(images, sampler)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:

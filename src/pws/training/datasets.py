@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +14,7 @@ from torchvision import datasets as tv
 from torchvision.transforms import v2
 
 from pws.errors import PwsError, UnknownNameError
+from pws.training.array_files import read_idx, read_npz
 from pws.training.recipe import DataConfig
 
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -98,7 +96,10 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     """
     if config.name not in DATASETS:
         raise UnknownNameError("dataset", config.name, DATASETS)
-    return DATASETS[config.name](config, seed)
+    splits = DATASETS[config.name](config, seed)
+    if len(splits.classes) < 2:
+        raise PwsError(f"a classifier needs at least two classes; {config.name} in {config.root} has {splits.classes}.")
+    return splits
 
 
 def _digits(config: DataConfig, seed: int) -> Splits:
@@ -113,17 +114,31 @@ def _digits(config: DataConfig, seed: int) -> Splits:
     return _in_memory(config, seed, train, held_out, [str(d) for d in range(10)], (0.3053,), (0.3763,), flip=False)
 
 
+_FASHION_HELP: Final = (
+    "Get it with `apt install dataset-fashion-mnist` (Debian, Ubuntu) or --data.download true, "
+    "or point --data.root at it."
+)
+
+
 def _fashion_mnist(config: DataConfig, seed: int) -> Splits:
     folders = [Path(config.root), Path(config.root) / "FashionMNIST" / "raw", DEBIAN_FASHION_MNIST]
-    if config.download:
-        tv.FashionMNIST(config.root, download=True)
+    if config.download and not (folders[-1] / "train-images-idx3-ubyte.gz").is_file():
+        try:
+            tv.FashionMNIST(config.root, download=True)
+        except (RuntimeError, OSError) as error:
+            raise PwsError(f"fashion-mnist: the download to {config.root} failed: {error}. {_FASHION_HELP}") from error
     parts = {
         part: (
-            _read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None],
-            _read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long(),
+            read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None],
+            read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long(),
         )
         for part in ("train", "t10k")
     }
+    for part, (images, labels) in parts.items():
+        if len(images) != len(labels):
+            raise PwsError(
+                f"fashion-mnist: {len(images)} {part} images, but {len(labels)} labels: get the files again."
+            )
     return _in_memory(
         *(config, seed, parts["train"], parts["t10k"], tv.FashionMNIST.classes, (0.2860,), (0.3530,)), flip=True
     )
@@ -135,31 +150,7 @@ def _find(name: str, folders: list[Path]) -> Path:
             if path.is_file():
                 return path
     looked = ", ".join(str(folder) for folder in folders)
-    raise PwsError(
-        f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. Get it with "
-        "`apt install dataset-fashion-mnist` (Debian, Ubuntu) or --data.download true, or point --data.root at it."
-    )
-
-
-def _read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The uint8 tensor in an idx file: magic number, sizes (big-endian 32-bit each), bytes."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
-        raise PwsError(f"{path} is corrupt ({error}). Delete it and get it again.") from error
-    dims = 1 + len(shape)
-    sizes = [int.from_bytes(raw[4 * d : 4 * d + 4], "big") for d in range(1, 1 + dims)]
-    header = 4 * (1 + dims)
-    if raw[:4] != bytes([0, 0, 8, dims]) or tuple(sizes[1:]) != shape or len(raw) != header + _product(sizes):
-        raise PwsError(
-            f"{path} is not an idx file of bytes shaped (count{''.join(f', {s}' for s in shape)}): its header says "
-            f"{sizes} and it holds {len(raw)} bytes. It is cut off or another file: delete it and get it again."
-        )
-    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(sizes)
-
-
-def _product(sizes: list[int]) -> int:
-    return int(torch.tensor(sizes).prod())
+    raise PwsError(f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. {_FASHION_HELP}")
 
 
 def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[DataConfig, int], Splits]:
@@ -180,43 +171,13 @@ def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> 
 
 
 def _npz(config: DataConfig, seed: int) -> Splits:
-    path = Path(config.root)
-    keys = ("train_images", "train_labels", "test_images", "test_labels")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: torch.from_numpy(file[key]) for key in keys}
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
-        raise PwsError(
-            f"npz: cannot read {path} ({error}). --data.root names a file in MedMNIST's layout: an .npz with the arrays "
-            f"{', '.join(keys)}; images (N, H, W) or (N, H, W, C), labels (N,)."
-        ) from error
-    (train, labels), (test, test_labels) = (_npz_part(path, part, arrays) for part in ("train", "test"))
+    (train, labels), (test, test_labels) = read_npz(Path(config.root))
     scaled = train.double() / 255 if train.dtype == torch.uint8 else train.double()
     count = int(max(labels.max(), test_labels.max())) + 1
     mean, std = scaled.mean((0, 2, 3)).tolist(), scaled.std((0, 2, 3)).clamp(min=1e-6).tolist()
     return _in_memory(
         *(config, seed, (train, labels), (test, test_labels), [str(c) for c in range(count)], mean, std), flip=True
     )
-
-
-def _npz_part(path: Path, part: str, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].flatten().long()
-    if images.dim() == 3:
-        images = images[..., None]
-    if images.dim() != 4 or len(images) != len(labels) or not len(images) or labels.min() < 0:
-        raise PwsError(
-            f"npz: {path} needs {part}_images (N, H, W) or (N, H, W, C) and as many labels, from 0 on; got images "
-            f"{tuple(images.shape)}, {len(labels)} labels."
-        )
-    images = images.permute(0, 3, 1, 2).contiguous()
-    images = images if images.dtype == torch.uint8 else images.float()
-    bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten()
-    if len(bad):
-        raise PwsError(
-            f"npz: {len(bad)} of {len(images)} {part}_images in {path} hold NaN or infinity, the first is number "
-            f"{int(bad[0])}. No network can train on them: mend or remove them."
-        )
-    return images, labels
 
 
 def _in_memory(
@@ -234,20 +195,21 @@ def _in_memory(
     chosen = _chosen(config, len(labels), seed)
     if chosen is not None:
         pixels, labels = pixels[chosen], labels[chosen]
-    side = config.image_size or pixels.shape[-1]
-    steps: list[Any] = [v2.RandomCrop(side, padding=max(1, side // 8)), *([v2.RandomHorizontalFlip()] if flip else [])]
+    size = (config.image_size, config.image_size) if config.image_size else (pixels.shape[-2], pixels.shape[-1])
+    crop = v2.RandomCrop(size, padding=[max(1, size[1] // 8), max(1, size[0] // 8)])  # left and right, top and bottom
+    steps: list[Any] = [crop, *([v2.RandomHorizontalFlip()] if flip else [])]
     augment = v2.Compose(steps) if config.augment else None
     return Splits(
-        TensorImages(_resized(pixels, side), labels, augment),
-        TensorImages(_resized(test[0], side), test[1]),
+        TensorImages(_resized(pixels, size), labels, augment),
+        TensorImages(_resized(test[0], size), test[1]),
         *(list(classes), mean, std),
     )
 
 
-def _resized(pixels: Tensor, side: int) -> Tensor:
-    if pixels.shape[-1] == side:
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(pixels.shape[-2:]) == size:
         return pixels
-    resized = F.interpolate(pixels.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
     return resized.round().clamp(0, 255).to(torch.uint8) if pixels.dtype == torch.uint8 else resized
 
 

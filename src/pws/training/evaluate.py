@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
-import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
@@ -16,6 +13,7 @@ from pws.training.data import ImageData
 from pws.training.module import Classifier
 from pws.training.recipe_file import load_recipe
 from pws.training.run import model_for
+from pws.training.run_folder import read_checkpoint
 
 
 @dataclass
@@ -43,6 +41,8 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
     data = ImageData(recipe.data, recipe.seed)
     module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
     path = run / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else Path(checkpoint)
+    if checkpoint == "best" and not path.is_file():  # the run ended before it was validated
+        path = path.with_name("last.ckpt")
     load_weights(module, path)
     trainer = Trainer(
         logger=False,
@@ -64,15 +64,8 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a checkpoint's weights, tensors only (`weights_only=True`)."""
-    if not path.is_file():
-        raise PwsError(
-            f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch."
-        )
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (RuntimeError, pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, OSError) as error:
-        raise PwsError(f"{path} is not a checkpoint of pws train, or is cut off ({str(error)[:200]}).") from error
+    """Load a checkpoint's weights; raise `PwsError` unless they are this network's."""
+    weights = read_checkpoint(path)["state_dict"]
     own = module.state_dict()
     problems = [
         *(f"{key} is missing" for key in own.keys() - weights.keys()),

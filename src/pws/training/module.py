@@ -21,21 +21,21 @@ from pws.training.schedule import lr_factor
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss went to NaN or infinity at `step` (steps done before it); `layer` went first."""
+    """The loss went to NaN or infinity at `step` (steps done before it); the output of `layer` went first."""
 
-    def __init__(self, step: int, layer: str | None, lr: float) -> None:
+    def __init__(self, step: int, layer: str | None) -> None:
         where = (
-            f"the output of layer {layer!r} was the first to" if layer else "all layers' outputs were finite, the loss"
+            f"the output of layer {layer!r} was the first to overflow" if layer else "every layer's output was finite"
         )
         super().__init__(
-            f"the loss went non-finite at step {step} (learning rate {lr:g}): {where} overflow. Lower --optim.lr, clip "
-            "with --optim.clip_norm, or use --model.method pws."
+            f"the loss went non-finite at step {step}: {where}. Lower --optim.lr, clip with --optim.clip_norm, or use "
+            "--model.method pws."
         )
         self.step, self.layer = step, layer
 
 
 class Classifier(LightningModule):
-    """Cross-entropy, SGD by `pws.param_groups`, a schedule a step, and an end to the run when the loss is not finite."""
+    """Cross-entropy, SGD by `pws.param_groups`, a schedule by step, an end to the run when the loss is not finite."""
 
     def __init__(
         self,
@@ -53,7 +53,9 @@ class Classifier(LightningModule):
             }
         )
         self.class_accuracy = MulticlassAccuracy(num_classes, average="none")
-        self.test_loss = MeanMetric()
+        self.test_loss = MeanMetric(nan_strategy="disable")  # the default would leave a batch of NaN out of the mean
+        self.overflowing: str | None = None
+        """The layer whose output overflowed first on the test images."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images."""
@@ -74,10 +76,7 @@ class Classifier(LightningModule):
         if self.calibration == "all":
             calibrate(self.model, batches)
             return
-        if not isinstance(self.model, ResNet):
-            raise PwsError(
-                'model.calibrate "initalpha" is defined by residual blocks, and this network has none. Use "all" or "no".'
-            )
+        assert isinstance(self.model, ResNet)  # check_calibration has seen to it
         layers = self.model.initalpha_layers()
         calibrate(self.model, batches, target=2.0, only=lambda _, layer: layer in layers)
 
@@ -88,31 +87,42 @@ class Classifier(LightningModule):
         mean = _mean_over_processes(loss)
         if not torch.isfinite(mean):
             self._explain(images)
-        self.log("train_loss", mean, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log("train_loss", mean, on_step=True, on_epoch=True, batch_size=len(labels))
         return loss
 
     def _explain(self, images: Tensor) -> None:
-        bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten()
-        if len(bad):
-            raise PwsError(
-                f"the batch of step {self.global_step} holds NaN or infinity in {len(bad)} of {len(images)} images (first: "
-                f"image {int(bad[0])} of the batch). No network can train on it: mend the data or its normalization."
-            )
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        raise NonFiniteLossError(self.global_step, first_non_finite(self.model, images), lr)
+        """Raise what happened: the same error in all processes, of which perhaps only one has seen it."""
+        bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
+        seen = _from_all_processes((bad, None if bad else first_non_finite(self.model, images)))
+        for numbers, _ in seen:
+            if numbers:
+                raise PwsError(
+                    f"the batch of step {self.global_step} holds NaN or infinity in {len(numbers)} of {len(images)} images "
+                    f"(first: image {numbers[0]} of the batch). No network can train on it: mend the data or its "
+                    "normalization."
+                )
+        layers = [layer for _, layer in seen if layer]
+        raise NonFiniteLossError(self.global_step, layers[0] if layers else None)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """Add a batch to the metrics."""
         images, labels = batch
         logits = self(images).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
         self.test_metrics.update(logits, labels)
         self.class_accuracy.update(logits, labels)
-        self.test_loss.update(F.cross_entropy(logits, labels), weight=len(labels))
+        self.test_loss.update(losses)
+        if self.overflowing is None and not torch.isfinite(losses).all():
+            self.overflowing = first_non_finite(self.model, images)
 
     def on_validation_epoch_end(self) -> None:
         """Log val_accuracy, val_top5 and val_loss, over all processes."""
+        loss = self.test_loss.compute()
+        if not torch.isfinite(loss):
+            layers = [layer for layer in _from_all_processes(self.overflowing) if layer]
+            raise NonFiniteLossError(self.trainer.global_step, layers[0] if layers else None)
         values = {f"val_{name}": value for name, value in self.test_metrics.compute().items()}
-        self.log_dict({**values, "val_loss": self.test_loss.compute()}, prog_bar=True)
+        self.log_dict({**values, "val_loss": loss})
         self.per_class: list[float] = self.class_accuracy.compute().tolist()
         for metric in (self.test_metrics, self.class_accuracy, self.test_loss):
             metric.reset()
@@ -130,6 +140,14 @@ class Classifier(LightningModule):
         factor = lr_factor(optim, steps, steps_per_epoch)
         scheduler = torch.optim.lr_scheduler.LambdaLR(sgd, factor)
         return {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _from_all_processes(seen: Any) -> list[Any]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [seen]
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, seen)
+    return gathered
 
 
 def _mean_over_processes(loss: Tensor) -> Tensor:

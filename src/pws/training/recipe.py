@@ -98,7 +98,7 @@ class TrainerConfig:
         accelerator: auto, cpu, gpu.
         devices: how many devices of a node, or auto.
         num_nodes: machines.
-        strategy: auto, ddp, fsdp.
+        strategy: auto or ddp.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true.
         accumulate: split each step's batch into this many parts, one after the other.
         early_stop: stop after this many epochs without a better validation accuracy.

@@ -38,8 +38,10 @@ def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tu
     built = parser.instantiate(parsed)
     recipe = Recipe(**{field.name: built[field.name] for field in fields(Recipe)})
     recipe.name = recipe.name or path.stem
-    if not re.fullmatch(r"[\w.+-]+", recipe.name):
-        raise PwsError(f"name is a folder's name: letters, digits, '.', '_', '+', '-'; got {recipe.name!r}.")
+    if not re.fullmatch(r"[\w+-][\w.+-]*", recipe.name):
+        raise PwsError(
+            f"name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got {recipe.name!r}."
+        )
     return recipe, parsed
 
 

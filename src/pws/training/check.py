@@ -1,0 +1,67 @@
+"""Rules that a recipe's numbers keep, checked before anything is read or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+from torch import nn
+
+from pws.errors import PwsError
+from pws.layers import StandardizedLayer
+from pws.models import ResNet
+from pws.training.recipe import ModelConfig, Recipe
+
+Rule = tuple[str, Callable[[Any], bool]]
+POSITIVE: Final[Rule] = ("positive", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE: Final[Rule] = ("at least 0", lambda value: 0 <= value < math.inf)
+AT_LEAST_ONE: Final[Rule] = ("at least 1", lambda value: value >= 1)
+MOMENTUM: Final[Rule] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+RULES: Final[dict[str, Rule]] = {
+    **dict.fromkeys(("model.width", "optim.clip_norm", "optim.decay"), POSITIVE),
+    **dict.fromkeys(("data.workers", "optim.lr", "optim.weight_decay"), NOT_NEGATIVE),
+    **dict.fromkeys(("optim.scale_lr_factor", "optim.warmup_epochs", "seed"), NOT_NEGATIVE),
+    **dict.fromkeys(("data.batch_size", "data.image_size", "data.train_images"), AT_LEAST_ONE),
+    **dict.fromkeys(("trainer.epochs", "trainer.max_steps", "trainer.num_nodes"), AT_LEAST_ONE),
+    **dict.fromkeys(("trainer.accumulate", "trainer.early_stop"), AT_LEAST_ONE),
+    "optim.momentum": MOMENTUM,
+}
+"""Setting to rule; a setting left out (None) keeps every rule."""
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise `PwsError` for the first number that can't be."""
+    for path, (words, holds) in RULES.items():
+        value: Any = recipe
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value is not None and not holds(value):
+            raise PwsError(f"{path} must be {words}; got {value}. Correct it in the recipe or on the command line.")
+    optim = recipe.optim
+    if optim.schedule == "step" and not optim.milestones:
+        raise PwsError(
+            "optim.schedule step needs optim.milestones, the epochs at which the rate falls, such as [30, 60]."
+        )
+    if recipe.trainer.strategy.split("_")[0] not in ("auto", "ddp"):
+        raise PwsError(
+            f"trainer.strategy must be auto or ddp (or a variant, such as ddp_spawn); got {recipe.trainer.strategy!r}. "
+            "Sharded strategies flatten the parameters, and neither weight decay by parameter nor the filters survive that."
+        )
+    if optim.nesterov and not optim.momentum:
+        raise PwsError("optim.nesterov needs optim.momentum above 0; got momentum 0.")
+
+
+def check_calibration(config: ModelConfig, model: nn.Module) -> None:
+    """Raise `PwsError` if the network has nothing that the recipe's calibration could set."""
+    if config.calibrate == "no":
+        return
+    if not any(isinstance(module, StandardizedLayer) for module in model.modules()):
+        raise PwsError(
+            f"model.calibrate sets alpha, and the method {config.method} has none. Use method pws, or calibrate no."
+        )
+    if config.calibrate == "initalpha" and not isinstance(model, ResNet):
+        raise PwsError(
+            f"model.calibrate initalpha is defined by residual blocks, and {config.name} has none. Use all or no."
+        )

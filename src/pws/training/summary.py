@@ -1,0 +1,82 @@
+"""How a run ended: the content of `summary.json`."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from lightning.pytorch import Trainer
+
+from pws.training.callbacks import Clock
+from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.recipe import Recipe
+
+
+@dataclass
+class Summary:
+    """How a run ended; `summary.json` holds the same."""
+
+    status: str
+    """"finished", or "non-finite"."""
+    accuracy: float | None
+    """Test accuracy after the last epoch, in [0, 1]."""
+    best_accuracy: float | None
+    test_loss: float | None
+    train_loss: float | None
+    epochs: int
+    steps: int
+    train_seconds: float
+    images_per_second: float
+    peak_memory_mb: float
+    """On a GPU the allocator's peak, else the process's largest resident size."""
+    first_non_finite_step: int | None
+    first_non_finite_layer: str | None
+    parameters: int
+    device: str
+    versions: dict[str, str]
+
+
+def summarize(
+    trainer: Trainer,
+    module: Classifier,
+    clock: Clock,
+    recipe: Recipe,
+    metrics: dict[str, float],
+    failure: NonFiniteLossError | None,
+) -> Summary:
+    """What there is to say at the end of a run."""
+    steps, on_gpu = trainer.global_step, trainer.strategy.root_device.type == "cuda"
+    # ru_maxrss is in KiB on Linux.
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Summary(
+        status="non-finite" if failure else "finished",
+        accuracy=None if failure else metrics.get("val_accuracy"),
+        best_accuracy=clock.best_accuracy or None,
+        test_loss=None if failure else metrics.get("val_loss"),
+        train_loss=None if failure else metrics.get("train_loss_epoch"),
+        epochs=trainer.current_epoch,
+        steps=steps,
+        train_seconds=round(clock.seconds, 3),
+        images_per_second=round(steps * recipe.data.batch_size / max(clock.seconds, 1e-9), 1),
+        peak_memory_mb=round(peak / 2**20, 1),
+        first_non_finite_step=failure.step if failure else None,
+        first_non_finite_layer=failure.layer if failure else None,
+        parameters=sum(p.numel() for p in module.model.parameters()),
+        device=torch.cuda.get_device_name()
+        if on_gpu
+        else f"{trainer.strategy.root_device.type}, {torch.get_num_threads()} threads",
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("pws-torch", "torch", "torchvision", "lightning", "timm"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
