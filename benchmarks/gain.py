@@ -58,9 +58,8 @@ def markdown(cells: dict[str, Any]) -> str:
 
 
 def _text(outcomes: list[dict[str, Any]]) -> str:
-    failed = [o["nan_at_step"] for o in outcomes if "nan_at_step" in o]
-    if failed:
-        return "nan@" + ", ".join(map(str, failed))
+    if any("nan_at_step" in o for o in outcomes):
+        return ", ".join(f"nan@{o['nan_at_step']}" if "nan_at_step" in o else f"{o['accuracy']:.1f}" for o in outcomes)
     return f"{statistics.mean(o['accuracy'] for o in outcomes):.1f}"
 
 

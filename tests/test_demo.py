@@ -69,7 +69,7 @@ def test_the_story_tells_what_was_measured() -> None:
 
     gradients = {method: {"features.0": 7.0, "features.2": 41.0} for method in METHOD_ORDER}
     what, why, control = sentences({cell: outcome(cell) for cell in all_cells()}, gradients)
-    assert "none (NaN at step 4) and wn (NaN at step 4) collapsed, while gn (97.5 %), bn (97.5 %) and pws" in what
+    assert "none (NaN @ step 4) and wn (NaN @ step 4) collapsed, while gn (97.5 %), bn (97.5 %) and pws" in what
     assert "squared average gradient was 7 to 41 times" in why
     assert "from 0.5 to 4e+20 with none, from 0.5 to 0.8 with pws" in why
     assert "none with the same bound gave 97.5 %" in control
@@ -78,7 +78,7 @@ def test_the_story_tells_what_was_measured() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--epochs=1", f"--out={tmp_path / 'demo'}"]) == 0
     shown = capsys.readouterr().out
-    assert "NaN at step" in shown
+    assert "NaN @ step" in shown
     assert "In the first step of none" in " ".join(shown.split())
     report = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert len(report["cells"]) == 18

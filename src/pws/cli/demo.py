@@ -55,7 +55,7 @@ def _demo(out: Path, epochs: int) -> None:
     report = {"epochs": epochs, "cells": rows, "average_gradients": gradients, "story": story, "train_seconds": seconds}
     (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
     for number, sentence in enumerate(story, 1):
-        console.print(f"{number}. {sentence}", highlight=False)
+        console.print(f"\n{number}. {sentence}", highlight=False)
     with (out / "demo.txt").open("w") as file:
         plain = Console(file=file, width=100)
         plain.print(_table({cell: str(outcome) for cell, outcome in results.items()}))
@@ -85,7 +85,8 @@ def _table(shown: dict[Cell, str], seconds: float | None = None) -> Table:
     clock = "" if seconds is None else f", {seconds:.0f} s"
     table = Table(title=f"Test accuracy on real digits, 9 convolutions, batch 64{clock}", title_justify="left")
     table.caption = (
-        f"The step of pws is bounded: gradient clipped to norm {STEP_BOUND:g} / LR. Last row: the bound without pws."
+        "NaN: the loss went non-finite at that step. stuck: no better than a guess from that step on. "
+        f"pws: its step is bounded, the gradient clipped to norm {STEP_BOUND:g} / LR. Last row: the bound without pws."
     )
     table.caption_justify = "left"
     table.add_column("method")

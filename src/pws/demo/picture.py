@@ -56,4 +56,4 @@ def _gradients(axes: Axes, gradients: Gradients) -> None:
     axes.set_xlabel("convolution, from the input to the head")
     axes.set_ylabel("squared average gradient,\n1 = independent gradients")
     axes.set_title("How alike a filter's weights are pushed, first step (pws: 0)")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.06), ncols=5)
