@@ -108,7 +108,7 @@ def test_the_readme_example_runs() -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("index", "layers", "training"))])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("index", "training"))])
 def test_links_and_pictures_of_a_page_exist(page: str) -> None:
     path = Path(__file__).parents[1] / page
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
