@@ -48,6 +48,12 @@ def test_one_step(path: Path, tmp_path: Path) -> None:
     assert (summary.status, summary.steps) == ("finished", 1)
 
 
+@pytest.mark.parametrize("path", [p for p in recipes() if p.stem.endswith("-pws")], ids=lambda path: path.stem)
+def test_pws_recipes_say_whether_they_calibrate(path: Path) -> None:
+    assert "calibrate:" in path.read_text()
+    assert load_recipe(path).model.calibrate == ("initalpha" if "imagenet" in path.stem else "none")
+
+
 def test_published_settings() -> None:
     resnet50 = load_recipe("imagenet-resnet50-pws")
     assert (resnet50.optim.lr, resnet50.data.batch_size, resnet50.optim.weight_decay) == (0.025, 64, 1e-4)

@@ -55,13 +55,13 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_calibration(config: ModelConfig, model: nn.Module) -> None:
     """Raise `PwsError` if the network has nothing that the recipe's calibration could set."""
-    if config.calibrate == "no":
+    if config.calibrate == "none":
         return
     if not any(isinstance(module, StandardizedLayer) for module in model.modules()):
         raise PwsError(
-            f"model.calibrate sets alpha, and the method {config.method} has none. Use method pws, or calibrate no."
+            f"model.calibrate sets alpha, and the method {config.method} has none. Use method pws, or calibrate none."
         )
     if config.calibrate == "initalpha" and not isinstance(model, ResNet):
         raise PwsError(
-            f"model.calibrate initalpha is defined by residual blocks, and {config.name} has none. Use all or no."
+            f"model.calibrate initalpha is defined by residual blocks, and {config.name} has none. Use all or none."
         )

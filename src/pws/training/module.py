@@ -42,7 +42,7 @@ class Classifier(LightningModule):
         model: nn.Module,
         optim: OptimConfig,
         num_classes: int,
-        calibration: Literal["no", "initalpha", "all"] = "no",
+        calibration: Literal["none", "initalpha", "all"] = "none",
     ) -> None:
         super().__init__()
         self.model, self.optim, self.calibration = model, optim, calibration
@@ -64,7 +64,7 @@ class Classifier(LightningModule):
 
     def on_fit_start(self) -> None:
         """Calibrate on the first step's batch; a resumed run carries its alpha in the checkpoint."""
-        if self.calibration == "no" or self.trainer.ckpt_path is not None:
+        if self.calibration == "none" or self.trainer.ckpt_path is not None:
             return
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         precision = self.trainer.precision_plugin

@@ -29,7 +29,7 @@ class ModelConfig:
     gain: float | str | None = None
     gamma: float | None = None
     relative_gamma: bool | None = None
-    calibrate: Literal["no", "initalpha", "all"] = "no"
+    calibrate: Literal["none", "initalpha", "all"] = "none"
 
 
 @dataclass
