@@ -30,10 +30,11 @@ ACTIVATIONS: Final = (
 def variance_preserving_gain(activation: str) -> float:
     """`1 / sqrt(Var(phi(u)))` for `u ~ N(0, 1)`, by quadrature; `activation` is a name from `ACTIVATIONS` or "linear".
 
-    >>> round(variance_preserving_gain("relu"), 4)
-    1.7129
-    >>> variance_preserving_gain("linear")
-    1.0
+    Examples:
+        >>> round(variance_preserving_gain("relu"), 4)
+        1.7129
+        >>> variance_preserving_gain("linear")
+        1.0
 
     Raises:
         UnknownNameError: for any other name.

@@ -118,9 +118,10 @@ class Conv1d(_Conv, nn.Conv1d):
 class Conv2d(_Conv, nn.Conv2d):
     """`torch.nn.Conv2d` with a standardized kernel.
 
-    >>> layer = Conv2d(3, 8, 3, padding=1)
-    >>> layer(torch.randn(2, 3, 5, 5)).shape
-    torch.Size([2, 8, 5, 5])
+    Examples:
+        >>> layer = Conv2d(3, 8, 3, padding=1)
+        >>> layer(torch.randn(2, 3, 5, 5)).shape
+        torch.Size([2, 8, 5, 5])
     """
 
 

@@ -48,10 +48,11 @@ def standardize(
         ShapeError: a filter has fewer than two entries, or alpha does not hold one number a filter.
         PwsError: gamma is negative, gain is not positive, or the weight is of integers.
 
-    >>> kernel = standardize(torch.tensor([[1.0, 3.0], [5.0, 4.0]]), gain=2**0.5, gamma=0.0)
-    >>> kernel.round(decimals=4)
-    tensor([[-1.,  1.],
-            [ 1., -1.]])
+    Examples:
+        >>> kernel = standardize(torch.tensor([[1.0, 3.0], [5.0, 4.0]]), gain=2**0.5, gamma=0.0)
+        >>> kernel.round(decimals=4)
+        tensor([[-1.,  1.],
+                [ 1., -1.]])
     """
     fan_in = check_fan_in(weight)
     if not weight.is_floating_point():

@@ -14,9 +14,10 @@ def lr_factor(optim: OptimConfig, steps: int, steps_per_epoch: int) -> Callable[
     With `w` warm-up steps, warmup is `min(1, (s + 1) / w)`, and with `t = (s - w) / (steps - w)` for `s >= w`, else 0:
     constant 1; step `decay ^ (milestones passed)`; cosine `(1 + cos(pi t)) / 2`; linear `1 - t`.
 
-    >>> factor = lr_factor(OptimConfig(schedule="linear"), steps=4, steps_per_epoch=2)
-    >>> [factor(s) for s in range(5)]
-    [1.0, 0.75, 0.5, 0.25, 0.0]
+    Examples:
+        >>> factor = lr_factor(OptimConfig(schedule="linear"), steps=4, steps_per_epoch=2)
+        >>> [factor(s) for s in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
     milestones = [epoch * steps_per_epoch for epoch in optim.milestones]
