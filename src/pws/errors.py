@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -27,3 +28,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
     return hint if close and len(names) > 24 else f"{hint} Valid: {', '.join(names)}"
+
+
+def one_line(error: Exception) -> str:
+    """The message of another library's error without its line breaks and the class around a type's name."""
+    return re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from argparse import ArgumentError
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pws.cli.arguments import command_parser, parse
 from pws.cli.quiet import quiet_lightning
 from pws.demo import LEARNING_RATES, STEP_BOUND, Cell, Outcome, all_cells, average_gradients, draw, run_cell, sentences
 from pws.errors import PwsError
@@ -23,18 +22,14 @@ FILES = ("demo.png", "demo.json", "demo.txt")
 
 def run(arguments: list[str]) -> int:
     """Parse, train all cells, tell the story."""
-    parser = ArgumentParser(
-        prog="pws demo",
-        description="Train a 9-convolution network on scikit-learn's digits with five methods at three learning rates.",
-        epilog="Example: pws demo --out demo",
-        exit_on_error=False,
+    parser = command_parser(
+        "demo",
+        "Train a 9-convolution network on scikit-learn's digits with five methods at three learning rates.",
+        "pws demo --out demo",
     )
     parser.add_argument("--out", type=str, default="demo", help="folder for demo.png, demo.json and demo.txt")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each cell, 22 steps each")
-    try:
-        parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise PwsError(str(error)) from error
+    parsed = parse(parser, arguments)
     if parsed.epochs < 1:
         raise PwsError(f"--epochs must be at least 1; got {parsed.epochs}.")
     quiet_lightning()

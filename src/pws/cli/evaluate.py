@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentError
 from dataclasses import asdict
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
+from pws.cli.arguments import command_parser, parse
 from pws.cli.quiet import quiet_lightning
-from pws.errors import PwsError
 from pws.training.evaluate import Evaluation, evaluate
 from pws.training.module import NonFiniteLossError
 
 
 def run(arguments: list[str]) -> int:
     """Parse, evaluate, print."""
-    parser = ArgumentParser(
-        prog="pws evaluate",
-        description="Top-1, top-5, loss and accuracy by class of a run's checkpoint on the test images.",
-        epilog="Example: pws evaluate runs/fashion-mnist-allconv-pws --checkpoint last --json",
-        exit_on_error=False,
+    parser = command_parser(
+        "evaluate",
+        "Top-1, top-5, loss and accuracy by class of a run's checkpoint on the test images.",
+        "pws evaluate runs/fashion-mnist-allconv-pws --checkpoint last --json",
     )
     parser.add_argument("run", type=str, help="the run's folder")
     parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    try:
-        parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
-        raise PwsError(str(error)) from error
+    parsed = parse(parser, arguments)
     quiet_lightning()
     try:
         evaluation = evaluate(Path(parsed.run), parsed.checkpoint)

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
 
-from pws.errors import PwsError, UnknownNameError, nearest
+from pws.errors import PwsError, UnknownNameError, nearest, one_line
 from pws.training.recipe import Recipe
 
 
@@ -34,7 +34,7 @@ def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tu
     try:
         parsed = parser.parse_args([f"--config={path}", *flags])
     except ArgumentError as error:
-        raise PwsError(_explain(str(error), parser)) from error
+        raise PwsError(_explain(one_line(error), parser)) from error
     built = parser.instantiate(parsed)
     recipe = Recipe(**{field.name: built[field.name] for field in fields(Recipe)})
     recipe.name = recipe.name or path.stem

@@ -1,0 +1,25 @@
+"""Parsers of the commands, whose errors are ours."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from pws.errors import PwsError, one_line
+
+
+def command_parser(command: str, description: str, example: str) -> ArgumentParser:
+    """A parser whose help ends with an example."""
+    return ArgumentParser(
+        prog=f"pws {command}", description=description, epilog=f"Example: {example}", exit_on_error=False
+    )
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
+    """What was given; raises `PwsError` where that is wrong."""
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise PwsError(f"{one_line(error)} (`{parser.prog} --help` tells the options)") from error
