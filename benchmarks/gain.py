@@ -33,8 +33,8 @@ LEARNING_RATES, SEEDS, STEP_BOUND = (0.01, 0.1, 0.5), (0, 1), 0.1
 
 def run_cell(flags: tuple[str, ...], lr: float, seed: int) -> dict[str, Any]:
     """Test accuracy in %, or the step at which the loss went non-finite."""
-    bound = STEP_BOUND / lr if "bounded" in flags else "null"
-    overrides = (*(flag for flag in flags if flag != "bounded"), f"--optim.clip_norm={bound}")
+    bound = STEP_BOUND if "bounded" in flags else "null"
+    overrides = (*(flag for flag in flags if flag != "bounded"), f"--optim.step_bound={bound}")
     recipe = load_recipe("fashion-mnist-allconv-pws", *SETTING, *overrides, f"--optim.lr={lr}", f"--seed={seed}")
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -62,7 +62,8 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--optim.lr=-1"], "optim.lr must be at least 0; got -1"),
         (["--optim.lr=.inf"], "optim.lr must be at least 0; got inf"),
         (["--optim.momentum=1"], "optim.momentum must be at least 0 and below 1"),
-        (["--optim.clip_norm=0"], "optim.clip_norm must be positive"),
+        (["--optim.step_bound=0"], "optim.step_bound must be positive"),
+        (["--optim.clip_norm=1"], "both clip the gradient"),
         (["--optim.schedule=step"], "needs optim.milestones"),
         (["--trainer.epochs=0"], "trainer.epochs must be at least 1"),
         (["--data.workers=-1"], "data.workers must be at least 0"),
@@ -277,7 +278,7 @@ def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_diverging_run_exits_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--model.method=none", "--optim.lr=1e6", "--optim.clip_norm=null", "--trainer.epochs=3")
+    flags = ("--model.method=none", "--optim.lr=1e6", "--optim.step_bound=null", "--trainer.epochs=3")
     assert main([*TRAIN, *flags, f"--runs={tmp_path}", "--name=bad"]) == 3
     error = capsys.readouterr().err
     assert "non-finite at step" in error

@@ -26,7 +26,7 @@ def test_the_grid() -> None:
     cells = all_cells()
     assert len(cells) == len(set(cells)) == (len(METHOD_ORDER) + 1) * len(LEARNING_RATES)
     for cell in cells:
-        bound = recipe_of(cell).optim.clip_norm
+        bound = recipe_of(cell).optim.gradient_norm()
         assert bound == (pytest.approx(STEP_BOUND / cell.lr) if cell.row in ("pws", CONTROL) else None)
 
 

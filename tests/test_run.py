@@ -173,7 +173,7 @@ def test_the_last_checkpoint_is_the_last_epoch(tmp_path: Path) -> None:
 
 
 def test_overflow_in_the_last_step_is_not_a_finished_run(tmp_path: Path) -> None:
-    flags = ("--model.method=none", "--optim.lr=1e9", "--optim.clip_norm=null", "--trainer.max_steps=1")
+    flags = ("--model.method=none", "--optim.lr=1e9", "--optim.step_bound=null", "--trainer.max_steps=1")
     with pytest.raises(NonFiniteLossError) as caught:
         train(tiny(*flags), tmp_path / "run", quiet=True)
     assert caught.value.step == 1
@@ -192,7 +192,7 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_non_finite_loss_names_step_and_layer(tmp_path: Path) -> None:
-    recipe = tiny("--model.method=none", "--optim.lr=1e6", "--optim.clip_norm=null")
+    recipe = tiny("--model.method=none", "--optim.lr=1e6", "--optim.step_bound=null")
     with pytest.raises(NonFiniteLossError) as caught:
         train(recipe, tmp_path / "run", quiet=True)
     assert caught.value.layer is not None
@@ -246,6 +246,6 @@ def test_interrupt_exits_with_130(tmp_path: Path) -> None:
 
 
 def test_two_processes_end_together_when_one_overflows(tmp_path: Path) -> None:
-    flags = ("--model.method=none", "--optim.lr=1e6", "--optim.clip_norm=null", "--trainer.devices=2")
+    flags = ("--model.method=none", "--optim.lr=1e6", "--optim.step_bound=null", "--trainer.devices=2")
     run = run_command(tmp_path / "run", *flags, code=3)
     assert run.stderr.count("non-finite at step") == 1

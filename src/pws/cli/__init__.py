@@ -11,7 +11,7 @@ from pws.errors import PwsError, UnknownNameError
 
 COMMANDS: Final = {
     "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",
-    "train": "train a recipe: pws train fashion-mnist-allconv-pws --optim.lr 0.1",
+    "train": "train a recipe: pws train fashion-mnist-allconv-pws --optim.lr 0.5",
     "evaluate": "top-1, top-5, loss and accuracy by class of a run: pws evaluate runs/NAME",
 }
 USAGE: Final = "\n".join(
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error}. Check the path, its permissions and the space on the disk.", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; `pws train` goes on with --resume", 130)
+        return _fail("interrupted; `pws train runs/NAME --resume` goes on", 130)
 
 
 def _run(command: str, arguments: list[str]) -> int:

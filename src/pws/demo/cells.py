@@ -74,7 +74,7 @@ def recipe_of(cell: Cell, epochs: int = 5) -> Recipe:
     return Recipe(
         model=ModelConfig(name="allconv", method=cell.method, width=0.25),
         data=DataConfig(name="digits", image_size=16, batch_size=64),
-        optim=OptimConfig(lr=cell.lr, schedule="linear", clip_norm=STEP_BOUND / cell.lr if cell.bounded else None),
+        optim=OptimConfig(lr=cell.lr, schedule="linear", step_bound=STEP_BOUND if cell.bounded else None),
         trainer=TrainerConfig(epochs=epochs, accelerator="cpu", devices=1),
     )
 
@@ -96,7 +96,7 @@ def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> O
         devices=1,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
-        gradient_clip_val=recipe.optim.clip_norm,
+        gradient_clip_val=recipe.optim.gradient_norm(),
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,

@@ -50,8 +50,9 @@ def calibrate(
 
     Args:
         model: any module that holds pws layers.
-        batches: a batch, or several in an iterable: each the model's input tensor, or a tuple that starts with it. They
-            are joined, so choose as many samples as one forward pass has memory for.
+        batches: the model's input tensor, or an iterable of batches, each such a tensor or a tuple that starts with it
+            (put one `(images, labels)` of a loader into a list). They are joined: choose no more samples than one forward
+            pass has memory for.
         target: the output variance wanted; the paper uses 2.
         per_channel: a factor a channel, from that channel's own variance, instead of one a layer.
         only: calibrate the layers for which `only(name, layer)` is true; all pws layers if left out.

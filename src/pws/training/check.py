@@ -20,7 +20,7 @@ AT_LEAST_ONE: Final[Rule] = ("at least 1", lambda value: value >= 1)
 MOMENTUM: Final[Rule] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 RULES: Final[dict[str, Rule]] = {
-    **dict.fromkeys(("model.width", "optim.clip_norm", "optim.decay"), POSITIVE),
+    **dict.fromkeys(("model.width", "optim.clip_norm", "optim.step_bound", "optim.decay"), POSITIVE),
     **dict.fromkeys(("data.workers", "optim.lr", "optim.weight_decay"), NOT_NEGATIVE),
     **dict.fromkeys(("optim.scale_lr_factor", "optim.warmup_epochs", "seed"), NOT_NEGATIVE),
     **dict.fromkeys(("data.batch_size", "data.image_size", "data.train_images"), AT_LEAST_ONE),
@@ -40,6 +40,11 @@ def check_recipe(recipe: Recipe) -> None:
         if value is not None and not holds(value):
             raise PwsError(f"{path} must be {words}; got {value}. Correct it in the recipe or on the command line.")
     optim = recipe.optim
+    if optim.clip_norm is not None and optim.step_bound is not None:
+        raise PwsError(
+            f"optim.clip_norm ({optim.clip_norm}) and optim.step_bound ({optim.step_bound}) both clip the gradient: give one, "
+            "and null for the other if the recipe sets it."
+        )
     if optim.schedule == "step" and not optim.milestones:
         raise PwsError(
             "optim.schedule step needs optim.milestones, the epochs at which the rate falls, such as [30, 60]."

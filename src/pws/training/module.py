@@ -28,8 +28,8 @@ class NonFiniteLossError(ArithmeticError):
             f"the output of layer {layer!r} was the first to overflow" if layer else "every layer's output was finite"
         )
         super().__init__(
-            f"the loss went non-finite at step {step}: {where}. Lower --optim.lr, clip with --optim.clip_norm, or use "
-            "--model.method pws."
+            f"the loss went non-finite at step {step}: {where}. Lower --optim.lr, or bound the step with "
+            "--optim.step_bound 0.1; of the methods, bn and (bounded) pws stand the largest rates."
         )
         self.step, self.layer = step, layer
 

@@ -74,6 +74,8 @@ class OptimConfig:
         decay: (step) factor at each milestone.
         warmup_epochs: epochs over which the learning rate rises linearly from 0, a part of an epoch too.
         clip_norm: clip the gradient to this global norm.
+        step_bound: clip the gradient to norm step_bound / lr, so that no step is longer than this before momentum; PWS
+            needs about 0.1 at large learning rates.
     """
 
     lr: float = 0.1
@@ -86,6 +88,13 @@ class OptimConfig:
     decay: float = 0.1
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
+    step_bound: float | None = None
+
+    def gradient_norm(self) -> float | None:
+        """The global norm that gradients are clipped to, None for none."""
+        if self.step_bound is not None and self.lr > 0:
+            return self.step_bound / self.lr
+        return self.clip_norm
 
 
 @dataclass

@@ -153,7 +153,7 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, *, quiet: bool) -> Trai
             max_epochs=config.epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
             accumulate_grad_batches=config.accumulate,
-            gradient_clip_val=recipe.optim.clip_norm,
+            gradient_clip_val=recipe.optim.gradient_norm(),
             logger=False,
             callbacks=callbacks,
             log_every_n_steps=10,
