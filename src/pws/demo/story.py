@@ -49,6 +49,6 @@ def _control(results: Results) -> str:
     rate = LEARNING_RATES["very large"]
     pws, control = (_at(results, row, "very large") for row in ("pws", CONTROL))
     return (
-        f"The step of pws was bounded to length {STEP_BOUND:g}, as in its Fashion-MNIST recipe; to tell the two apart, none with the same "
-        f"bound gave {control} at learning rate {rate:g}, pws {pws}."
+        f"The step of pws was bounded to length {STEP_BOUND:g}, as in its Fashion-MNIST recipe; to tell the two apart, "
+        f"none with the same bound gave {control} at learning rate {rate:g}, pws {pws}."
     )
