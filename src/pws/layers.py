@@ -130,6 +130,15 @@ class Conv3d(_Conv, nn.Conv3d):
     """`torch.nn.Conv3d` with a standardized kernel."""
 
 
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight `(in_channels, out_channels / groups, ...)` with one filter an entry of the leading
+    dimension, `(out_channels, in_channels / groups, ...)`, or back: `(G a, b, ...)` to `(G b, a, ...)` is its own inverse.
+    """
+    a, b = weight.shape[0] // groups, weight.shape[1]
+    grouped = weight.reshape(groups, a, b, *weight.shape[2:]).transpose(1, 2)
+    return grouped.reshape(groups * b, a, *weight.shape[2:])
+
+
 class _ConvTranspose(StandardizedLayer):
     """A filter is what makes one output channel: `(in_channels / groups, *kernel_size)`, here spread over `weight[:, j]`.
 
@@ -144,17 +153,11 @@ class _ConvTranspose(StandardizedLayer):
 
     def filters(self) -> Tensor:
         """The weight with one filter an entry of the leading dimension, `(out_channels, in_channels / groups, ...)`."""
-        return self._swap_channels(self.weight)
+        return swap_channels(self.weight, self.groups)
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of `weight`: what the layer convolves with."""
-        return self._swap_channels(super().kernel())
-
-    def _swap_channels(self, weight: Tensor) -> Tensor:
-        # (G a, b, ...) to (G b, a, ...), where one of a, b is in_channels / groups: its own inverse.
-        a, b = weight.shape[0] // self.groups, weight.shape[1]
-        grouped = weight.reshape(self.groups, a, b, *weight.shape[2:]).transpose(1, 2)
-        return grouped.reshape(self.groups * b, a, *weight.shape[2:])
+        return swap_channels(super().kernel(), self.groups)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Transpose-convolve `input` with the kernel, add the bias."""

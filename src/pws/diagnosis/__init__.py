@@ -1,6 +1,20 @@
 """What is wrong with a network, layer by layer."""
 
 from pws.diagnosis.average_gradient import average_gradient_ratio
+from pws.diagnosis.diagnose import diagnose
+from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.layer import Filters, LayerDiagnosis, Signal
 from pws.diagnosis.non_finite import first_non_finite
+from pws.diagnosis.verdict import Verdict
 
-__all__ = ["average_gradient_ratio", "first_non_finite"]
+__all__ = [
+    "Diagnosis",
+    "Filters",
+    "LayerDiagnosis",
+    "Settings",
+    "Signal",
+    "Verdict",
+    "average_gradient_ratio",
+    "diagnose",
+    "first_non_finite",
+]

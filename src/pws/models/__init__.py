@@ -3,5 +3,6 @@
 from pws.models.allconv import AllConv
 from pws.models.registry import MODELS, build_model
 from pws.models.resnet import ResNet
+from pws.models.stack import Stack
 
-__all__ = ["MODELS", "AllConv", "ResNet", "build_model"]
+__all__ = ["MODELS", "AllConv", "ResNet", "Stack", "build_model"]

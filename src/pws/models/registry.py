@@ -13,6 +13,7 @@ from pws.errors import PwsError, UnknownNameError
 from pws.methods import Method
 from pws.models.allconv import AllConv
 from pws.models.resnet import Design, ResNet
+from pws.models.stack import Stack
 
 _DEPTHS: Final = {
     18: ((2, 2, 2, 2), False),
@@ -34,6 +35,7 @@ MODELS: Final[Mapping[str, Callable[..., nn.Module]]] = MappingProxyType(
         "preact": partial(ResNet, Design((6, 6, 6), (16, 32, 64), (2, 2, 1), True, False, end_norms=False)),
         **{f"cifar-resnet{depth}": _resnet(depth, imagenet_stem=False) for depth in (18, 34)},
         **{f"resnet{depth}": _resnet(depth, imagenet_stem=True) for depth in _DEPTHS},
+        **{f"stack{depth}": partial(Stack, depth) for depth in (4, 8, 16, 32)},
     }
 )
 """Name to builder `(method, in_channels, num_classes, width)`."""

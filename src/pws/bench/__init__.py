@@ -1,0 +1,1 @@
+"""Measurements of pws against other methods and of its theory against training."""

@@ -1,0 +1,123 @@
+"""At which learning rate a network really diverges: by bisection, training it for 200 steps at each rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from pws.training.data import ImageData
+from pws.training.recipe import DataConfig, ModelConfig
+from pws.training.run import model_for
+
+MOMENTUM: Final = 0.9
+GUESSING_LOSS: Final = 0.95 * math.log(10)
+"""Cross-entropy of about a uniform guess among ten classes."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of the comparison."""
+
+    model: str
+    method: str
+    width: float
+    batch_size: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = "".join(f", {key} {value:.3g}" for key, value in self.options.items())
+        return f"{self.model} {self.method}{options}, width {self.width:g}, batch {self.batch_size}"
+
+
+NETWORKS: Final = (
+    Network("allconv", "none", 0.25, 64),
+    Network("allconv", "bn", 0.25, 64),
+    Network("allconv", "pws", 0.25, 64),
+    Network("stack4", "none", 0.25, 64),
+    Network("stack16", "none", 0.25, 64),
+    Network("cifar-resnet18", "none", 0.125, 64),
+    Network("allconv", "wn", 0.25, 64),
+    Network("allconv", "gn", 0.25, 64),
+    Network("allconv", "none", 0.25, 16),
+    Network("allconv", "pws", 0.25, 64, {"gain": 2**0.5}),
+    Network("cifar-resnet18", "bn", 0.125, 64),
+    Network("cifar-resnet18", "pws", 0.125, 64),
+    Network("stack16", "bn", 0.25, 64),
+    Network("stack16", "pws", 0.25, 64),
+    Network("allconv", "bn", 0.25, 16),
+    Network("allconv", "none", 0.5, 64),
+    Network("stack4", "bn", 0.25, 64),
+    Network("stack4", "pws", 0.25, 64),
+)
+
+
+def prepare(
+    network: Network, dataset: str = "fashion-mnist", seed: int = 0
+) -> tuple[nn.Module, DataLoader[tuple[Tensor, Tensor]]]:
+    """The network at initialization and a loader of its batches."""
+    data = ImageData(DataConfig(name=dataset, batch_size=network.batch_size), seed)
+    seed_everything(seed, workers=True, verbose=False)
+    model = model_for(
+        ModelConfig(name=network.model, method=network.method, width=network.width, **network.options), data.splits
+    )
+    return model, data.train_dataloader()
+
+
+def diverges(network: Network, lr: float, steps: int = 200, **where: Any) -> bool:
+    """Whether SGD with momentum 0.9 at `lr` ends with a loss that is not finite or no better than a guess.
+
+    The second is judged by the mean loss of the last tenth of the steps.
+    """
+    model, loader = prepare(network, **where)
+    sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
+    losses: list[float] = []
+    while len(losses) < steps:
+        for images, labels in loader:
+            loss = F.cross_entropy(model(images), labels)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                return True
+            sgd.zero_grad()
+            torch.autograd.backward(loss)
+            sgd.step()
+            if len(losses) == steps:
+                break
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last) > GUESSING_LOSS
+
+
+def smallest_diverging_lr(
+    probe: Callable[[float], bool], start: float = 0.1, ratio: float = 1.2
+) -> tuple[float, dict[float, bool]]:
+    """The rate at which `probe` turns true, to within `ratio`: the geometric middle of the last bracket.
+
+    Also every rate probed with its answer. From `start` the bracket grows by factors of 4, up to 1e4 and down to 1e-5.
+    """
+    probed: dict[float, bool] = {}
+
+    def ask(lr: float) -> bool:
+        probed[lr] = probe(lr)
+        return probed[lr]
+
+    lr = start
+    bad = ask(lr)
+    while 1e-5 < lr < 1e4:
+        following = lr / 4 if bad else lr * 4
+        lr = following
+        if ask(lr) != bad:
+            break
+    else:
+        return (math.inf if not bad else 0.0), probed
+    low, high = (lr, lr * 4) if bad else (lr / 4, lr)
+    while high / low > ratio:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if ask(middle) else (middle, high)
+    return (low * high) ** 0.5, probed

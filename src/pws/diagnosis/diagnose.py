@@ -1,0 +1,179 @@
+"""`pws.diagnose`: one forward and one backward pass, explained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from pws.diagnosis.batch import Batch, Loss, batch_of
+from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
+from pws.diagnosis.preserve import preserved
+from pws.diagnosis.recorder import Recorder
+from pws.errors import PwsError, one_line
+
+LAYER_KINDS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+
+
+def diagnose(
+    model: nn.Module,
+    batch: Any,
+    loss: Loss,
+    *,
+    lr: float | None = None,
+    momentum: float = 0.0,
+    steps: int = 1,
+) -> Diagnosis:
+    """Explain a model on a batch: variance transmission, average gradients, critical learning rates, and a verdict.
+
+    One forward and one backward pass in the model's present mode (diagnose training in training mode: BatchNorm then uses
+    the batch), under whatever autocast is active. The model, its gradients, buffers (BatchNorm's running statistics)
+    and every random generator are left exactly as they were, also after an error.
+
+    Args:
+        model: any module; its layers are found by the operations they call (convolutions, transposed convolutions, linear
+            maps), whatever computes their kernels.
+        batch: `(inputs, targets)`, or the inputs alone; inputs are a tensor, a tuple of arguments or a dict of them.
+        loss: `loss(outputs, targets)`, or `loss(outputs)` without targets, to a scalar.
+        lr: the learning rate to judge; without it the verdict tells up to which rate the model is safe.
+        momentum: SGD's, for the forecast.
+        steps: how many steps ahead the shift share is predicted.
+
+    Raises:
+        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized; the input holds NaN or
+            infinity; the loss is not a scalar or does not depend on the model's parameters.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+        >>> images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+        >>> diagnosis = diagnose(model, (images, labels), nn.functional.cross_entropy)
+        >>> [layer.name for layer in diagnosis.layers]
+        ['0', '3']
+    """
+    settings = Settings(lr, momentum, steps, training=model.training)
+    parsed = batch_of(batch)
+    model = _bare(model)
+    _check_model(model)
+    recorder = Recorder(model)
+    try:
+        with preserved(model), torch.enable_grad():
+            outputs = _run(recorder, model, parsed)
+            if not recorder.layers:
+                raise PwsError(_nothing_ran(model))
+            value = _loss(loss, parsed, outputs)
+            if torch.isfinite(value):
+                _backward(value, model)
+            return diagnosis_of(recorder, value, settings)
+    finally:
+        recorder.close()
+
+
+def diagnosis_of(
+    recorder: Recorder, loss: Tensor | None, settings: Settings, *, step: int | None = None, loss_scale: float = 1.0
+) -> Diagnosis:
+    """What a recorder has seen, as numbers."""
+    layers: list[LayerDiagnosis] = []
+    for record in recorder.layers.values():
+        change = None if record.step_map is None else record.step_map.kernel_change(recorder.gradients)
+        if change is not None and record.last_call is not None:
+            change = record.last_call.filters(change.double()) / loss_scale
+        product = layers[-1].transmission_product if layers else 1.0
+        layers.append(layer_diagnosis(record, change, product, loss_scale))
+    ran = {name for name, _ in recorder.layers}
+    unused = [
+        name for name, module in recorder.model.named_modules() if isinstance(module, LAYER_KINDS) and name not in ran
+    ]
+    return Diagnosis(
+        layers=tuple(layers),
+        model=type(recorder.model).__name__,
+        loss=None if loss is None else float(loss.detach()) / loss_scale,
+        unused=tuple(unused),
+        settings=settings,
+        step=step,
+    )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's and the parallel wrappers."""
+    while isinstance(model, DataParallel | DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise PwsError(
+            f"the model must be initialized; {lazy[0]!r} and {len(lazy) - 1} more parameters are lazy and get their shape from "
+            "the first batch. Run the model once before the diagnosis."
+        )
+
+
+def _run(recorder: Recorder, model: nn.Module, batch: Batch) -> Any:
+    try:
+        with recorder.forward():
+            return batch.outputs(model)
+    except PwsError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        raise PwsError(
+            f"the model rejects the batch: {type(error).__name__}: {one_line(error)}. Pass what the model is called with, on "
+            "its device and in its dtype: (inputs, targets), several inputs as a tuple or dict."
+        ) from error
+
+
+def _loss(loss: Loss, batch: Batch, outputs: Any) -> Tensor:
+    try:
+        value = batch.loss(loss, outputs)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+        call = "loss(outputs, targets)" if batch.has_targets else "loss(outputs), for the batch holds no targets,"
+        raise PwsError(
+            f"{call} must give the scalar that is trained on; it failed with {type(error).__name__}: {one_line(error)}. "
+            f"The outputs are {_shape(outputs)}"
+            + (f", the targets {_shape(batch.targets)}." if batch.has_targets else ".")
+        ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise PwsError(f"the loss must be a scalar tensor; got {_shape(value)}. Take its mean, as in training.")
+    if not value.requires_grad:
+        raise PwsError(
+            "the loss must depend on the model's parameters, or there is no gradient to explain; it does not. Likely causes: "
+            "all parameters are frozen, the model runs under torch.no_grad or detaches its output, or the loss ignores it."
+        )
+    return value.reshape(())
+
+
+def _backward(value: Tensor, model: nn.Module) -> None:
+    """Run the recorder's hooks; no `.grad` is touched."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(value, trainable, allow_unused=True) if trainable else ()
+    if not any(gradient is not None for gradient in found):
+        raise PwsError(
+            "the loss must depend on the model's parameters, or there is no gradient to explain; none of them got one. Likely "
+            "causes: the loss is computed from something else than the model's outputs, or they were detached."
+        )
+
+
+def _nothing_ran(model: nn.Module) -> str:
+    known = ", ".join(kind.__name__ for kind in LAYER_KINDS)
+    held = sorted({type(module).__name__ for module in model.modules() if not list(module.children())})
+    return (
+        f"a diagnosis needs a layer with a weight ({known}, or anything that calls their operations); none ran in "
+        f"{type(model).__name__}, which holds {', '.join(held[:8]) or 'nothing'}. Pass the model that is trained."
+    )
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, dict):
+        return f"a dict of {', '.join(map(str, value))}"
+    return f"a {type(value).__name__}"

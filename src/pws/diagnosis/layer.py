@@ -1,0 +1,285 @@
+"""The numbers of one layer, from what the recorder kept of a pass."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pws.diagnosis.average_gradient import average_gradient_ratio
+from pws.diagnosis.moments import Moments, pool, pool_covariance
+from pws.diagnosis.record import LayerRecord, sum_of_squares
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A layer's input, output or output gradient, over positions (batch and space)."""
+
+    mean: float
+    """Mean of the channels' means."""
+    variance: float
+    """Mean of the channels' variances (biased): what variance transmission is about."""
+    second_moment: float
+    """Mean square."""
+    total_variance: float
+    """Variance over positions and channels together."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What there is to say of each filter: float64 tensors `(out_channels,)`; those of the backward pass may be None."""
+
+    mean: Tensor
+    """`m`."""
+    centred: Tensor
+    """`Var(z)`, `z = (w - m) . x`."""
+    patch_variance: Tensor
+    """`Var(xbar)`."""
+    average_gradient: Tensor | None = None
+    """`mean(dL/dkernel)`."""
+    expectation_part: Tensor | None = None
+    """`N E[delta] E[xbar]`."""
+    covariance_part: Tensor | None = None
+    """`N Cov(delta, xbar)`."""
+    average_step: Tensor | None = None
+    """Mean of the filter's change by a gradient step at learning rate 1, with its sign turned: `average_gradient` in a
+    plain layer, 0 in a standardized one."""
+
+
+@dataclass(frozen=True)
+class LayerDiagnosis:
+    """One layer with a weight. Variances are means over channels; learning rates are those of plain SGD."""
+
+    name: str
+    kind: str
+    operation: str
+    kernel_shape: tuple[int, ...]
+    fan_in: int
+    groups: int
+    calls: int
+    positions: int
+    """Outputs of a channel: batch times space, over all calls."""
+    finite: bool
+    """Whether every output was finite."""
+    finite_kernel: bool
+    note: str
+    """Why numbers of the backward pass are missing; empty if none is."""
+
+    input: Signal
+    output: Signal
+    dead_inputs: float
+    """Share of the input's channels that were zero at every position, in [0, 1]."""
+    transmission: float
+    """`Var(output) / Var(input)`."""
+    transmission_product: float
+    """Of this and all layers before it, in execution order."""
+    centred: float
+    """`Var(z)`: what the centred filters make of the output's variance."""
+    shift: float
+    """`(n m)^2 Var(xbar)`: what the filters' means make of it."""
+    covariance: float
+    """`2 n m Cov(z, xbar)`; `centred + shift + covariance` is the output's variance."""
+
+    gradient: Signal | None
+    """Of the output gradient `delta = dL/dy`."""
+    gradient_transmission: float | None
+    """`E[(dL/dx)^2] / E[delta^2]`, through this layer alone."""
+    average_gradient: float | None
+    """Root mean square over the filters of `mean(dL/dkernel)`."""
+    expectation_part: float | None
+    """The same of `N E[delta] E[xbar]`, N the positions."""
+    covariance_part: float | None
+    """The same of `N Cov(delta, xbar)`; the two parts add up filter by filter."""
+    average_gradient_ratio: float | None
+    """Mean over the filters of `(sum s)^2 / (n sum s^2)`, `s` the change of the filter by a gradient step; in [0, 1]."""
+    update_ratio: float | None
+    """Norm of the kernel's change by a gradient step at learning rate 1, over the kernel's norm."""
+    critical_lr: float | None
+    """The learning rate at which the filters' means, moved by one step, add as much variance as the output has:
+    `sqrt(Var(y) / mean_o((n sbar_o)^2 Var(xbar)))`; infinity where no step can move them."""
+
+    filters: Filters
+
+    @property
+    def shift_share(self) -> float:
+        """`shift / (shift + centred)`, in [0, 1]: how much of the output's variance is due to the filters' means."""
+        total = self.shift + self.centred
+        return self.shift / total if total > 0 else 0.0 if total == 0 else math.nan
+
+    @property
+    def independent_ratio(self) -> float:
+        """`1 / n`, the average-gradient ratio of independent gradients."""
+        return 1 / self.fan_in
+
+    @property
+    def expectation_share(self) -> float | None:
+        """`sum E^2 / (sum E^2 + sum C^2)` over the filters, E and C the two parts of the average gradient; in [0, 1]."""
+        if self.expectation_part is None or self.covariance_part is None:
+            return None
+        squares = self.expectation_part**2, self.covariance_part**2
+        return squares[0] / sum(squares) if sum(squares) else 0.0
+
+    def predicted_shift_share(self, lr: float, momentum: float = 0.0, steps: int = 1) -> float | None:
+        """The shift share after `steps` steps of SGD at `lr` along today's average step, all else unchanged.
+
+            m_o <- m_o - lr K sbar_o,       K = sum_{k=1..steps} (1 - momentum^k) / (1 - momentum)
+
+        None without a backward pass.
+        """
+        f = self.filters
+        if f.average_step is None:
+            return None
+        moved = f.mean - lr * travelled(momentum, steps) * f.average_step
+        shift = float(((self.fan_in * moved).square() * f.patch_variance).mean())
+        return shift / (shift + self.centred) if shift + self.centred > 0 else 0.0
+
+
+def travelled(momentum: float, steps: int) -> float:
+    """How far SGD goes in `steps` steps along a gradient that stays the same, in units of `lr * gradient`."""
+    return sum((1 - momentum**k) / (1 - momentum) for k in range(1, steps + 1))
+
+
+def layer_diagnosis(
+    record: LayerRecord, step: Tensor | None, product_before: float = 1.0, loss_scale: float = 1.0
+) -> LayerDiagnosis:
+    """The numbers of a layer.
+
+    Args:
+        record: what it did.
+        step: the gradient step of its kernel as `(O, K)`; None if there is none.
+        product_before: the product of the transmissions of the layers before it.
+        loss_scale: what the loss was multiplied with before the backward pass.
+    """
+    calls = record.calls
+    inputs, outputs = pool([c.input for c in calls]), pool([c.output for c in calls])
+    centred, shift = pool([c.centred for c in calls]), pool([c.shift for c in calls])
+    patch = pool([c.patch for c in calls])
+    covariance = pool_covariance([c.centred for c in calls], [c.shift for c in calls], [c.covariance for c in calls])
+    transmission = _ratio(_mean(outputs.variance), _mean(inputs.variance))
+    back = _backward(record, loss_scale)
+    average_step = None if step is None else _average(step, record.dtype)
+    return LayerDiagnosis(
+        name=record.name,
+        kind=record.kind,
+        operation=record.operation,
+        kernel_shape=record.kernel_shape,
+        fan_in=record.fan_in,
+        groups=record.groups,
+        calls=len(calls),
+        positions=outputs.count,
+        finite=all(c.finite for c in calls),
+        finite_kernel=math.isfinite(record.kernel_norm),
+        note=_note(record, step, back.gradient),
+        input=_signal(inputs),
+        output=_signal(outputs),
+        dead_inputs=_mean(torch.stack([c.dead for c in calls]).all(0).double()),
+        transmission=transmission,
+        transmission_product=product_before * transmission,
+        centred=_mean(centred.variance),
+        shift=_mean(shift.variance),
+        covariance=2 * _mean(covariance),
+        gradient=back.gradient,
+        gradient_transmission=back.transmission,
+        average_gradient=_rms(back.average),
+        expectation_part=_rms(back.expectation),
+        covariance_part=_rms(back.covariance),
+        average_gradient_ratio=None if step is None else _mean(average_gradient_ratio(step)),
+        update_ratio=None if step is None else _ratio(sum_of_squares([step]) ** 0.5, record.kernel_norm),
+        critical_lr=None
+        if average_step is None
+        else _critical_lr(average_step, record.fan_in, patch.variance, _mean(outputs.variance)),
+        filters=Filters(
+            mean=record.filter_mean,
+            centred=centred.variance,
+            patch_variance=patch.variance,
+            average_gradient=back.average,
+            expectation_part=back.expectation,
+            covariance_part=back.covariance,
+            average_step=average_step,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Backward:
+    gradient: Signal | None = None
+    transmission: float | None = None
+    average: Tensor | None = None
+    expectation: Tensor | None = None
+    covariance: Tensor | None = None
+
+
+def _backward(record: LayerRecord, scale: float) -> _Backward:
+    seen = [(call, call.backward) for call in record.calls if call.backward is not None]
+    if not seen:
+        return _Backward()
+    count = sum(call.output.count for call, _ in seen)
+    delta_sum = torch.stack([b.delta_sum for _, b in seen]).sum(0) / scale
+    squares = torch.stack([b.delta_squares for _, b in seen]).sum(0) / scale**2
+    gradients = [call.kernel_gradient for call, _ in seen if call.kernel_gradient is not None]
+    average = torch.stack(gradients).sum(0) / scale if gradients else None
+    expectation = delta_sum * pool([call.patch for call, _ in seen]).mean
+    delta_patch = torch.stack([b.delta_patch for _, b in seen]).sum(0) / scale
+    return _Backward(
+        gradient=_signal(Moments(count, delta_sum / count, squares / count - (delta_sum / count).square())),
+        transmission=_gradient_transmission(record, float(squares.sum()) * scale**2),
+        average=average,
+        expectation=None if average is None else expectation,
+        covariance=None if average is None else delta_patch - expectation,
+    )
+
+
+def _gradient_transmission(record: LayerRecord, delta_squares: float) -> float | None:
+    squares = [call.input_gradient_squares for call in record.calls if call.input_gradient_squares is not None]
+    if not squares:
+        return None
+    entries_in = sum(call.input.count * call.input.mean.numel() for call in record.calls)
+    entries_out = sum(call.output.count * call.output.mean.numel() for call in record.calls)
+    return _ratio(sum(squares) / entries_in, delta_squares / entries_out)
+
+
+def _average(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean of each filter's step; 0 where it is within what rounding leaves of a step that has none."""
+    average = step.double().mean(1)
+    rounding = torch.finfo(dtype).eps * step.double().square().mean(1).sqrt()
+    return average.where(average.abs() > rounding, 0.0)
+
+
+def _critical_lr(average_step: Tensor, fan_in: int, patch_variance: Tensor, variance: float) -> float:
+    per_unit = _mean((fan_in * average_step).square() * patch_variance)
+    if not (math.isfinite(per_unit) and math.isfinite(variance)):
+        return math.nan
+    return math.sqrt(variance / per_unit) if per_unit > 0 else math.inf
+
+
+def _note(record: LayerRecord, step: Tensor | None, gradient: Signal | None) -> str:
+    if gradient is None:
+        return "no gradient reached its output"
+    if step is None:
+        return "its kernel is not trained" if record.step_map is None else "its kernel got no gradient"
+    return ""
+
+
+def _signal(moments: Moments) -> Signal:
+    return Signal(
+        mean=_mean(moments.mean),
+        variance=_mean(moments.variance),
+        second_moment=_mean(moments.second_moment),
+        total_variance=float(moments.total_variance()),
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def _rms(values: Tensor | None) -> float | None:
+    return None if values is None else float(values.square().mean().sqrt())
+
+
+def _ratio(over: float, under: float) -> float:
+    if under == 0:
+        return 0.0 if over == 0 else math.inf
+    return over / under

@@ -1,0 +1,67 @@
+"""Means, variances and covariances over positions, pooled over calls without losing digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one or two signals with C channels over `count` positions; float64 tensors `(C,)`.
+
+    Biased: `variance = E[(a - E[a])^2]`, `covariance = E[(a - E[a]) (b - E[b])]`.
+    """
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def second_moment(self) -> Tensor:
+        """`E[a^2]`."""
+        return self.variance + self.mean.square()
+
+    def total_variance(self) -> Tensor:
+        """The variance over positions and channels together."""
+        return self.variance.mean() + self.mean.var(correction=0)
+
+
+def pool(parts: list[Moments]) -> Moments:
+    """The moments over the positions of all parts (Chan, Golub, LeVeque 1983)."""
+    counts = _counts(parts)
+    means = torch.stack([part.mean for part in parts])
+    mean = (counts * means).sum(0) / counts.sum()
+    variances = torch.stack([part.variance for part in parts])
+    variance = (counts * (variances + (means - mean).square())).sum(0) / counts.sum()
+    return Moments(sum(part.count for part in parts), mean, variance)
+
+
+def pool_covariance(first: list[Moments], second: list[Moments], covariances: list[Tensor]) -> Tensor:
+    """The covariance of two signals over the positions of all parts."""
+    counts, a, b = _counts(first), pool(first).mean, pool(second).mean
+    between = [(p.mean - a) * (q.mean - b) for p, q in zip(first, second, strict=True)]
+    return (counts * (torch.stack(covariances) + torch.stack(between))).sum(0) / counts.sum()
+
+
+def _counts(parts: list[Moments]) -> Tensor:
+    return torch.tensor([[part.count] for part in parts], dtype=torch.float64, device=parts[0].mean.device)
+
+
+def positions(signal: Tensor, channel_dim: int) -> list[int]:
+    """The dimensions that are not the channels."""
+    return [dim for dim in range(signal.dim()) if dim != channel_dim % signal.dim()]
+
+
+def centre(signal: Tensor, channel_dim: int) -> tuple[Moments, Tensor]:
+    """The moments of each channel, and the signal less its channels' means.
+
+    Sums run in float64 over centred values: neither a large mean nor many positions cost digits.
+    """
+    dims = positions(signal, channel_dim)
+    mean = signal.mean(dims, keepdim=True, dtype=torch.float64)
+    centred = signal - mean.to(signal.dtype)
+    variance = centred.square().mean(dims, dtype=torch.float64)
+    return Moments(signal.numel() // mean.numel(), mean.flatten(), variance), centred

@@ -1,0 +1,163 @@
+"""What one layer did in one pass: the statistics of each of its calls, forward and backward.
+
+Shape letters: O filters (output channels), K entries of a filter, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pws.diagnosis.moments import Moments, centre, positions
+from pws.diagnosis.operation import Call, split_channels
+
+
+@dataclass
+class Backward:
+    """Sums of a call's output gradient delta, filled in by its backward pass; float64 `(O,)`."""
+
+    delta_sum: Tensor
+    delta_squares: Tensor
+    delta_patch: Tensor
+    """`sum_p delta(p) xbar(p)`."""
+
+
+@dataclass
+class CallRecord:
+    """The statistics of one call."""
+
+    input: Moments
+    dead: Tensor
+    """Which input channels were zero everywhere, `(C,)`."""
+    output: Moments
+    centred: Moments
+    """Of `z = y - beta - n m xbar`."""
+    shift: Moments
+    """Of `n m xbar`."""
+    covariance: Tensor
+    """`Cov(z, n m xbar)`."""
+    patch: Moments
+    """Of `xbar`, that of its group repeated for each filter."""
+    finite: bool
+    backward: Backward | None = None
+    input_gradient_squares: float | None = None
+    """The sum of squares of the gradient by the input, through this layer alone."""
+    kernel_gradient: Tensor | None = None
+    """The mean over each filter of the gradient by the kernel, `(O,)`."""
+
+
+@dataclass
+class LayerRecord:
+    """All calls of a layer in one pass, in order."""
+
+    name: str
+    kind: str
+    operation: str
+    kernel_shape: tuple[int, ...]
+    dtype: torch.dtype
+    fan_in: int
+    groups: int
+    filter_mean: Tensor
+    """`m`, `(O,)`."""
+    kernel_norm: float
+    parameters: list[nn.Parameter]
+    """The trainable parameters that the kernel is computed from."""
+    step_map: StepMap | None
+    calls: list[CallRecord] = field(default_factory=list)
+    last_call: Call | None = None
+
+
+class StepMap:
+    """From a step on a layer's parameters to the change of its kernel: the Jacobian of `kernel(parameters)`.
+
+    By two backward passes through the kernel's own small graph, so that any way to compute a kernel is served.
+    """
+
+    def __init__(self, kernel: Tensor, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self._direct = next((i for i, p in enumerate(parameters) if p is kernel), None)
+        if self._direct is None:
+            with torch.enable_grad():
+                self._probe = torch.zeros_like(kernel, requires_grad=True)
+                found = torch.autograd.grad(
+                    kernel, parameters, self._probe, create_graph=True, allow_unused=True, materialize_grads=False
+                )
+            self._images = [(i, image) for i, image in enumerate(found) if image is not None]
+
+    def uses(self) -> list[nn.Parameter]:
+        """The parameters that the kernel hangs on."""
+        if self._direct is not None:
+            return [self.parameters[self._direct]]
+        return [self.parameters[i] for i, _ in self._images]
+
+    def kernel_change(self, change: dict[nn.Parameter, Tensor]) -> Tensor | None:
+        """What a first-order `change` of the parameters does to the kernel; None if it changes none of them."""
+        if self._direct is not None:
+            return change.get(self.parameters[self._direct])
+        pairs = [(image, change[self.parameters[i]]) for i, image in self._images if self.parameters[i] in change]
+        pairs = [(image, tangent) for image, tangent in pairs if image.requires_grad]
+        if not pairs:
+            return None
+        images, tangents = zip(*pairs, strict=True)
+        (result,) = torch.autograd.grad(images, self._probe, tangents, retain_graph=True)
+        assert isinstance(result, Tensor)
+        return result
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
+    """The statistics of a call's input and output; `patch` is its patch average."""
+    dim, filters = call.channel_dim, call.filters(wide(call.kernel))
+    dims = positions(patch, dim)
+    x, y = wide(call.input), wide(output)
+    inputs = centre(x, dim)[0]
+    outputs = centre(y, dim)[0]
+    of_patch, centred_patch = centre(patch, dim)
+    # n m, shaped like the output with one entry a channel, and the patch average of each filter's group.
+    nm_O = filters.sum(1)
+    per_group = nm_O.numel() // call.groups
+    nm = nm_O.view([-1 if d == dim % y.dim() else 1 for d in range(y.dim())])
+    z = y - nm * patch.repeat_interleave(per_group, dim) if call.groups > 1 else y - nm * patch
+    of_z, centred_z = centre(z, dim)
+    with_patch = split_channels(centred_z, dim, call.groups) * split_channels(centred_patch, dim, call.groups)
+    with_patch = with_patch.flatten(dim - 1, dim)
+    nm_O = nm_O.double()
+    of_patch = Moments(
+        of_patch.count, of_patch.mean.repeat_interleave(per_group), of_patch.variance.repeat_interleave(per_group)
+    )
+    if call.bias is not None:
+        of_z = Moments(of_z.count, of_z.mean - call.bias.detach().double(), of_z.variance)
+    return CallRecord(
+        input=inputs,
+        dead=inputs.second_moment == 0,
+        output=outputs,
+        centred=of_z,
+        shift=Moments(of_patch.count, nm_O * of_patch.mean, nm_O.square() * of_patch.variance),
+        covariance=nm_O * with_patch.mean(dims, dtype=torch.float64),
+        patch=of_patch,
+        finite=bool(torch.isfinite(outputs.variance).all()),
+    )
+
+
+def record_backward(record: CallRecord, call: Call, patch: Tensor, delta: Tensor) -> None:
+    """Add the sums of the output gradient to a call's record."""
+    dim = call.channel_dim
+    delta, dims = wide(delta), positions(patch, dim)
+    grouped = split_channels(delta, dim, call.groups) * split_channels(patch, dim, call.groups)
+    record.backward = Backward(
+        delta_sum=delta.sum(dims, dtype=torch.float64),
+        delta_squares=delta.square().sum(dims, dtype=torch.float64),
+        delta_patch=grouped.flatten(dim - 1, dim).sum(dims, dtype=torch.float64),
+    )
+
+
+def sum_of_squares(tensors: Iterable[Tensor]) -> float:
+    """Of all entries of all tensors."""
+    return float(sum(torch.linalg.vector_norm(wide(t)).double().square() for t in tensors))

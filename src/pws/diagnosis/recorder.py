@@ -1,0 +1,162 @@
+"""Records one forward and backward pass of a model, whoever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pws.diagnosis.operation import Call, call_of
+from pws.diagnosis.record import (
+    CallRecord,
+    LayerRecord,
+    StepMap,
+    record_backward,
+    record_forward,
+    sum_of_squares,
+    wide,
+)
+
+
+class Recorder:
+    """The layers of `model` in execution order, with what each call did.
+
+    `with recorder.forward():` around the forward pass collects its statistics and leaves hooks on the tensors of the
+    graph, which collect those of the backward pass. Nothing stays on the model: module hooks are removed at the end of
+    the forward pass, the hooks on parameters by `close`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers: dict[tuple[str, int], LayerRecord] = {}
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._stack: list[tuple[nn.Module, list[int]]] = []
+        self._handles: list[Any] = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Record the operations called inside, by the innermost module that is running."""
+        handles = []
+        for module in self._names:
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            handles.append(module.register_forward_hook(self._leave, always_call=True))
+        try:
+            # A compiled region would hide its operations.
+            with torch.compiler.set_stance("force_eager"), _Operations(self._operation):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._stack.clear()
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(self, module: nn.Module, _: object) -> None:
+        self._stack.append((module, [0]))
+
+    def _leave(self, *_: object) -> None:
+        self._stack.pop()
+
+    def _operation(self, call: Call) -> Tensor:
+        if not self._stack:
+            return call.run()
+        module, counter = self._stack[-1]
+        ordinal, counter[0] = counter[0], counter[0] + 1
+        # Aliases, whose gradients are this call's alone: a kernel may be shared, an input used elsewhere too.
+        parameter = call.kernel
+        if torch.is_grad_enabled():
+            call = Call(call.function, _alias(call.input), _alias(call.kernel), call.bias, call.settings)
+        output = call.run()
+        with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
+            patch = call.patch_average()
+            record = record_forward(call, output, patch)
+        layer = self._layer(module, ordinal, call, parameter)
+        layer.calls.append(record)
+        layer.last_call = call
+        self._watch(record, call, output, patch)
+        return output
+
+    def _layer(self, module: nn.Module, ordinal: int, call: Call, kernel: Tensor) -> LayerRecord:
+        name = self._names[module]
+        if (name, ordinal) in self.layers:
+            return self.layers[name, ordinal]
+        filters = call.filters(wide(call.kernel))
+        step_map = None
+        if torch.is_grad_enabled() and kernel.requires_grad:
+            trainable = [p for p in module.parameters() if p.requires_grad]
+            step_map = StepMap(kernel, trainable)
+            for parameter in step_map.uses():
+                if parameter not in self.gradients:
+                    handle = parameter.register_hook(self._keep(parameter))  # type: ignore[no-untyped-call]
+                    self._handles.append(handle)
+        self.layers[name, ordinal] = LayerRecord(
+            name=(name or type(module).__name__) + (f" ({ordinal + 1})" if ordinal else ""),
+            kind=type(module).__name__.removeprefix("Parametrized"),
+            operation=call.function.__name__,
+            kernel_shape=tuple(kernel.shape),
+            dtype=output_dtype(call),
+            fan_in=filters.shape[1],
+            groups=call.groups,
+            filter_mean=filters.double().mean(1),
+            kernel_norm=sum_of_squares([kernel]) ** 0.5,
+            parameters=step_map.uses() if step_map else [],
+            step_map=step_map,
+        )
+        return self.layers[name, ordinal]
+
+    def _keep(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            self.gradients[parameter] = gradient.detach()
+
+        return hook
+
+    def _watch(self, record: CallRecord, call: Call, output: Tensor, patch: Tensor) -> None:
+        def of_output(delta: Tensor) -> None:
+            record_backward(record, call, patch, delta)
+
+        def of_input(gradient: Tensor) -> None:
+            record.input_gradient_squares = sum_of_squares([gradient])
+
+        def of_kernel(gradient: Tensor) -> None:
+            record.kernel_gradient = call.filters(wide(gradient)).double().mean(1)
+
+        hooks: list[tuple[Tensor, Callable[[Tensor], None]]]
+        hooks = [(output, of_output), (call.input, of_input), (call.kernel, of_kernel)]
+        for tensor, hook in hooks:
+            if tensor.requires_grad:
+                tensor.register_hook(torch.no_grad()(hook))  # type: ignore[no-untyped-call]
+
+
+def output_dtype(call: Call) -> torch.dtype:
+    """The precision that the operation runs in."""
+    device = call.input.device.type
+    if torch.is_autocast_enabled(device) and call.input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return call.input.dtype
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor
+
+
+class _Operations(TorchFunctionMode):
+    """Hands every operation with a weight to `handler`."""
+
+    def __init__(self, handler: Callable[[Call], Tensor]) -> None:
+        super().__init__()
+        self.handler = handler
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = call_of(function, args, kwargs or {})
+        return function(*args, **(kwargs or {})) if call is None else self.handler(call)
