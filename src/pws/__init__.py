@@ -1,5 +1,6 @@
 """Parametric Weights Standardization: train convolutional networks without BatchNorm."""
 
+from pws.diagnosis import Diagnosis, Monitor, diagnose
 from pws.errors import PwsError, ShapeError
 from pws.gain import PAPER_GAIN, variance_preserving_gain
 from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
@@ -15,10 +16,13 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Diagnosis",
     "Linear",
+    "Monitor",
     "PwsError",
     "ShapeError",
     "calibrate",
+    "diagnose",
     "param_groups",
     "standardize",
     "variance_preserving_gain",

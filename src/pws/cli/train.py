@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 
 from pws.cli.quiet import quiet_lightning
+from pws.diagnosis import CollapseWarning
 from pws.errors import PwsError
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
@@ -13,7 +15,7 @@ from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser, s
 from pws.training.run import train
 from pws.training.summary import Summary
 
-USAGE = "pws train RECIPE [--resume] [--runs DIR] [--PART.KEY VALUE ...]"
+USAGE = "pws train RECIPE [--resume] [--monitor [STEPS]] [--runs DIR] [--PART.KEY VALUE ...]"
 
 
 def run(arguments: list[str]) -> int:
@@ -26,6 +28,14 @@ def run(arguments: list[str]) -> int:
         "Exit codes: 0 done, 2 bad input, 3 the loss went non-finite.",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run from its last whole epoch")
+    parser.add_argument(
+        "--monitor",
+        type=int,
+        nargs="?",
+        const=50,
+        default=None,
+        help="diagnose every so many steps (50), and leave diagnosis.html in the run's folder",
+    )
     parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
@@ -37,8 +47,9 @@ def run(arguments: list[str]) -> int:
     # A run's own folder is what --resume goes on in, wherever it lies.
     folder = given if parsed.resume and given.is_dir() else Path(parsed.runs) / recipe.name
     quiet_lightning()
+    warnings.filterwarnings("ignore", category=CollapseWarning)  # the closing message says the same
     try:
-        summary = train(recipe, folder, resume=parsed.resume)
+        summary = train(recipe, folder, resume=parsed.resume, monitor=parsed.monitor)
     except NonFiniteLossError as error:
         if is_first_process():
             print(f"pws: {error}", file=sys.stderr)

@@ -4,13 +4,16 @@ from pws.diagnosis.average_gradient import average_gradient_ratio
 from pws.diagnosis.diagnose import diagnose
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.layer import Filters, LayerDiagnosis, Signal
+from pws.diagnosis.monitor import CollapseWarning, Monitor
 from pws.diagnosis.non_finite import first_non_finite
 from pws.diagnosis.verdict import Verdict
 
 __all__ = [
+    "CollapseWarning",
     "Diagnosis",
     "Filters",
     "LayerDiagnosis",
+    "Monitor",
     "Settings",
     "Signal",
     "Verdict",

@@ -59,7 +59,7 @@ def diagnose(
     """
     settings = Settings(lr, momentum, steps, training=model.training)
     parsed = batch_of(batch)
-    model = _bare(model)
+    model = bare(model)
     _check_model(model)
     recorder = Recorder(model)
     try:
@@ -100,7 +100,7 @@ def diagnosis_of(
     )
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
     """The module inside torch.compile's and the parallel wrappers."""
     while isinstance(model, DataParallel | DistributedDataParallel) or hasattr(model, "_orig_mod"):
         inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module

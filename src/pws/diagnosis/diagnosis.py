@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ class Settings:
             raise PwsError(f"steps must be at least 1; got {self.steps!r}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagnosis:
     """A network on one batch, layer by layer in execution order."""
 
@@ -48,6 +49,8 @@ class Diagnosis:
     settings: Settings
     step: int | None = None
     """The training step, where a `Monitor` took it."""
+    explanation: Verdict | None = None
+    """The verdict of a `Monitor`, which has seen the steps before."""
 
     @property
     def critical_layer(self) -> LayerDiagnosis | None:
@@ -64,7 +67,7 @@ class Diagnosis:
     @cached_property
     def verdict(self) -> Verdict:
         """Which layer, which cause, what to do."""
-        return verdict_of(self)
+        return self.explanation or verdict_of(self)
 
     def predicted_shift_shares(self) -> list[float | None]:
         """Each layer's shift share after `settings.steps` steps at `settings.lr`; None without one or a backward pass."""
@@ -96,11 +99,23 @@ class Diagnosis:
 
         return table_of(self)
 
-    def html(self, path: str | Path, **history: Any) -> Path:
-        """Write the report, one file that opens without a network. Needs the extra `report`."""
+    def html(self, path: str | Path, *, history: Sequence[Diagnosis] = (), title: str = "") -> Path:
+        """Write the report, one file that opens without a network. Needs the extra `report`.
+
+        Args:
+            path: the file; folders above it are made.
+            history: the diagnoses a `Monitor` took during training, for a figure over the steps.
+            title: the page's; by default it names the model.
+        """
         from pws.diagnosis.report import write_report
 
-        return write_report(self, Path(path), **history)
+        return write_report(self, Path(path), history, title)
+
+    def png(self, path: str | Path) -> Path:
+        """Write the main figures as a static picture. Needs the extra `report`."""
+        from pws.diagnosis.report import write_picture
+
+        return write_picture(self, Path(path))
 
 
 def _layer(layer: LayerDiagnosis, *, filters: bool) -> dict[str, Any]:

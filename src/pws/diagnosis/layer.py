@@ -27,7 +27,7 @@ class Signal:
     """Variance over positions and channels together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Filters:
     """What there is to say of each filter: float64 tensors `(out_channels,)`; those of the backward pass may be None."""
 
@@ -48,7 +48,7 @@ class Filters:
     plain layer, 0 in a standardized one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerDiagnosis:
     """One layer with a weight. Variances are means over channels; learning rates are those of plain SGD."""
 

@@ -37,11 +37,15 @@ class Recorder:
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[tuple[nn.Module, list[int]]] = []
         self._handles: list[Any] = []
+        self.on_backward_end: Callable[[], None] | None = None
+        """Called when the backward pass through the recorded graph has ended, before whatever follows it."""
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Record the operations called inside, by the innermost module that is running."""
+    def forward(self, *, running: bool = False) -> Iterator[None]:
+        """Record the operations called inside, by the innermost module that is running: the model itself if `running`."""
         handles = []
+        if running:
+            self._enter(self.model, None)
         for module in self._names:
             handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
@@ -63,8 +67,9 @@ class Recorder:
     def _enter(self, module: nn.Module, _: object) -> None:
         self._stack.append((module, [0]))
 
-    def _leave(self, *_: object) -> None:
-        self._stack.pop()
+    def _leave(self, module: nn.Module, *_: object) -> None:
+        if self._stack and self._stack[-1][0] is module:  # a hook that has been removed may still run once
+            self._stack.pop()
 
     def _operation(self, call: Call) -> Tensor:
         if not self._stack:
@@ -122,6 +127,9 @@ class Recorder:
     def _watch(self, record: CallRecord, call: Call, output: Tensor, patch: Tensor) -> None:
         def of_output(delta: Tensor) -> None:
             record_backward(record, call, patch, delta)
+            if self.on_backward_end is not None:  # once a pass: the engine calls it when everything else is done
+                torch.autograd.Variable._execution_engine.queue_callback(self.on_backward_end)  # type: ignore[attr-defined]
+                self.on_backward_end = None
 
         def of_input(gradient: Tensor) -> None:
             record.input_gradient_squares = sum_of_squares([gradient])

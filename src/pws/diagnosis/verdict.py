@@ -1,16 +1,34 @@
-"""The diagnosis in plain words."""
+"""The diagnosis in plain words: which layer, which cause, what to do."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
     from pws.diagnosis.diagnosis import Diagnosis
+    from pws.diagnosis.layer import LayerDiagnosis
 
 Cause = Literal[
-    "healthy", "shift", "vanishing", "exploding", "dead", "non-finite input", "non-finite weight", "non-finite output"
+    "healthy",
+    "shift",
+    "vanishing",
+    "exploding",
+    "dead",
+    "non-finite input",
+    "non-finite weight",
+    "non-finite output",
 ]
+
+FACTOR: Final = 1e3
+"""How far the variance may rise or fall, along the depth or since a run's start, before it counts as lost."""
+DEAD: Final = 0.99
+"""The share of zero inputs at which a layer counts as cut off."""
+RISE: Final = 0.3
+"""The rise of a layer's shift share that is the cause of a collapse."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +38,201 @@ class Verdict:
     cause: Cause
     layer: str | None
     finding: str
+    """What was measured."""
     remedy: str
+    """What to do about it."""
 
     def __str__(self) -> str:
         return f"{self.finding} {self.remedy}".strip()
 
 
 def verdict_of(diagnosis: Diagnosis) -> Verdict:
-    """The first of the causes that holds."""
-    return Verdict("healthy", None, f"{diagnosis.model} is healthy.", "")
+    """The first that holds of: non-finite, dead, exploding or vanishing, shift; else healthy."""
+    checks: Sequence[Callable[[Diagnosis], Verdict | None]] = (_non_finite, _dead, _along_the_depth, _shift)
+    return next((found for check in checks if (found := check(diagnosis)) is not None), None) or _healthy(diagnosis)
+
+
+def collapse_verdict(history: Sequence[Diagnosis]) -> Verdict:
+    """Of a collapse in training: all measurements in order, the last one the first unhealthy."""
+    unhealthy = history[-1]
+    found = _non_finite(unhealthy)
+    if len(history) == 1 or (found is not None and found.cause != "non-finite output"):
+        return unhealthy.verdict
+    return _shift_collapse(history) or _changed_since(unhealthy, history[-2]) or unhealthy.verdict
+
+
+def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
+    layer = next((layer for layer in diagnosis.layers if not layer.finite or not layer.finite_kernel), None)
+    if layer is None:
+        return None
+    name = _named(layer)
+    if not layer.finite_kernel:
+        return Verdict(
+            "non-finite weight",
+            layer.name,
+            f"The weights of {name} hold NaN or infinity: an update before this step broke them.",
+            "Go back to the last finite checkpoint and lower the learning rate.",
+        )
+    if not math.isfinite(layer.input.mean):
+        return Verdict(
+            "non-finite input",
+            layer.name,
+            f"The input of {name} holds NaN or infinity, and no layer with a weight before it does.",
+            "Mend the data, its normalization or the operation in front of the layer.",
+        )
+    return Verdict(
+        "non-finite output",
+        layer.name,
+        f"The output of {name} is the first to overflow; its input has variance {layer.input.variance:.3g}.",
+        "Go back to the last finite checkpoint and lower the learning rate, or convert the network to PWS.",
+    )
+
+
+def _dead(diagnosis: Diagnosis) -> Verdict | None:
+    layer = next((layer for layer in diagnosis.layers if layer.dead_inputs >= DEAD), None)
+    if layer is None:
+        return None
+    return Verdict(
+        "dead",
+        layer.name,
+        f"The units in front of {_named(layer)} are dead: {100 * layer.dead_inputs:.0f} % of its input channels are zero for "
+        "the whole batch, and no gradient passes.",
+        "Start again with a lower learning rate, or convert the network to PWS.",
+    )
+
+
+def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
+    layers = diagnosis.layers[:-1]  # the head's scale is its own business
+    if len(layers) < 2 or layers[0].output.variance == 0:
+        return None
+    change = layers[-1].output.variance / layers[0].output.variance
+    if 1 / FACTOR < change < FACTOR:
+        return None
+    steps = [after.output.variance / before.output.variance for before, after in pairwise(layers)]
+    worst = (max if change > 1 else min)(range(len(steps)), key=steps.__getitem__)
+    name, mean = _named(layers[worst + 1]), change ** (1 / len(steps))
+    exploding = change > 1
+    return Verdict(
+        "exploding" if exploding else "vanishing",
+        layers[worst + 1].name,
+        f"The variance {'explodes' if exploding else 'vanishes'} along the depth: from {layers[0].output.variance:.3g} behind "
+        f"{_named(layers[0])} to {layers[-1].output.variance:.3g} behind {_named(layers[-1])}, {mean:.2g} times a layer; most "
+        f"at {name} ({steps[worst]:.2g} times).",
+        f"The gain is too {'large' if exploding else 'small'}: multiply each layer's weights by about {mean**-0.5:.2g}, calibrate "
+        "(pws.calibrate), or take pws layers with their variance-preserving gain.",
+    )
+
+
+def _shift(diagnosis: Diagnosis) -> Verdict | None:
+    layer, lr = diagnosis.critical_layer, diagnosis.settings.lr
+    if layer is None or lr is None or layer.critical_lr is None or lr < layer.critical_lr:
+        return None
+    endangered = [other for other in diagnosis.layers if other.critical_lr is not None and other.critical_lr <= lr]
+    ratio = layer.average_gradient_ratio or 0.0
+    return Verdict(
+        "shift",
+        layer.name,
+        f"At learning rate {lr:g} one step of the average gradient adds more variance to {_named(layer)} than it has: its "
+        f"critical learning rate is {layer.critical_lr:.3g}. The gradients of a filter there push alike: their squared "
+        f"average is {ratio * layer.fan_in:.0f} times that of independent ones, {100 * (layer.expectation_share or 0):.0f} % "
+        f"of it by E[delta] E[xbar]. {len(endangered)} of {len(diagnosis.layers)} layers are past their critical rate.",
+        f"Convert the network to PWS, whose kernels no step can shift, or stay below learning rate {layer.critical_lr:.2g}.",
+    )
+
+
+def _healthy(diagnosis: Diagnosis) -> Verdict:
+    layer, lr = diagnosis.critical_layer, diagnosis.settings.lr
+    if not any(other.gradient is not None for other in diagnosis.layers):
+        return Verdict("healthy", None, "The forward pass is healthy; there was no backward pass to judge.", "")
+    if layer is None:
+        return Verdict(
+            "healthy",
+            None,
+            "The forward pass is healthy, and no step can shift a filter: every trained kernel keeps its mean.",
+            "",
+        )
+    limit = (
+        f"the smallest critical learning rate is {layer.critical_lr:.3g} ({_named(layer)}), where one step of the average "
+        "gradient doubles the layer's variance"
+    )
+    at = "No layer is in danger" if lr is None else f"No layer is in danger from one step at learning rate {lr:g}"
+    return Verdict("healthy", layer.name, f"{at}: {limit}.", "")
+
+
+def _shift_collapse(history: Sequence[Diagnosis]) -> Verdict | None:
+    """If the shift share of a layer rose by `RISE`: the collapse as the work of the average gradient."""
+    found = max(
+        ((d.step, now, then) for d in history for now, then in _pairs(d, history[0])),
+        key=lambda found: _rise(found[1], found[2]),
+        default=None,
+    )
+    if found is None or _rise(found[1], found[2]) < RISE:
+        return None
+    step, now, then = found
+    unhealthy, lr = history[-1], history[-1].settings.lr
+    lowest = min((d.critical_lr for d in history[:-1]), default=math.inf)
+    finding = (
+        f"The average gradient shifted the filters of {_named(now)}: at step {step} their means made "
+        f"{100 * now.shift_share:.0f} % of its variance ({100 * then.shift_share:.0f} % at the start), which went from "
+        f"{then.output.variance:.2g} to {now.output.variance:.2g}."
+    )
+    if math.isfinite(lowest):
+        finding += f" The critical learning rate before that was {lowest:.2g}" + (
+            f", training ran at {lr:g}." if lr else "."
+        )
+    remedy = "Convert the network to PWS, whose kernels no step can shift, or lower the learning rate"
+    if math.isfinite(lowest) and (lr is None or lowest < lr):
+        remedy += f" below {lowest:.2g}"
+    return Verdict("shift", now.name, finding + _outcome(unhealthy, history[0]), f"{remedy}.")
+
+
+def _rise(now: LayerDiagnosis, then: LayerDiagnosis) -> float:
+    """Of the shift share; none where it can't be told."""
+    rise = now.shift_share - then.shift_share
+    return rise if math.isfinite(rise) else -math.inf
+
+
+def _outcome(unhealthy: Diagnosis, start: Diagnosis) -> str:
+    """What came of it, if that is more than the shift."""
+    for now, then in _pairs(unhealthy, start):
+        if not now.finite:
+            return f" The output of {_named(now)} overflowed at step {unhealthy.step}."
+        if now.output.variance < then.output.variance / FACTOR:
+            dead = f", {100 * now.dead_inputs:.0f} % of its inputs dead" if now.dead_inputs > 0 else ""
+            return (
+                f" At step {unhealthy.step} the variance of {_named(now)} was gone: {now.output.variance:.2g} of "
+                f"{then.output.variance:.2g}{dead}."
+            )
+    return ""
+
+
+def _pairs(now: Diagnosis, then: Diagnosis) -> list[tuple[LayerDiagnosis, LayerDiagnosis]]:
+    """Each layer now and then."""
+    before = {layer.name: layer for layer in then.layers}
+    return [(layer, before[layer.name]) for layer in now.layers if layer.name in before]
+
+
+def _changed_since(unhealthy: Diagnosis, before: Diagnosis) -> Verdict | None:
+    """The first layer whose output variance has risen or fallen beyond `FACTOR`, without a shift."""
+    then = {layer.name: layer.output.variance for layer in before.layers if layer.output.variance > 0}
+    for layer in unhealthy.layers:
+        change = layer.output.variance / then.get(layer.name, math.nan)
+        if layer.finite and not (change <= 1 / FACTOR or change >= FACTOR):
+            continue
+        exploding = not layer.finite or change > 1
+        since = f"step {before.step}" if before.step is not None else "the start"
+        return Verdict(
+            "exploding" if exploding else "vanishing",
+            layer.name,
+            f"The variance of {_named(layer)} {'exploded' if exploding else 'vanished'}: "
+            f"{then.get(layer.name, math.nan):.2g} at {since}, "
+            f"{'not finite' if not layer.finite else format(layer.output.variance, '.2g')} at step {unhealthy.step}; the "
+            "filters' means had no part in it"
+            + (f", but {100 * layer.dead_inputs:.0f} % of its inputs are dead." if layer.dead_inputs > 0.5 else "."),
+            "The steps were too long: lower the learning rate, or bound the step (clip the gradient to norm 0.1 / lr).",
+        )
+    return None
+
+
+def _named(layer: LayerDiagnosis) -> str:
+    return f"{layer.name!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,17 +21,22 @@ from pws.training.schedule import lr_factor
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss went to NaN or infinity at `step` (steps done before it); the output of `layer` went first."""
+    """The loss went to NaN or infinity at `step` (steps done before it); the output of `layer` went first.
 
-    def __init__(self, step: int, layer: str | None) -> None:
+    `verdict` is what a monitor has to say of it.
+    """
+
+    ADVICE: Final = (
+        "Lower --optim.lr, or bound the step with --optim.step_bound 0.1; of the methods, bn and (bounded) pws stand the "
+        "largest rates. --monitor tells why."
+    )
+
+    def __init__(self, step: int, layer: str | None, verdict: str = "") -> None:
         where = (
             f"the output of layer {layer!r} was the first to overflow" if layer else "every layer's output was finite"
         )
-        super().__init__(
-            f"the loss went non-finite at step {step}: {where}. Lower --optim.lr, or bound the step with "
-            "--optim.step_bound 0.1; of the methods, bn and (bounded) pws stand the largest rates."
-        )
-        self.step, self.layer = step, layer
+        super().__init__(f"the loss went non-finite at step {step}: {where}. {verdict or self.ADVICE}")
+        self.step, self.layer, self.verdict = step, layer, verdict
 
 
 class Classifier(LightningModule):

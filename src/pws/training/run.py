@@ -24,12 +24,15 @@ from pws.training.check import check_calibration, check_recipe
 from pws.training.data import ImageData, check_shares
 from pws.training.datasets import Splits
 from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.monitor import MonitorCallback, leave_report, watcher
 from pws.training.recipe import ModelConfig, Recipe
 from pws.training.run_folder import claim, metrics_logger, read_checkpoint, resume_from
 from pws.training.summary import Summary, summarize
 
 
-def train(recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False) -> Summary:
+def train(
+    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, monitor: int | None = None
+) -> Summary:
     """Train `recipe` and leave everything in `folder`.
 
     Args:
@@ -38,19 +41,21 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = F
         resume: go on from the last checkpoint (the end of the last whole epoch) to the result of an uninterrupted run;
             from the start if there is none.
         quiet: print nothing.
+        monitor: diagnose the network every so many steps, and leave diagnosis.html and diagnosis.json in the folder.
 
     Raises:
         PwsError: the recipe asks for something that does not exist or fit, or the folder exists.
         NonFiniteLossError: the loss went non-finite; summary.json says so too.
     """
     check_recipe(recipe)
+    watch = None if monitor is None else watcher(monitor)
     data = ImageData(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
     model = model_for(recipe.model, data.splits)
     check_calibration(recipe.model, model)
     module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate)
     clock = Clock()
-    trainer = _trainer(recipe, folder, clock, quiet=quiet)
+    trainer = _trainer(recipe, folder, clock, watch, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     if folder.exists() and not resume and is_first_process():
         raise PwsError(
@@ -69,6 +74,8 @@ def train(recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = F
     if not quiet and is_first_process():
         print(_headline(recipe, data, model, folder, resumed=last is not None), flush=True)
     failure, metrics = _fit(trainer, module, data, last, clock)
+    if watch is not None and trainer.is_global_zero:
+        failure = leave_report(watch, folder, recipe.name, failure)
     summary = summarize(trainer, module, clock, recipe, metrics, failure)
     if trainer.is_global_zero:
         (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
@@ -130,13 +137,15 @@ def model_for(config: ModelConfig, splits: Splits) -> nn.Module:
     return model.train().to(memory_format=torch.channels_last)
 
 
-def _trainer(recipe: Recipe, folder: Path, clock: Clock, *, quiet: bool) -> Trainer:
+def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback | None, *, quiet: bool) -> Trainer:
     config = recipe.trainer
     # Behind the validation: a checkpoint is the end of a whole epoch. Lightning's own `save_last` would store only those
     # epochs that are better than all before.
     keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor="val_accuracy", mode="max", **keep)
     callbacks: list[Callback] = [clock, best, ModelCheckpoint(folder / "checkpoints", filename="last", **keep)]
+    if watch is not None:
+        callbacks.append(watch)
     if config.early_stop is not None:
         callbacks.append(EarlyStopping("val_accuracy", mode="max", patience=config.early_stop, strict=False))
     if not quiet:
