@@ -26,6 +26,10 @@ TOLERANCES: Final = {
     "quadrature": Tolerance(1e-9, 0, "Simpson's rule at 1/128: h^4 / 180 = 2e-11 times the fourth derivatives"),
     "calibrated": Tolerance(1e-5, 0, "alpha is float32, and so is the output whose variance is taken again"),
     "transmission": Tolerance(0, 0.02, "8 layers of width 512: at most 0.006 over 12 seeds; the wrong gain: 0.3"),
+    "identity float64": Tolerance(1e-9, 1e-9, "of a scale of 1; variances of small signals lose up to 7 of 16 digits"),
+    "identity float32": Tolerance(1e-4, 1e-4, "the same in float32, whose 6e-8 a sum that cancels enlarges"),
+    "batch norm": Tolerance(0, 1e-3, "BatchNorm's backward in float32 leaves a sum of 1e-4 where few positions vary"),
+    "finite difference": Tolerance(1e-6, 1e-6, "central, steps of 1e-5: 1e-10 by the step, 1e-11 by rounding"),
     "initial deviation": Tolerance(0.01, 0, "of 73,728 normal weights: 1 / sqrt(2 * 73728) = 0.0026, nearly 4 of them"),
 }
 

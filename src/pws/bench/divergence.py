@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from pws.methods import Method, build_method
+from pws.models import build_model
 from pws.training.data import ImageData
-from pws.training.recipe import DataConfig, ModelConfig
-from pws.training.run import model_for
+from pws.training.recipe import DataConfig
 
 MOMENTUM: Final = 0.9
 GUESSING_LOSS: Final = 0.95 * math.log(10)
@@ -60,15 +61,20 @@ NETWORKS: Final = (
 
 
 def prepare(
-    network: Network, dataset: str = "fashion-mnist", seed: int = 0
+    network: Network, dataset: str = "fashion-mnist", seed: int = 0, method: Method | None = None
 ) -> tuple[nn.Module, DataLoader[tuple[Tensor, Tensor]]]:
-    """The network at initialization and a loader of its batches."""
+    """The network at initialization and a loader of its batches; `method` replaces the registered one."""
     data = ImageData(DataConfig(name=dataset, batch_size=network.batch_size), seed)
     seed_everything(seed, workers=True, verbose=False)
-    model = model_for(
-        ModelConfig(name=network.model, method=network.method, width=network.width, **network.options), data.splits
+    images, _ = data.splits.test.get([0])
+    model = build_model(
+        network.model,
+        method or build_method(network.method, **network.options),
+        in_channels=images.shape[1],
+        num_classes=len(data.splits.classes),
+        width=network.width,
     )
-    return model, data.train_dataloader()
+    return model.to(memory_format=torch.channels_last), data.train_dataloader()
 
 
 def diverges(network: Network, lr: float, steps: int = 200, **where: Any) -> bool:

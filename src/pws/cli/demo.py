@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pws.cli.arguments import command_parser, parse
 from pws.cli.quiet import quiet_lightning
-from pws.demo import LEARNING_RATES, STEP_BOUND, Cell, Outcome, all_cells, average_gradients, draw, run_cell, sentences
+from pws.demo import LEARNING_RATES, STEP_BOUND, Cell, Outcome, all_cells, draw, run_cell, sentences
 from pws.errors import PwsError
 
 FILES = ("demo.png", "demo.json", "demo.txt")
@@ -42,13 +42,12 @@ def _demo(out: Path, epochs: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     started = time.perf_counter()
-    results, seconds = _train_all(console, epochs, started)
-    gradients = average_gradients()
-    story = sentences(results, gradients)
-    draw(results, gradients, out / "demo.png")
+    results, reports, seconds = _train_all(console, epochs, started, out)
+    story = sentences(results)
+    draw(results, out / "demo.png")
     rows = [{**asdict(cell), **asdict(outcome)} for cell, outcome in results.items()]
-    report = {"epochs": epochs, "cells": rows, "average_gradients": gradients, "story": story, "train_seconds": seconds}
-    (out / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
+    content = {"epochs": epochs, "cells": rows, "story": story, "train_seconds": seconds}
+    (out / "demo.json").write_text(json.dumps(content, indent=2) + "\n")
     for number, sentence in enumerate(story, 1):
         console.print(f"\n{number}. {sentence}", highlight=False)
     with (out / "demo.txt").open("w") as file:
@@ -56,11 +55,17 @@ def _demo(out: Path, epochs: int) -> None:
         plain.print(_table({cell: str(outcome) for cell, outcome in results.items()}))
         for number, sentence in enumerate(story, 1):
             plain.print(f"{number}. {sentence}")
-    console.print(f"\nFiles: {', '.join(str(out / name) for name in FILES)}", highlight=False, soft_wrap=True)
+    console.print("\nWhy each collapse happened, layer by layer (open in a browser):")
+    for cell, report in reports.items():
+        console.print(f"  {cell.row} at {cell.lr:g}: {report}", highlight=False, soft_wrap=True)
+    console.print(f"Files: {', '.join(str(out / name) for name in FILES)}", highlight=False, soft_wrap=True)
 
 
-def _train_all(console: Console, epochs: int, started: float) -> tuple[dict[Cell, Outcome], float]:
+def _train_all(
+    console: Console, epochs: int, started: float, out: Path
+) -> tuple[dict[Cell, Outcome], dict[Cell, Path], float]:
     results: dict[Cell, Outcome] = {}
+    reports: dict[Cell, Path] = {}
     shown: dict[Cell, str] = {}
     with Live(_table(shown), console=console, refresh_per_second=4) as live:
         for cell in all_cells():
@@ -69,11 +74,16 @@ def _train_all(console: Console, epochs: int, started: float) -> tuple[dict[Cell
                 shown[cell] = f"[dim]step {done}/{steps}[/dim]"
                 live.update(_table(shown, time.perf_counter() - started))
 
-            outcome = run_cell(cell, epochs, progress)
+            outcome, monitor = run_cell(cell, epochs, progress)
             results[cell] = outcome
             shown[cell] = f"[{'bold red' if outcome.collapsed else 'green'}]{outcome}[/]"
+            if outcome.collapsed and monitor.shown is not None:
+                report = out / f"{cell.row}-{cell.lr:g}.html".replace(", ", "-").replace(" ", "-")
+                title = f"pws demo: {cell.row} at learning rate {cell.lr:g}"
+                reports[cell] = monitor.shown.html(report, history=monitor.history, title=title)
+                shown[cell] = f"[link={report.absolute().as_uri()}]{shown[cell]}[/link]"
             live.update(_table(shown, time.perf_counter() - started))
-    return results, round(time.perf_counter() - started, 1)
+    return results, reports, round(time.perf_counter() - started, 1)
 
 
 def _table(shown: dict[Cell, str], seconds: float | None = None) -> Table:

@@ -1,7 +1,6 @@
 """The demonstration behind `pws demo`: five methods at three learning rates on real images."""
 
 from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, STEP_BOUND, Cell, Outcome, all_cells, run_cell
-from pws.demo.gradients import average_gradients
 from pws.demo.picture import draw
 from pws.demo.story import sentences
 
@@ -13,7 +12,6 @@ __all__ = [
     "Cell",
     "Outcome",
     "all_cells",
-    "average_gradients",
     "draw",
     "run_cell",
     "sentences",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
+from pws.diagnosis import CollapseWarning, Monitor
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.monitor import MonitorCallback
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.run import model_for
 
@@ -49,6 +52,11 @@ class Outcome:
     non_finite_layer: str | None = None
     variances: tuple[float, ...] = ()
     """Variance of the logits of each step's batch, as long as the loss was finite."""
+    verdict: str = ""
+    """What the monitor says."""
+    average_gradients: dict[str, float] = field(default_factory=dict)
+    """Layer to `n` times the average-gradient ratio in the first step: how many times the square of the average gradient is
+    what independent gradients would make it."""
 
     @property
     def collapsed(self) -> bool:
@@ -86,18 +94,18 @@ def prepare(recipe: Recipe) -> tuple[ImageData, Classifier]:
     return data, Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
 
 
-def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> Outcome:
-    """Train a cell; `progress(steps_done, steps)` is called after every step."""
+def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> tuple[Outcome, Monitor]:
+    """Train a cell under a monitor; `progress(steps_done, steps)` is called after every step."""
     recipe = recipe_of(cell, epochs)
     data, module = prepare(recipe)
-    watch = _Watch(progress)
+    watch, monitoring = _Watch(progress), MonitorCallback(every=22)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
         gradient_clip_val=recipe.optim.gradient_norm(),
-        callbacks=[watch],
+        callbacks=[watch, monitoring],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -105,14 +113,28 @@ def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> O
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    failure: NonFiniteLossError | None = None
     try:
-        trainer.fit(module, datamodule=data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CollapseWarning)  # the outcome says so
+            trainer.fit(module, datamodule=data)
     except NonFiniteLossError as error:
-        return Outcome(None, error.step, error.layer, watch.finite_variances())
+        failure = error
     except SystemExit as error:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from error
-    accuracy = float(trainer.callback_metrics["val_accuracy"])
-    return Outcome(accuracy, watch.guessing_from() if accuracy < CHANCE else None, variances=watch.finite_variances())
+    monitor = monitoring.monitor
+    assert monitor is not None
+    accuracy = None if failure else float(trainer.callback_metrics["val_accuracy"])
+    collapse_step = failure.step if failure else watch.guessing_from() if (accuracy or 0) < CHANCE else None
+    outcome = Outcome(
+        accuracy,
+        collapse_step,
+        failure.layer if failure else None,
+        watch.finite_variances(),
+        str(monitor.verdict),
+        {layer.name: (layer.average_gradient_ratio or 0.0) * layer.fan_in for layer in monitor.history[0].layers},
+    )
+    return outcome, monitor
 
 
 class _Watch(Callback):

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pws.demo.cells import LEARNING_RATES
-from pws.demo.story import Gradients, Results
+from pws.demo.story import Results
 
 COLOURS = {"none": "#c0392b", "wn": "#e67e22", "gn": "#7f8c8d", "bn": "#2471a3", "pws": "#1e8449"}
 LINES = {"none": "o-", "wn": "s--", "gn": "o-", "bn": "o-", "pws": "o-"}
@@ -18,13 +18,13 @@ FLOOR = 0.1
 """Where the axis of the average gradients ends: PWS's zeros are drawn there."""
 
 
-def draw(results: Results, gradients: Gradients, path: Path) -> None:
+def draw(results: Results, path: Path) -> None:
     """Write a PNG."""
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
     _outcomes(left, results)
-    _gradients(right, gradients)
+    _gradients(right, results)
     figure.savefig(path, dpi=120)
 
 
@@ -45,15 +45,16 @@ def _outcomes(axes: Axes, results: Results) -> None:
     axes.tick_params(length=0)
 
 
-def _gradients(axes: Axes, gradients: Gradients) -> None:
-    for method, layers in gradients.items():
-        values = [max(value, FLOOR) for value in layers.values()]
+def _gradients(axes: Axes, results: Results) -> None:
+    first = {cell.row: outcome.average_gradients for cell, outcome in reversed(results.items()) if cell.row in COLOURS}
+    for method in COLOURS:
+        values = [max(value, FLOOR) for value in first[method].values()]
         axes.plot(range(1, len(values) + 1), values, LINES[method], color=COLOURS[method], label=method)
     axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axes.text(1, 1.1, "independent gradients", va="bottom", fontsize=9)
     axes.set_yscale("log")
     axes.set_ylim(FLOOR * 0.8, None)
-    axes.set_xlabel("convolution, from the input to the head")
+    axes.set_xlabel("layer, from the input to the head")
     axes.set_ylabel("squared average gradient,\n1 = independent gradients")
     axes.set_title("How alike a filter's weights are pushed, first step (pws: 0)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.06), ncols=5)

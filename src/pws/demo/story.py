@@ -1,16 +1,16 @@
-"""What happened and why, in three sentences made of measured numbers."""
+"""What happened and why, in words made of measured numbers."""
 
 from __future__ import annotations
 
 from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, STEP_BOUND, Cell, Outcome
 
 Results = dict[Cell, Outcome]
-Gradients = dict[str, dict[str, float]]
 
 
-def sentences(results: Results, gradients: Gradients) -> list[str]:
-    """Three sentences: what happened, the average gradients behind it, and what the bounded step does by itself."""
-    return [_what(results), _why(results, gradients), _control(results)]
+def sentences(results: Results) -> list[str]:
+    """What happened, the verdicts on none and pws, the average gradients of all, and what the bounded step does by itself."""
+    verdicts = [_verdict(results, "none", "very large"), _verdict(results, "pws", "very large")]
+    return [_what(results), *verdicts, _gradients(results), _control(results)]
 
 
 def _at(results: Results, row: str, rate: str) -> Outcome:
@@ -30,18 +30,19 @@ def _what(results: Results) -> str:
     return f"At the large learning rate {LEARNING_RATES['large']:g}, {verb}{rest}."
 
 
-def _why(results: Results, gradients: Gradients) -> str:
-    spans = {method: (min(layers.values()), max(layers.values())) for method, layers in gradients.items()}
-    layer = max(gradients["none"], key=gradients["none"].__getitem__)
-    none, pws = (_at(results, method, "very large").variances for method in ("none", "pws"))
-    last = min(len(none), len(pws)) - 1
+def _verdict(results: Results, row: str, rate: str) -> str:
+    return f"{row} at {LEARNING_RATES[rate]:g}: {_at(results, row, rate).verdict}"
+
+
+def _gradients(results: Results) -> str:
+    spans = {}
+    for row in METHOD_ORDER:
+        ratios = _at(results, row, "large").average_gradients.values()
+        spans[row] = f"{min(ratios):.0f} to {max(ratios):.0f}"
     return (
-        "In the first step of none the weights of a filter were pushed alike, which shifts its mean: the squared average "
-        f"gradient was {spans['none'][0]:.0f} to {spans['none'][1]:.0f} times that of independent gradients (most in {layer}; "
-        f"wn {spans['wn'][0]:.0f} to {spans['wn'][1]:.0f}, bn {spans['bn'][0]:.0f} to {spans['bn'][1]:.0f}, "
-        f"pws {spans['pws'][1]:.0f}), and by step {last} at learning rate {LEARNING_RATES['very large']:g} the variance of the "
-        f"network's output had gone from {none[0]:.2g} to {none[last]:.2g} with none, "
-        f"from {pws[0]:.2g} to {pws[last]:.2g} with pws."
+        "In the first step, before anything went wrong, the weights of a filter were pushed alike: the squared average "
+        f"gradient was {spans['none']} times that of independent gradients with none ({spans['wn']} with wn, "
+        f"{spans['gn']} with gn, {spans['bn']} with bn), and {spans['pws']} with pws, whose kernels no step can shift."
     )
 
 

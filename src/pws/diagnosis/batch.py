@@ -56,6 +56,8 @@ def batch_of(given: Any) -> Batch:
 def check_finite(inputs: Any) -> None:
     """Raise `PwsError` if a tensor among the inputs holds NaN or infinity."""
     for tensor in tensors_in(inputs):
+        if not tensor.numel():
+            raise PwsError(f"a batch needs at least one sample; got an input of shape {tuple(tensor.shape)}.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise PwsError(

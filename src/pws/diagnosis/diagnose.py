@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -20,6 +21,8 @@ LAYER_KINDS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
+REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What models and losses raise of an input that they can't take; anything else is a bug of theirs, and goes through."""
 
 
 def diagnose(
@@ -57,13 +60,13 @@ def diagnose(
         >>> [layer.name for layer in diagnosis.layers]
         ['0', '3']
     """
-    settings = Settings(lr, momentum, steps, training=model.training)
-    parsed = batch_of(batch)
     model = bare(model)
     _check_model(model)
+    settings = Settings(lr, momentum, steps, training=model.training)
+    parsed = batch_of(batch)
     recorder = Recorder(model)
     try:
-        with preserved(model), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), preserved(model):
             outputs = _run(recorder, model, parsed)
             if not recorder.layers:
                 raise PwsError(_nothing_ran(model))
@@ -82,14 +85,14 @@ def diagnosis_of(
     layers: list[LayerDiagnosis] = []
     for record in recorder.layers.values():
         change = None if record.step_map is None else record.step_map.kernel_change(recorder.gradients)
-        if change is not None and record.last_call is not None:
-            change = record.last_call.filters(change.double()) / loss_scale
+        if change is not None:
+            change = record.layout.filters(change.double()) / loss_scale
         product = layers[-1].transmission_product if layers else 1.0
         layers.append(layer_diagnosis(record, change, product, loss_scale))
     ran = {name for name, _ in recorder.layers}
-    unused = [
-        name for name, module in recorder.model.named_modules() if isinstance(module, LAYER_KINDS) and name not in ran
-    ]
+    held = [(name, module) for name, module in recorder.model.named_modules() if isinstance(module, LAYER_KINDS)]
+    # The output projection of torch's attention is run inside an operation of its own, unseen.
+    unused = [n for n, module in held if n not in ran and not isinstance(module, NonDynamicallyQuantizableLinear)]
     return Diagnosis(
         layers=tuple(layers),
         model=type(recorder.model).__name__,
@@ -110,6 +113,8 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise PwsError(f"diagnose explains a torch.nn.Module; got a {type(model).__name__}.")
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise PwsError(
@@ -124,21 +129,23 @@ def _run(recorder: Recorder, model: nn.Module, batch: Batch) -> Any:
             return batch.outputs(model)
     except PwsError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+    except REJECTIONS as error:
         raise PwsError(
-            f"the model rejects the batch: {type(error).__name__}: {one_line(error)}. Pass what the model is called with, on "
-            "its device and in its dtype: (inputs, targets), several inputs as a tuple or dict."
+            f"the model rejects the batch: {type(error).__name__}: {one_line(error).rstrip('.')}. Pass what the model is "
+            "called with, on its device and in its dtype: (inputs, targets), several inputs as a tuple or dict."
         ) from error
 
 
 def _loss(loss: Loss, batch: Batch, outputs: Any) -> Tensor:
     try:
         value = batch.loss(loss, outputs)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+    except PwsError:
+        raise
+    except REJECTIONS as error:
         call = "loss(outputs, targets)" if batch.has_targets else "loss(outputs), for the batch holds no targets,"
+        failed = f"{type(error).__name__}: {one_line(error).rstrip('.')}"
         raise PwsError(
-            f"{call} must give the scalar that is trained on; it failed with {type(error).__name__}: {one_line(error)}. "
-            f"The outputs are {_shape(outputs)}"
+            f"{call} must give the scalar that is trained on; it failed with {failed}. The outputs are {_shape(outputs)}"
             + (f", the targets {_shape(batch.targets)}." if batch.has_targets else ".")
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
@@ -154,7 +161,13 @@ def _loss(loss: Loss, batch: Batch, outputs: Any) -> Tensor:
 def _backward(value: Tensor, model: nn.Module) -> None:
     """Run the recorder's hooks; no `.grad` is touched."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(value, trainable, allow_unused=True) if trainable else ()
+    try:
+        found = torch.autograd.grad(value, trainable, allow_unused=True) if trainable else ()
+    except RuntimeError as error:
+        raise PwsError(
+            f"the backward pass fails: {one_line(error).rstrip('.')}. It is run by torch.autograd.grad, which reentrant "
+            "checkpointing (use_reentrant=True) does not allow."
+        ) from error
     if not any(gradient is not None for gradient in found):
         raise PwsError(
             "the loss must depend on the model's parameters, or there is no gradient to explain; none of them got one. Likely "

@@ -28,12 +28,12 @@ class Settings:
     """The model's mode."""
 
     def __post_init__(self) -> None:
-        if self.lr is not None and not 0 < self.lr < math.inf:
+        if self.lr is not None and not (isinstance(self.lr, int | float) and 0 < self.lr < math.inf):
             raise PwsError(f"lr must be positive and finite; got {self.lr!r}. Leave it out to learn the critical one.")
         if not 0 <= self.momentum < 1:
             raise PwsError(f"momentum must be at least 0 and below 1; got {self.momentum!r}. Usual: 0.9.")
-        if self.steps < 1:
-            raise PwsError(f"steps must be at least 1; got {self.steps!r}.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise PwsError(f"steps must be a whole number, at least 1; got {self.steps!r}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +54,17 @@ class Diagnosis:
 
     @property
     def critical_layer(self) -> LayerDiagnosis | None:
-        """The layer with the smallest critical learning rate; None if no layer has a finite one."""
-        rated = [layer for layer in self.layers if layer.critical_lr is not None and math.isfinite(layer.critical_lr)]
+        """The layer with the smallest critical learning rate, of those that no norm follows; None if none has a finite one."""
+        free = [layer for layer in self.layers if not layer.normalized]
+        rated = [layer for layer in free if layer.critical_lr is not None and math.isfinite(layer.critical_lr)]
         return min(rated, key=lambda layer: layer.critical_lr or math.inf) if rated else None
 
     @property
     def critical_lr(self) -> float:
-        """The network's: the smallest of its layers'; infinity if no step can shift any filter."""
+        """The network's: the smallest of the layers' that no norm follows; infinity if no step can shift those, NaN without a
+        backward pass."""
+        if all(layer.critical_lr is None for layer in self.layers):
+            return math.nan
         layer = self.critical_layer
         return math.inf if layer is None or layer.critical_lr is None else layer.critical_lr
 

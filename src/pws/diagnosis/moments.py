@@ -51,8 +51,13 @@ def _counts(parts: list[Moments]) -> Tensor:
 
 
 def positions(signal: Tensor, channel_dim: int) -> list[int]:
-    """The dimensions that are not the channels."""
+    """The dimensions that are not the channels; a signal has one at least (see `batched`)."""
     return [dim for dim in range(signal.dim()) if dim != channel_dim % signal.dim()]
+
+
+def batched(signal: Tensor) -> Tensor:
+    """With a dimension of positions: a linear layer's single sample comes without any."""
+    return signal if signal.dim() > 1 else signal[None]
 
 
 def centre(signal: Tensor, channel_dim: int) -> tuple[Moments, Tensor]:
@@ -64,4 +69,6 @@ def centre(signal: Tensor, channel_dim: int) -> tuple[Moments, Tensor]:
     mean = signal.mean(dims, keepdim=True, dtype=torch.float64)
     centred = signal - mean.to(signal.dtype)
     variance = centred.square().mean(dims, dtype=torch.float64)
+    if signal.dtype != torch.float64 and not ((variance > 0) & torch.isfinite(variance)).all():
+        variance = centred.double().square().mean(dims)  # squares that left the range of float32
     return Moments(signal.numel() // mean.numel(), mean.flatten(), variance), centred

@@ -27,6 +27,19 @@ _SIGNATURES: Final[Mapping[Callable[..., Tensor], tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where an operation's channels and filters are."""
+
+    channel_dim: int
+    groups: int
+    transposed: bool
+
+    def filters(self, kernel: Tensor) -> Tensor:
+        """A tensor of the kernel's shape as `(out_channels, fan_in)`."""
+        return (swap_channels(kernel, self.groups) if self.transposed else kernel).flatten(1)
+
+
+@dataclass(frozen=True)
 class Call:
     """An operation with its input, its kernel (in the operation's own shape) and its other arguments."""
 
@@ -55,9 +68,14 @@ class Call:
         """The operation's result."""
         return self.function(self.input, self.kernel, self.bias, **self.settings)
 
+    @property
+    def layout(self) -> Layout:
+        """What is left of a call without its tensors."""
+        return Layout(self.channel_dim, self.groups, self.transposed)
+
     def filters(self, kernel: Tensor) -> Tensor:
         """A tensor of the kernel's shape as `(out_channels, fan_in)`."""
-        return (swap_channels(kernel, self.groups) if self.transposed else kernel).flatten(1)
+        return self.layout.filters(kernel)
 
     def patch_average(self) -> Tensor:
         """`xbar`: at each position of the output, the average of the entries that a filter meets there, a channel a group.

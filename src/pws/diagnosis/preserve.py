@@ -8,27 +8,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Put buffers (BatchNorm's running statistics), gradients and the state of every random generator back at the end."""
+    """Run with copies of the buffers (BatchNorm's running statistics); put gradients and all random generators back.
+
+    The buffers themselves are never written, so a backward pass of the caller's that needs them still can run.
+    """
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    values = [None if buffer is None else (buffer.clone(), buffer._version) for _, _, buffer in buffers]
+    copies: dict[int, Tensor] = {}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     states = random.getstate(), torch.get_rng_state(), _accelerator_states(model)
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()
     try:
+        for module, name, buffer in buffers:
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
         yield
     finally:
-        with torch.no_grad():
-            for (module, name, buffer), value in zip(buffers, values, strict=True):
-                module._buffers[name] = buffer
-                # Untouched ones are not written: a backward pass of the caller's may still need them as they are.
-                if buffer is not None and value is not None and buffer._version != value[1]:
-                    buffer.copy_(value[0])
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer
         for parameter, gradient in gradients:
             parameter.grad = gradient
         random.setstate(states[0])
@@ -39,6 +41,6 @@ def preserved(model: nn.Module) -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
-def _accelerator_states(model: nn.Module) -> list[tuple[torch.device, torch.Tensor]]:
+def _accelerator_states(model: nn.Module) -> list[tuple[torch.device, Tensor]]:
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     return [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]

@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.moments import Moments, centre, positions
-from pws.diagnosis.operation import Call, split_channels
+from pws.diagnosis.moments import Moments, batched, centre, positions
+from pws.diagnosis.operation import Call, Layout, split_channels
 
 
 @dataclass
 class Backward:
-    """Sums of a call's output gradient delta, filled in by its backward pass; float64 `(O,)`."""
+    """Of a call's output gradient delta, filled in by its backward pass."""
 
-    delta_sum: Tensor
-    delta_squares: Tensor
+    delta: Moments
     delta_patch: Tensor
-    """`sum_p delta(p) xbar(p)`."""
+    """`sum_p delta(p) xbar(p)`, float64 `(O,)`."""
 
 
 @dataclass
@@ -34,7 +33,7 @@ class CallRecord:
     """Which input channels were zero everywhere, `(C,)`."""
     output: Moments
     centred: Moments
-    """Of `z = y - beta - n m xbar`."""
+    """Of `z = y - n m xbar`, beta left in: a constant."""
     shift: Moments
     """Of `n m xbar`."""
     covariance: Tensor
@@ -47,6 +46,9 @@ class CallRecord:
     """The sum of squares of the gradient by the input, through this layer alone."""
     kernel_gradient: Tensor | None = None
     """The mean over each filter of the gradient by the kernel, `(O,)`."""
+    radial: tuple[float, float] | None = None
+    """The gradient by the kernel along the kernel, `sum_o g_o . k_o`, and what it is compared with,
+    `sqrt(sum_o |g_o|^2 |k_o|^2)`."""
 
 
 @dataclass
@@ -59,19 +61,17 @@ class LayerRecord:
     kernel_shape: tuple[int, ...]
     dtype: torch.dtype
     fan_in: int
-    groups: int
     filter_mean: Tensor
     """`m`, `(O,)`."""
     kernel_norm: float
-    parameters: list[nn.Parameter]
-    """The trainable parameters that the kernel is computed from."""
-    step_map: StepMap | None
+    layout: Layout
+    step_map: StepMap | None = None
+    """None where no call's kernel was trained."""
     calls: list[CallRecord] = field(default_factory=list)
-    last_call: Call | None = None
 
 
 class StepMap:
-    """From a step on a layer's parameters to the change of its kernel: the Jacobian of `kernel(parameters)`.
+    """From a step on the trained parameters to the change of a kernel: the Jacobian of `kernel(parameters)`.
 
     By two backward passes through the kernel's own small graph, so that any way to compute a kernel is served.
     """
@@ -80,11 +80,8 @@ class StepMap:
         self.parameters = parameters
         self._direct = next((i for i, p in enumerate(parameters) if p is kernel), None)
         if self._direct is None:
-            with torch.enable_grad():
-                self._probe = torch.zeros_like(kernel, requires_grad=True)
-                found = torch.autograd.grad(
-                    kernel, parameters, self._probe, create_graph=True, allow_unused=True, materialize_grads=False
-                )
+            self._probe = torch.zeros_like(kernel, requires_grad=True)
+            found = torch.autograd.grad(kernel, parameters, self._probe, create_graph=True, allow_unused=True)
             self._images = [(i, image) for i, image in enumerate(found) if image is not None]
 
     def uses(self) -> list[nn.Parameter]:
@@ -116,7 +113,7 @@ def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
     """The statistics of a call's input and output; `patch` is its patch average."""
     dim, filters = call.channel_dim, call.filters(wide(call.kernel))
     dims = positions(patch, dim)
-    x, y = wide(call.input), wide(output)
+    x, y = batched(wide(call.input)), batched(wide(output))
     inputs = centre(x, dim)[0]
     outputs = centre(y, dim)[0]
     of_patch, centred_patch = centre(patch, dim)
@@ -132,8 +129,6 @@ def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
     of_patch = Moments(
         of_patch.count, of_patch.mean.repeat_interleave(per_group), of_patch.variance.repeat_interleave(per_group)
     )
-    if call.bias is not None:
-        of_z = Moments(of_z.count, of_z.mean - call.bias.detach().double(), of_z.variance)
     return CallRecord(
         input=inputs,
         dead=inputs.second_moment == 0,
@@ -142,22 +137,21 @@ def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
         shift=Moments(of_patch.count, nm_O * of_patch.mean, nm_O.square() * of_patch.variance),
         covariance=nm_O * with_patch.mean(dims, dtype=torch.float64),
         patch=of_patch,
-        finite=bool(torch.isfinite(outputs.variance).all()),
+        finite=bool(torch.isfinite(y).all()),
     )
 
 
-def record_backward(record: CallRecord, call: Call, patch: Tensor, delta: Tensor) -> None:
+def record_backward(record: CallRecord, layout: Layout, patch: Tensor, delta: Tensor) -> None:
     """Add the sums of the output gradient to a call's record."""
-    dim = call.channel_dim
-    delta, dims = wide(delta), positions(patch, dim)
-    grouped = split_channels(delta, dim, call.groups) * split_channels(patch, dim, call.groups)
+    dim = layout.channel_dim
+    delta = batched(wide(delta))
+    grouped = split_channels(delta, dim, layout.groups) * split_channels(patch, dim, layout.groups)
     record.backward = Backward(
-        delta_sum=delta.sum(dims, dtype=torch.float64),
-        delta_squares=delta.square().sum(dims, dtype=torch.float64),
-        delta_patch=grouped.flatten(dim - 1, dim).sum(dims, dtype=torch.float64),
+        delta=centre(delta, dim)[0],
+        delta_patch=grouped.flatten(dim - 1, dim).sum(positions(patch, dim), dtype=torch.float64),
     )
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> float:
     """Of all entries of all tensors."""
-    return float(sum(torch.linalg.vector_norm(wide(t)).double().square() for t in tensors))
+    return float(sum(torch.linalg.vector_norm(wide(t), dtype=torch.float64).square() for t in tensors))

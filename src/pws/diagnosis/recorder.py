@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pws.diagnosis.moments import batched
 from pws.diagnosis.operation import Call, call_of
 from pws.diagnosis.record import (
     CallRecord,
@@ -37,6 +38,7 @@ class Recorder:
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[tuple[nn.Module, list[int]]] = []
         self._handles: list[Any] = []
+        self._followed: set[nn.Parameter] = set()
         self.on_backward_end: Callable[[], None] | None = None
         """Called when the backward pass through the recorded graph has ended, before whatever follows it."""
 
@@ -82,41 +84,40 @@ class Recorder:
             call = Call(call.function, _alias(call.input), _alias(call.kernel), call.bias, call.settings)
         output = call.run()
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
-            patch = call.patch_average()
+            patch = batched(call.patch_average())
             record = record_forward(call, output, patch)
         layer = self._layer(module, ordinal, call, parameter)
         layer.calls.append(record)
-        layer.last_call = call
         self._watch(record, call, output, patch)
         return output
 
     def _layer(self, module: nn.Module, ordinal: int, call: Call, kernel: Tensor) -> LayerRecord:
         name = self._names[module]
-        if (name, ordinal) in self.layers:
-            return self.layers[name, ordinal]
-        filters = call.filters(wide(call.kernel))
-        step_map = None
-        if torch.is_grad_enabled() and kernel.requires_grad:
-            trainable = [p for p in module.parameters() if p.requires_grad]
-            step_map = StepMap(kernel, trainable)
-            for parameter in step_map.uses():
-                if parameter not in self.gradients:
-                    handle = parameter.register_hook(self._keep(parameter))  # type: ignore[no-untyped-call]
-                    self._handles.append(handle)
-        self.layers[name, ordinal] = LayerRecord(
-            name=(name or type(module).__name__) + (f" ({ordinal + 1})" if ordinal else ""),
-            kind=type(module).__name__.removeprefix("Parametrized"),
-            operation=call.function.__name__,
-            kernel_shape=tuple(kernel.shape),
-            dtype=output_dtype(call),
-            fan_in=filters.shape[1],
-            groups=call.groups,
-            filter_mean=filters.double().mean(1),
-            kernel_norm=sum_of_squares([kernel]) ** 0.5,
-            parameters=step_map.uses() if step_map else [],
-            step_map=step_map,
-        )
-        return self.layers[name, ordinal]
+        layer = self.layers.get((name, ordinal))
+        if layer is None:
+            filters = call.filters(wide(call.kernel))
+            layer = self.layers[name, ordinal] = LayerRecord(
+                name=(name or type(module).__name__) + (f" ({ordinal + 1})" if ordinal else ""),
+                kind=type(module).__name__.removeprefix("Parametrized"),
+                operation=call.function.__name__,
+                kernel_shape=tuple(kernel.shape),
+                dtype=output_dtype(call),
+                fan_in=filters.shape[1],
+                layout=call.layout,
+                filter_mean=filters.double().mean(1),
+                kernel_norm=sum_of_squares([kernel]) ** 0.5,
+            )
+        if layer.step_map is None and torch.is_grad_enabled() and kernel.requires_grad:
+            layer.step_map = StepMap(kernel, [p for p in self.model.parameters() if p.requires_grad])
+            self._follow(layer.step_map.uses())
+        return layer
+
+    def _follow(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter not in self._followed:
+                self._followed.add(parameter)
+                handle = parameter.register_hook(self._keep(parameter))  # type: ignore[no-untyped-call]
+                self._handles.append(handle)
 
     def _keep(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
@@ -125,22 +126,28 @@ class Recorder:
         return hook
 
     def _watch(self, record: CallRecord, call: Call, output: Tensor, patch: Tensor) -> None:
+        # A hook that held a tensor of the graph would keep the graph alive with itself, for ever.
+        layout, kernel_OK = call.layout, call.filters(call.kernel.detach())
+
         def of_output(delta: Tensor) -> None:
-            record_backward(record, call, patch, delta)
+            record_backward(record, layout, patch, delta)
             if self.on_backward_end is not None:  # once a pass: the engine calls it when everything else is done
-                torch.autograd.Variable._execution_engine.queue_callback(self.on_backward_end)  # type: ignore[attr-defined]
+                torch.autograd.Variable._execution_engine.queue_callback(self.on_backward_end)
                 self.on_backward_end = None
 
         def of_input(gradient: Tensor) -> None:
             record.input_gradient_squares = sum_of_squares([gradient])
 
         def of_kernel(gradient: Tensor) -> None:
-            record.kernel_gradient = call.filters(wide(gradient)).double().mean(1)
+            gradient_OK = layout.filters(wide(gradient))
+            record.kernel_gradient = gradient_OK.double().mean(1)
+            norms = torch.linalg.vector_norm(gradient_OK, dim=1) * torch.linalg.vector_norm(wide(kernel_OK), dim=1)
+            record.radial = float((gradient_OK * wide(kernel_OK)).sum()), float(torch.linalg.vector_norm(norms))
 
         hooks: list[tuple[Tensor, Callable[[Tensor], None]]]
         hooks = [(output, of_output), (call.input, of_input), (call.kernel, of_kernel)]
         for tensor, hook in hooks:
-            if tensor.requires_grad:
+            if tensor.requires_grad and torch.is_grad_enabled():
                 tensor.register_hook(torch.no_grad()(hook))  # type: ignore[no-untyped-call]
 
 

@@ -13,41 +13,39 @@ if TYPE_CHECKING:
     from pws.diagnosis.diagnosis import Diagnosis
     from pws.diagnosis.layer import LayerDiagnosis
 
-COLUMNS = ("layer", "Var in", "Var out", "out / in", "shift share", "avg. gradient", "E part", "critical LR")
+COLUMNS = ("layer", "Var out", "out/in", "shift", "n ratio", "E part", "crit. LR")
 CAPTION = escape(
-    "out / in: variance transmission. shift share: part of Var out due to the filters' means. avg. gradient: average-gradient "
-    "ratio times n, 1 if a filter's gradients were independent. E part: its share due to N E[delta] E[xbar]. critical LR: "
-    "where one step moves the filters' means so far that they double Var out."
+    "out/in: variance transmission. shift: share of Var out due to the filters' means. n ratio: average-gradient ratio times "
+    "n, 1 if a filter's gradients were independent. E part: its share due to N E[delta] E[xbar]. crit. LR: where one step "
+    "moves the filters' means so far that they double Var out; in brackets where a norm follows, which takes it back."
 )
 
 
 def table_of(diagnosis: Diagnosis) -> Table:
-    """One row a layer, in execution order."""
+    """One row a layer, in execution order; fits 80 columns."""
     lr = diagnosis.settings.lr
-    table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left", title_justify="left")
-    columns = [*COLUMNS, *([] if lr is None else [f"share at LR {lr:g}"])]
+    table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left", padding=(0, 1, 0, 0))
+    columns = [*COLUMNS, *([] if lr is None else [f"at LR {lr:g}"])]
     for name in columns:
-        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=name == "layer")
-    worst = diagnosis.critical_layer
+        table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=name != "layer", overflow="fold")
+    worst = diagnosis.verdict.layer if diagnosis.verdict.cause != "healthy" else None
     for layer, share in zip(diagnosis.layers, diagnosis.predicted_shift_shares(), strict=True):
         cells = [*row_of(layer), *([] if lr is None else [percent(share)])]
-        table.add_row(*cells, style="bold red" if layer is worst and _unsafe(layer, lr) else None)
+        table.add_row(*cells, style="bold red" if layer.name == worst else None)
     return table
 
 
 def row_of(layer: LayerDiagnosis) -> list[str]:
     """A layer's cells in the order of `COLUMNS`."""
-    ratio = layer.average_gradient_ratio
+    ratio, critical = layer.average_gradient_ratio, number(layer.critical_lr)
     return [
-        f"{layer.name} {layer.kind} {'x'.join(map(str, layer.kernel_shape))}"
-        + (f" ({layer.note})" if layer.note else ""),
-        number(layer.input.variance),
+        escape(layer.name) + (f" [dim]{layer.note}[/dim]" if layer.note else ""),
         number(layer.output.variance),
         number(layer.transmission),
         percent(layer.shift_share),
         number(None if ratio is None else ratio * layer.fan_in),
         percent(layer.expectation_share),
-        number(layer.critical_lr),
+        f"({critical})" if layer.normalized else critical,
     ]
 
 
@@ -57,13 +55,9 @@ def number(value: float | None) -> str:
         return "-"
     if math.isinf(value):
         return "none" if value > 0 else "-inf"
-    return f"{value:.3g}"
+    return "0" if abs(value) < 1e-9 else f"{value:.3g}"
 
 
 def percent(share: float | None) -> str:
     """A share as a percentage."""
     return "-" if share is None else "nan" if math.isnan(share) else f"{100 * share:.0f} %"
-
-
-def _unsafe(layer: LayerDiagnosis, lr: float | None) -> bool:
-    return lr is not None and layer.critical_lr is not None and layer.critical_lr < lr

@@ -21,6 +21,7 @@ Cause = Literal[
     "non-finite input",
     "non-finite weight",
     "non-finite output",
+    "non-finite gradient",
 ]
 
 FACTOR: Final = 1e3
@@ -48,7 +49,8 @@ class Verdict:
 
 def verdict_of(diagnosis: Diagnosis) -> Verdict:
     """The first that holds of: non-finite, dead, exploding or vanishing, shift; else healthy."""
-    checks: Sequence[Callable[[Diagnosis], Verdict | None]] = (_non_finite, _dead, _along_the_depth, _shift)
+    checks: list[Callable[[Diagnosis], Verdict | None]]
+    checks = [_non_finite, _non_finite_gradient, _dead, _along_the_depth, _shift]
     return next((found for check in checks if (found := check(diagnosis)) is not None), None) or _healthy(diagnosis)
 
 
@@ -88,6 +90,21 @@ def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
     )
 
 
+def _non_finite_gradient(diagnosis: Diagnosis) -> Verdict | None:
+    layers = [layer for layer in diagnosis.layers if layer.gradient is not None]
+    layer = next((la for la in reversed(layers) if la.gradient and not math.isfinite(la.gradient.second_moment)), None)
+    if layer is None:
+        return None
+    return Verdict(
+        "non-finite gradient",
+        layer.name,
+        f"The forward pass is finite, but the gradient of the output of {_named(layer)} holds NaN or infinity, and in the "
+        "backward pass it is the first layer with one.",
+        "Look at what follows it, the loss first: a root or logarithm of zero, a division by zero, or half precision without "
+        "loss scaling do this.",
+    )
+
+
 def _dead(diagnosis: Diagnosis) -> Verdict | None:
     layer = next((layer for layer in diagnosis.layers if layer.dead_inputs >= DEAD), None)
     if layer is None:
@@ -103,8 +120,8 @@ def _dead(diagnosis: Diagnosis) -> Verdict | None:
 
 def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
     layers = diagnosis.layers[:-1]  # the head's scale is its own business
-    if len(layers) < 2 or layers[0].output.variance == 0:
-        return None
+    if len(layers) < 2 or any(layer.output.variance == 0 for layer in layers):
+        return None  # a constant output is a choice (a branch that starts at zero), or its cause is another
     change = layers[-1].output.variance / layers[0].output.variance
     if 1 / FACTOR < change < FACTOR:
         return None
@@ -118,8 +135,8 @@ def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
         f"The variance {'explodes' if exploding else 'vanishes'} along the depth: from {layers[0].output.variance:.3g} behind "
         f"{_named(layers[0])} to {layers[-1].output.variance:.3g} behind {_named(layers[-1])}, {mean:.2g} times a layer; most "
         f"at {name} ({steps[worst]:.2g} times).",
-        f"The gain is too {'large' if exploding else 'small'}: multiply each layer's weights by about {mean**-0.5:.2g}, calibrate "
-        "(pws.calibrate), or take pws layers with their variance-preserving gain.",
+        f"The gain is too {'large' if exploding else 'small'}: multiply each layer's weights by about {mean**-0.5:.2g}, "
+        "calibrate (pws.calibrate), or take pws layers with their variance-preserving gain.",
     )
 
 
@@ -127,7 +144,8 @@ def _shift(diagnosis: Diagnosis) -> Verdict | None:
     layer, lr = diagnosis.critical_layer, diagnosis.settings.lr
     if layer is None or lr is None or layer.critical_lr is None or lr < layer.critical_lr:
         return None
-    endangered = [other for other in diagnosis.layers if other.critical_lr is not None and other.critical_lr <= lr]
+    free = [other for other in diagnosis.layers if not other.normalized]
+    endangered = [other for other in free if other.critical_lr is not None and other.critical_lr <= lr]
     ratio = layer.average_gradient_ratio or 0.0
     return Verdict(
         "shift",
@@ -135,7 +153,8 @@ def _shift(diagnosis: Diagnosis) -> Verdict | None:
         f"At learning rate {lr:g} one step of the average gradient adds more variance to {_named(layer)} than it has: its "
         f"critical learning rate is {layer.critical_lr:.3g}. The gradients of a filter there push alike: their squared "
         f"average is {ratio * layer.fan_in:.0f} times that of independent ones, {100 * (layer.expectation_share or 0):.0f} % "
-        f"of it by E[delta] E[xbar]. {len(endangered)} of {len(diagnosis.layers)} layers are past their critical rate.",
+        f"of it by E[delta] E[xbar]. {len(endangered)} of the {len(free)} layers without a norm behind them "
+        f"{'is' if len(endangered) == 1 else 'are'} past the critical rate.",
         f"Convert the network to PWS, whose kernels no step can shift, or stay below learning rate {layer.critical_lr:.2g}.",
     )
 
@@ -148,7 +167,8 @@ def _healthy(diagnosis: Diagnosis) -> Verdict:
         return Verdict(
             "healthy",
             None,
-            "The forward pass is healthy, and no step can shift a filter: every trained kernel keeps its mean.",
+            "The forward pass is healthy, and no step can blow a layer up by shifting its filters: every trained kernel keeps "
+            "its mean, or a norm follows.",
             "",
         )
     limit = (

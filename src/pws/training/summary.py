@@ -68,11 +68,12 @@ def summarize(
         device=torch.cuda.get_device_name()
         if on_gpu
         else f"{trainer.strategy.root_device.type}, {torch.get_num_threads()} threads",
-        versions=_versions(),
+        versions=versions(),
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and of what a run depends on."""
     found = {"python": platform.python_version()}
     for package in ("pws-torch", "torch", "torchvision", "lightning", "timm"):
         try:

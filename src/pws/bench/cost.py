@@ -1,0 +1,108 @@
+"""What a diagnosis and a monitor cost, as ratios to the training step, measured alternately in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pws.bench.divergence import Network, prepare
+from pws.bench.result import write_result
+from pws.diagnosis import Monitor, diagnose
+
+NETWORKS: Final = (
+    Network("allconv", "none", 0.3333, 128),
+    Network("allconv", "bn", 0.3333, 128),
+    Network("allconv", "wn", 0.3333, 128),
+    Network("allconv", "pws", 0.3333, 128),
+    Network("cifar-resnet18", "bn", 0.25, 64),
+    Network("cifar-resnet18", "pws", 0.25, 64),
+)
+EVERY: Final = 50
+
+
+def run_cost(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Diagnosis and monitored steps beside plain ones."""
+    rows = {}
+    for network in NETWORKS[:1] if quick else NETWORKS:
+        rows[str(network)] = _measure(
+            network, rounds=2 if quick else 15, dataset="digits" if quick else "fashion-mnist"
+        )
+        row = rows[str(network)]
+        say(
+            f"{network}: step {1000 * row['step_s']:.0f} ms; diagnosis {row['diagnosis']:.2f} steps; a measured step costs "
+            f"{row['measured_step'] - 1:.2f} more, an unmeasured {100 * (row['watched_step'] - 1):.1f} %; "
+            f"Monitor(every={EVERY}) over 1000 steps {100 * row['monitor']:.1f} %"
+        )
+    result = {"every": EVERY, "networks": rows}
+    write_result(out / "cost.json", "pws bench cost", result)
+    _draw(rows, out / "cost.png")
+    return result
+
+
+def _measure(network: Network, rounds: int, dataset: str) -> dict[str, Any]:
+    """Medians over rounds in which each kind of step is timed once."""
+    model, loader = prepare(network, dataset)
+    images, labels = next(iter(loader))
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    kinds: dict[str, Callable[[], Any]] = {
+        "plain": lambda: _step(model, sgd, images, labels),
+        "diagnosis": lambda: diagnose(model, (images, labels), F.cross_entropy),
+        "measured": lambda: _watched_step(model, sgd, images, labels, measured=True),
+        "watched": lambda: _watched_step(model, sgd, images, labels, measured=False),
+    }
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(rounds + 1):
+        for kind, step in kinds.items():
+            started = time.perf_counter()
+            step()
+            if number:  # the first round warms up
+                seconds[kind].append(time.perf_counter() - started)
+    ratio = {
+        kind: statistics.median(a / b for a, b in zip(s, seconds["plain"], strict=True)) for kind, s in seconds.items()
+    }
+    measured = len({2**k for k in range(6)} | set(range(0, 1000, EVERY)))  # of 1000 steps
+    return {
+        "step_s": statistics.median(seconds["plain"]),
+        "diagnosis": ratio["diagnosis"],
+        "measured_step": ratio["measured"],
+        "watched_step": ratio["watched"],
+        "monitor": (measured * (ratio["measured"] - 1) + (1000 - measured) * (ratio["watched"] - 1)) / 1000,
+        "raw_seconds": seconds,
+    }
+
+
+def _step(model: nn.Module, sgd: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    sgd.zero_grad()
+    torch.autograd.backward(F.cross_entropy(model(images), labels))
+    sgd.step()
+
+
+def _watched_step(
+    model: nn.Module, sgd: torch.optim.Optimizer, images: Tensor, labels: Tensor, *, measured: bool
+) -> None:
+    with Monitor(model, EVERY) as monitor:
+        monitor.clock = lambda: 0 if measured else 3  # step 0 is measured, step 3 is not
+        _step(model, sgd, images, labels)
+
+
+def _draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(10, 0.5 * len(rows) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = list(rows)[::-1]
+    left.barh(names, [rows[name]["diagnosis"] for name in names], color="#2471a3")
+    left.axvline(3, color="black", linestyle=":")
+    left.set_xlabel("diagnosis, in training steps (goal: 3)")
+    right.barh(names, [100 * rows[name]["monitor"] for name in names], color="#1e8449")
+    right.axvline(5, color="black", linestyle=":")
+    right.set_xlabel(f"Monitor(every={EVERY}), % of training time (goal: 5)")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,113 @@
+"""The experiments behind the paper's argument, on Fashion-MNIST: each trains a few networks under a monitor.
+
+shift: the filters' means take over none and wn, not bn and pws.
+centred: what BatchNorm's backward pass does, E[delta] = 0, given to Weight Normalization.
+depth: the variance along the depth, before and after five steps.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pws.bench.divergence import Network, prepare
+from pws.diagnosis import CollapseWarning, Diagnosis, Monitor
+from pws.methods import Method, build_method
+
+WIDTH: Final = 0.25
+BATCH_SIZE: Final = 64
+MOMENTUM: Final = 0.9
+WN_CENTRED: Final = "wn, centred"
+STEP_BOUND: Final = 0.1
+"""The gradient of pws is clipped to norm STEP_BOUND / lr, as in its recipes."""
+
+
+class _CentreGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, signal: Tensor) -> Tensor:
+        return signal.view_as(signal)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient - gradient.mean([d for d in range(gradient.dim()) if d != 1], keepdim=True)
+
+
+class CentreGradient(nn.Module):
+    """Nothing forward; backward the output gradient less its mean over each channel: `E[delta] = 0`, as behind BatchNorm."""
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """The signal."""
+        centred: Tensor = _CentreGradient.apply(signal)
+        return centred
+
+
+def wn_centred() -> Method:
+    """Weight Normalization with centred output gradients: what it lacks of BatchNorm, by the paper's argument."""
+    return replace(build_method("wn"), name=WN_CENTRED, norm=lambda _: CentreGradient())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network trained for some steps."""
+
+    method: str
+    lr: float
+    losses: list[float | None]
+    """Of each step; None where not finite."""
+    diagnoses: list[Diagnosis]
+    verdict: str
+    collapsed_at: int | None
+    """The step of the first unhealthy diagnosis."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the losses, and the variances and shift shares of each measured step."""
+        rows = [
+            {
+                "step": diagnosis.step,
+                "output_variance": [_finite(layer.output.variance) for layer in diagnosis.layers],
+                "shift_share": [_finite(layer.shift_share) for layer in diagnosis.layers],
+            }
+            for diagnosis in self.diagnoses
+        ]
+        names = [layer.name for layer in self.diagnoses[0].layers]
+        head = {"method": self.method, "lr": self.lr, "collapsed_at": self.collapsed_at, "verdict": self.verdict}
+        return {**head, "layers": names, "losses": self.losses, "measured": rows}
+
+
+def train_watched(method: str, lr: float, steps: int, every: int, dataset: str = "fashion-mnist") -> Run:
+    """Train the 9-convolution network with `method`, a name or WN_CENTRED, under a monitor."""
+    built = wn_centred() if method == WN_CENTRED else build_method(method)
+    model, loader = prepare(Network("allconv", method, WIDTH, BATCH_SIZE), dataset, method=built)
+    sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
+    losses: list[float | None] = []
+    with warnings.catch_warnings(), Monitor(model, every, lr=lr, momentum=MOMENTUM) as monitor:
+        warnings.simplefilter("ignore", CollapseWarning)  # the run says so
+        for images, labels in islice(loader, steps):
+            loss = monitor.observe(F.cross_entropy(model(images), labels))
+            losses.append(_finite(float(loss.detach())))
+            if losses[-1] is None:
+                break
+            sgd.zero_grad()
+            torch.autograd.backward(loss)
+            if method == "pws":
+                nn.utils.clip_grad_norm_(model.parameters(), STEP_BOUND / lr)
+            sgd.step()
+    unhealthy = monitor.first_unhealthy
+    verdict = str(monitor.verdict)
+    return Run(method, lr, losses, monitor.history, verdict, None if unhealthy is None else unhealthy.step)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+SHIFT_RUNS: Final = tuple((method, 0.3) for method in ("none", "wn", "bn", "pws"))
+CENTRED_RUNS: Final = tuple((method, lr) for lr in (0.05, 0.3) for method in ("wn", WN_CENTRED, "bn"))
+DEPTH_RUNS: Final = tuple((method, 0.3) for method in ("none", "wn", "bn", "pws"))

@@ -1,0 +1,49 @@
+"""`pws bench`: the experiments behind the theory, each with a result file and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+
+from pws.bench.cost import run_cost
+from pws.bench.experiments import run_centred, run_depth, run_shift
+from pws.bench.forecasts import run_forecast
+from pws.cli.arguments import command_parser, parse
+from pws.errors import UnknownNameError
+
+Bench = Callable[[Path, bool, Callable[[str], None]], dict[str, Any]]
+BENCHES: Final[dict[str, tuple[Bench, str]]] = {
+    "shift": (run_shift, "shift share and loss over training: none, wn, bn, pws (a minute)"),
+    "centred": (run_centred, "wn, wn with centred output gradients, bn (two minutes)"),
+    "depth": (run_depth, "variance along the depth before and after five steps (seconds)"),
+    "forecast": (
+        run_forecast,
+        "predicted beside real smallest diverging learning rates (an hour; goes on where it stopped)",
+    ),
+    "cost": (run_cost, "what a diagnosis and a monitor cost, in training steps (two minutes)"),
+}
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, measure, write."""
+    lines = "; ".join(f"{name}: {line}" for name, (_, line) in BENCHES.items())
+    parser = command_parser(
+        "bench", f"Measure on Fashion-MNIST and write NAME.json and NAME.png. {lines}.", "pws bench shift"
+    )
+    parser.add_argument("name", type=str, help=f"one of {', '.join(BENCHES)}")
+    parser.add_argument("--out", type=str, default="benchmarks", help="folder of the result file and the picture")
+    parser.add_argument(
+        "--quick", action="store_true", help="digits and few steps: to see that it works, not to measure"
+    )
+    parsed = parse(parser, arguments)
+    if parsed.name not in BENCHES:
+        raise UnknownNameError("bench", parsed.name, BENCHES)
+    console, out = Console(), Path(parsed.out)
+    BENCHES[parsed.name][0](
+        out, parsed.quick, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
+    console.print(f"Files: {out / parsed.name}.json, {out / parsed.name}.png", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,102 @@
+"""`pws diagnose`: why a network collapses, or would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from pws.cli.arguments import command_parser, parse
+from pws.cli.quiet import quiet_lightning
+from pws.diagnosis import Diagnosis, diagnose
+from pws.errors import PwsError
+from pws.training.subject import RANDOM, Subject, subject_of_model, subject_of_run
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, diagnose, print."""
+    parser = command_parser(
+        "diagnose",
+        "Explain a network layer by layer on one training batch: variance transmission, the shift of the average gradient, "
+        "critical learning rates, and a verdict. Give a run's folder, a checkpoint of it, a recipe, or --model.",
+        "pws diagnose fashion-mnist-allconv-bn --lr 3 --out report.html; pws diagnose --model timm:resnet18 --lr 0.5",
+    )
+    parser.add_argument("run", type=str, nargs="?", help="a run's folder, RUN/checkpoints/FILE.ckpt, or a recipe")
+    parser.add_argument("--model", type=str, help="torchvision:NAME, timm:NAME or package.module:factory")
+    parser.add_argument("--checkpoint", type=str, default="last", help="of a run's folder: last, best or init")
+    parser.add_argument("--data", type=str, help="(--model) a dataset's name, or random, the default")
+    parser.add_argument("--root", type=str, help="(--model) the dataset's folder")
+    parser.add_argument("--image-size", type=int, help="(--model) pixels a side; 224 for random images")
+    parser.add_argument("--batch-size", type=int, help="images; the recipe's, or 32")
+    parser.add_argument("--lr", type=float, help="the learning rate to judge; the recipe's if left out")
+    parser.add_argument("--momentum", type=float, help="SGD's; the recipe's if left out")
+    parser.add_argument("--steps", type=int, default=1, help="steps ahead that the shift share is predicted")
+    parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main figure")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parsed = parse(parser, arguments)
+    out = _checked_out(parsed.out)
+    quiet_lightning()
+    subject = _subject(parsed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject.model.to(device)
+    subject.images = subject.images.to(device)
+    subject.labels = None if subject.labels is None else subject.labels.to(device)
+    diagnosis = diagnose(
+        subject.model,
+        subject.batch,
+        subject.loss,
+        lr=subject.lr if parsed.lr is None else parsed.lr,
+        momentum=subject.momentum if parsed.momentum is None else parsed.momentum,
+        steps=parsed.steps,
+    )
+    _show(subject, diagnosis, out, as_json=parsed.json)
+    return 0
+
+
+def _checked_out(given: str | None) -> Path | None:
+    out = None if given is None else Path(given)
+    if out is not None and out.suffix not in (".html", ".png"):
+        raise PwsError(f"--out ends with .html or .png; got {given!r}.")
+    return out
+
+
+def _subject(parsed: Any) -> Subject:
+    if (parsed.run is None) == (parsed.model is None):
+        raise PwsError(
+            "give either a run (its folder, a checkpoint, or a recipe) or --model; got "
+            f"{'neither' if parsed.run is None else 'both'}. `pws diagnose --help` shows examples."
+        )
+    for flag, value in (("--batch-size", parsed.batch_size), ("--image-size", parsed.image_size)):
+        if value is not None and value < 1:
+            raise PwsError(f"{flag} must be at least 1; got {value}.")
+    if parsed.model is not None:
+        settings = {"root": parsed.root, "batch_size": parsed.batch_size or 32, "image_size": parsed.image_size}
+        return subject_of_model(parsed.model, parsed.data or RANDOM, **settings)
+    given = [flag for flag in ("data", "root", "image_size") if getattr(parsed, flag) is not None]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise PwsError(f"--{flag} goes with --model: a run has its recipe's data. Leave it out, or change the recipe.")
+    return subject_of_run(parsed.run, parsed.checkpoint, parsed.batch_size)
+
+
+def _show(subject: Subject, diagnosis: Diagnosis, out: Path | None, *, as_json: bool) -> None:
+    if out is not None:
+        if out.suffix == ".png":
+            diagnosis.png(out)
+        else:
+            diagnosis.html(out, title=subject.title)
+    if as_json:
+        print(json.dumps(diagnosis.to_dict(), indent=2, allow_nan=False))
+        return
+    console = Console()
+    settings = diagnosis.settings
+    judged = "" if settings.lr is None else f", learning rate {settings.lr:g}, momentum {settings.momentum:g}"
+    console.print(f"{subject.title}: batch of {len(subject.images)}{judged}", highlight=False, soft_wrap=True)
+    console.print(diagnosis.table())
+    console.print(f"[bold]{diagnosis.verdict.cause}[/bold]: ", end="", highlight=False)
+    console.print(str(diagnosis.verdict), markup=False, highlight=False)
+    if out is not None:
+        console.print(f"\nReport: {out}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,164 @@
+"""At which learning rate will training diverge? The one-step critical rate made to speak of training.
+
+Three things make the one-step formula fall short (docs/theory.md has the numbers). At initialization the gradient is small
+by cancellation: the forecast looks at the network after a few warm-up steps too. Gradients that agree over a batch are the
+dangerous ones: it takes the worst case of the paper's `E[delta] E[xbar]`, an output gradient that is the same for every
+sample. And what happens next depends on the whole network (depth multiplies, norms divide): it takes that step and looks at
+the gradient that answers.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from pws.diagnosis.batch import Batch, Loss, batch_of, tensors_in
+from pws.diagnosis.diagnose import bare
+from pws.diagnosis.preserve import preserved
+from pws.errors import PwsError
+
+FEEDBACK: Final = 0.2
+"""The answering step, relative to the weights, that counts as divergence. The one fitted number (on 18 networks)."""
+PROBES: Final = (4, 8, 12)
+"""After how many warm-up steps the network is looked at."""
+WARM_UP_LR: Final = 3e-3
+"""Adam's: it leaves the plateau of the start whatever the size of the gradient."""
+PRECISION: Final = 1.15
+"""The factor to which each rate is found."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The learning rate from which training is expected to diverge."""
+
+    diverging_lr: float
+    passes: int
+    """Forward and backward passes that it took."""
+
+
+def forecast(model: nn.Module, batches: Sequence[Any], loss: Loss) -> Forecast:
+    """The learning rate at which SGD with momentum 0.9 is expected to diverge, within a factor of about 4.
+
+        eta* = min over probes and signs of the smallest eta with   eta |g(theta - eta k)| >= 0.2 |theta|
+
+    On a copy of the model: 12 steps of Adam alternate the first two batches; after 4, 8 and 12 of them, `k` is the gradient
+    for an output gradient that is the same for each sample of the first batch: plus and minus the main direction of the
+    actual ones (their first right singular vector), with the same energy. `g` is the gradient on the second batch after a
+    step along `k`: it grows with eta to the power of the depth in a plain network, and shrinks behind norms.
+
+    The model is left exactly as it was. Calibrated on nine-convolution to 18-layer networks on Fashion-MNIST, batch 16 to 128
+    (benchmarks/forecast.json): a forecast, no bound.
+
+    Args:
+        model: the network before training.
+        batches: two batches of the size that will be trained with, each as `pws.diagnose` takes it.
+        loss: as `pws.diagnose` takes it.
+
+    Raises:
+        PwsError: there are not two batches, or no output of the model gets a gradient.
+    """
+    if isinstance(batches, Tensor) or len(batches) < 2:
+        raise PwsError(
+            "forecast needs two training batches, [(inputs, targets), (inputs, targets)], to tell them apart."
+        )
+    parsed = [batch_of(batch) for batch in list(batches)[:2]]
+    model = bare(model)
+    with preserved(model), torch.inference_mode(False), torch.enable_grad():
+        return _Probe(copy.deepcopy(model).train(), parsed, loss).forecast()
+
+
+class _Probe:
+    """A copy of the model that is warmed up and kicked."""
+
+    def __init__(self, model: nn.Module, batches: list[Batch], loss: Loss) -> None:
+        self.model, self.batches, self.loss = model, batches, loss
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.passes = 0
+
+    def forecast(self) -> Forecast:
+        adam = torch.optim.Adam(self.parameters, lr=WARM_UP_LR)
+        lowest = math.inf
+        for step in range(max(PROBES) + 1):
+            if step in PROBES:
+                for kick in self.coherent_gradients():
+                    lowest = min(lowest, self.diverging_lr(kick, lowest))
+            for parameter, gradient in zip(self.parameters, self.gradient(self.batches[step % 2]), strict=True):
+                parameter.grad = gradient
+            adam.step()
+        return Forecast(lowest, self.passes)
+
+    def gradient(self, batch: Batch) -> list[Tensor]:
+        """Of the loss by all parameters."""
+        self.passes += 1
+        value = batch.loss(self.loss, batch.outputs(self.model))
+        return list(torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True))
+
+    def coherent_gradients(self) -> list[list[Tensor]]:
+        """The gradients for an output gradient that is the same for each sample: no cancellation over the batch."""
+        self.passes += 2
+        outputs = self.batches[0].outputs(self.model)
+        tensors = [t for t in tensors_in(outputs) if t.requires_grad]
+        deltas = torch.autograd.grad(
+            self.batches[0].loss(self.loss, outputs),
+            tensors,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        main = max(range(len(tensors)), key=lambda i: float(deltas[i].norm()), default=None)
+        if main is None:
+            raise PwsError("forecast needs an output that gets a gradient from the loss; the model returns none.")
+        delta_NC = deltas[main].flatten(1).double()
+        direction_C = torch.linalg.svd(delta_NC, full_matrices=False).Vh[0]
+        same_NC = (direction_C * (delta_NC.norm() / math.sqrt(len(delta_NC)))).expand_as(delta_NC)
+        same = same_NC.reshape(tensors[main].shape).to(tensors[main].dtype)
+        found = torch.autograd.grad(tensors[main], self.parameters, same, allow_unused=True, materialize_grads=True)
+        return [[g.clone() for g in found], [-g for g in found]]
+
+    def diverging_lr(self, kick: list[Tensor], ceiling: float) -> float:
+        """The smallest rate at which a step along `kick` is answered by one of FEEDBACK times the weights, if below `ceiling`."""
+        start = [parameter.detach().clone() for parameter in self.parameters]
+        size = norm(start)
+
+        def answer(lr: float) -> float:
+            with torch.no_grad():
+                for parameter, origin, k in zip(self.parameters, start, kick, strict=True):
+                    parameter.copy_(origin - lr * k)
+            back = lr * norm(self.gradient(self.batches[1])) / (size * FEEDBACK)
+            return back if math.isfinite(back) else math.inf
+
+        try:
+            return crossing(answer, ceiling)
+        finally:
+            with torch.no_grad():
+                for parameter, origin in zip(self.parameters, start, strict=True):
+                    parameter.copy_(origin)
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Of all tensors as one vector."""
+    return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
+
+
+def crossing(f: Callable[[float], float], ceiling: float = math.inf) -> float:
+    """Where the increasing `f` passes 1, to within PRECISION; infinity if that is above `ceiling` (or 1e4), 0 if below 1e-7."""
+    high = ceiling if math.isfinite(ceiling) else 0.1
+    while f(high) < 1:
+        high *= 4
+        if high > min(ceiling, 1e4):
+            return math.inf
+    low = high / 4
+    while f(low) >= 1:
+        low, high = low / 4, low
+        if low < 1e-7:
+            return 0.0
+    while high / low > PRECISION:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if f(middle) >= 1 else (middle, high)
+    return math.sqrt(low * high)

@@ -1,0 +1,62 @@
+"""Write the report to a file; plotly and matplotlib are imported here, when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pws.diagnosis.diagnosis import Diagnosis
+from pws.errors import PwsError
+
+
+def write_report(diagnosis: Diagnosis, path: Path, history: Sequence[Diagnosis] = (), title: str = "") -> Path:
+    """Write one HTML file that opens without a network; folders above it are made.
+
+    Args:
+        diagnosis: the one explained.
+        path: the file.
+        history: those a `Monitor` took during training, for a figure over the steps.
+        title: the page's; by default it names the model.
+
+    Raises:
+        PwsError: plotly is not installed, or the file cannot be written.
+    """
+    try:
+        from pws.diagnosis.report.page import page_of
+    except ImportError as error:
+        raise PwsError("the report needs plotly: pip install 'pws-torch[report]'.") from error
+    content = page_of(diagnosis, history, title).encode("utf-8", "xmlcharrefreplace")
+    try:
+        _folder(path)
+        path.write_bytes(content)
+    except OSError as error:
+        raise _unwritable("report", path, error) from error
+    return path
+
+
+def write_picture(diagnosis: Diagnosis, path: Path) -> Path:
+    """Write the main figures as one PNG; folders above it are made.
+
+    Raises:
+        PwsError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from pws.diagnosis.report.picture import draw
+    except ImportError as error:
+        raise PwsError("the picture needs matplotlib: pip install 'pws-torch[report]'.") from error
+    try:
+        _folder(path)
+        draw(diagnosis, path)
+    except OSError as error:
+        raise _unwritable("picture", path, error) from error
+    return path
+
+
+def _folder(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _unwritable(what: str, path: Path, error: OSError) -> PwsError:
+    return PwsError(
+        f"the {what} must go to a file that can be written; {path} cannot: {error.strerror}. Pass another path."
+    )

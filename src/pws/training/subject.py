@@ -1,0 +1,191 @@
+"""What `pws diagnose` looks at: a network, a batch and a loss, from a run, a recipe or a model of anybody's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from lightning.pytorch import seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pws.diagnosis.batch import tensors_in
+from pws.errors import PwsError, UnknownNameError, nearest, one_line
+from pws.training.data import ImageData
+from pws.training.datasets import DATASETS
+from pws.training.evaluate import load_weights
+from pws.training.module import Classifier
+from pws.training.recipe import DataConfig
+from pws.training.recipe_file import find_recipe, load_recipe
+from pws.training.run import model_for
+
+RANDOM: Final = "random"
+"""The images that need no dataset: standard normal pixels with random labels."""
+
+
+@dataclass
+class Subject:
+    """A network with what a diagnosis needs."""
+
+    title: str
+    model: nn.Module
+    images: Tensor
+    labels: Tensor | None
+    """None where the loss draws random ones."""
+    lr: float | None = None
+    momentum: float = 0.0
+
+    def loss(self, outputs: Any, labels: Tensor | None = None) -> Tensor:
+        """Cross-entropy of the first floating-point output; over each pixel for an output of maps."""
+        logits = next((t for t in tensors_in(_plain(outputs)) if t.is_floating_point() and t.dim() > 1), None)
+        if logits is None:
+            raise PwsError(f"the model must return logits (N, classes, ...); it returned a {type(outputs).__name__}.")
+        if labels is None:
+            shape, generator = (len(logits), *logits.shape[2:]), torch.Generator().manual_seed(0)
+            labels = torch.randint(logits.shape[1], shape, generator=generator).to(logits.device)
+        elif int(labels.max()) >= logits.shape[1]:
+            raise PwsError(
+                f"the data's labels go up to {int(labels.max())}, and the model has {logits.shape[1]} outputs. Build it for as "
+                "many classes as the data has."
+            )
+        return F.cross_entropy(logits, labels)
+
+    @property
+    def batch(self) -> tuple[Any, ...]:
+        """What `pws.diagnose` takes."""
+        return (self.images,) if self.labels is None else (self.images, self.labels)
+
+
+def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None = None) -> Subject:
+    """A run's folder, one of its checkpoint files, or a recipe, which is looked at before its first step.
+
+    Args:
+        given: the path, or a shipped recipe's name.
+        checkpoint: last, best or init, for a run's folder.
+        batch_size: of the first training batch; the recipe's if left out.
+
+    Raises:
+        PwsError: there is no such run, recipe or checkpoint, or the checkpoint does not fit the run's network.
+    """
+    path = Path(given)
+    weights = path if path.suffix == ".ckpt" else None
+    folder = path.parent.parent if weights else path
+    if weights and not (folder / "recipe.yaml").is_file():
+        raise PwsError(
+            f"a checkpoint is read with the recipe of its run, and {folder / 'recipe.yaml'} does not exist. Leave the file "
+            "where `pws train` wrote it, in RUN/checkpoints/."
+        )
+    is_run = (folder / "recipe.yaml").is_file()
+    recipe = load_recipe(folder / "recipe.yaml" if is_run else find_recipe(given))
+    if weights is None and is_run and checkpoint != "init":
+        weights = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    data = ImageData(replace(recipe.data, batch_size=batch_size or recipe.data.batch_size), recipe.seed)
+    seed_everything(recipe.seed, workers=True, verbose=False)
+    module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
+    if weights is not None:
+        load_weights(module, weights)
+    images, labels = next(iter(data.train_dataloader()))
+    state = "at initialization" if weights is None else f"with {weights.name}"
+    lr = recipe.optim.lr or None
+    return Subject(f"{recipe.name} {state}", module.model, images, labels, lr, recipe.optim.momentum)
+
+
+def subject_of_model(
+    spec: str, data: str = RANDOM, *, root: str | None = None, batch_size: int = 32, image_size: int | None = None
+) -> Subject:
+    """A model from torchvision, timm or any importable factory, with random weights.
+
+    Args:
+        spec: torchvision:NAME, timm:NAME or package.module:factory (a function without arguments that returns a module).
+        data: a dataset's name, or random.
+        root: the dataset's folder.
+        batch_size: images of the batch.
+        image_size: pixels a side; 224 for random images, the data's own if left out.
+
+    Raises:
+        PwsError: the model or the data can't be had.
+    """
+    seed_everything(0, workers=True, verbose=False)
+    model = _build(spec)
+    if data == RANDOM:
+        side = image_size or 224
+        images = torch.randn(batch_size, _channels(model) or 3, side, side)
+        return Subject(f"{spec} on random images", model, images, None)
+    if data not in DATASETS:
+        raise UnknownNameError("dataset", data, [RANDOM, *DATASETS])
+    config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
+    source = ImageData(replace(config, root=root) if root else config, seed=0)
+    images, labels = next(iter(source.train_dataloader()))
+    channels = _channels(model)
+    if images.shape[1] == 1 and channels == 3:
+        images = images.expand(-1, 3, -1, -1).contiguous()  # grey images, shown as colour
+    return Subject(f"{spec} on {data}", model, images, labels)
+
+
+def _build(spec: str) -> nn.Module:
+    library, _, name = spec.partition(":")
+    if not name:
+        raise PwsError(
+            f"--model is torchvision:NAME, timm:NAME or package.module:factory; got {spec!r}. Such as timm:resnet18."
+        )
+    builders: dict[str, Callable[[str], nn.Module]] = {"torchvision": _from_torchvision, "timm": _from_timm}
+    try:
+        model: Any = builders[library](name) if library in builders else _from_module(library, name)
+    except PwsError:
+        raise
+    except Exception as error:  # anything may go wrong in other people's constructors
+        raise PwsError(f"{spec} can't be built: {type(error).__name__}: {one_line(error)}.") from error
+    if not isinstance(model, nn.Module):
+        raise PwsError(f"{spec} must give a torch.nn.Module; it gave a {type(model).__name__}.")
+    return model.train()
+
+
+def _from_torchvision(name: str) -> nn.Module:
+    from torchvision import models
+
+    if name not in models.list_models():
+        raise UnknownNameError("torchvision model", name, models.list_models())
+    aux = {"weights_backbone": None} if "weights_backbone" in models.get_model_builder(name).__annotations__ else {}
+    model: nn.Module = models.get_model(name, weights=None, **aux)
+    return model
+
+
+def _from_timm(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise PwsError("timm's models need timm: pip install 'pws-torch[models]'.") from error
+    if name.split(".")[0] not in timm.list_models():
+        raise UnknownNameError("timm model", name, timm.list_models())
+    model: nn.Module = timm.create_model(name, pretrained=False)
+    return model
+
+
+def _from_module(module: str, name: str) -> Any:
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise PwsError(
+            f"--model {module}:{name} needs the module {module}: {error}. It must be importable from here: a package that is "
+            "installed, or PYTHONPATH=. for a file of this folder."
+        ) from error
+    factory = getattr(found, name, None)
+    if not callable(factory):
+        raise PwsError(
+            f"{module} has no function or class {name!r}{nearest(name, (n for n in vars(found) if n[0] != '_'))}"
+        )
+    return factory()
+
+
+def _channels(model: nn.Module) -> int | None:
+    """The input channels of the first convolution registered."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return next((module.in_channels for module in model.modules() if isinstance(module, kinds)), None)
+
+
+def _plain(outputs: Any) -> Any:
+    return vars(outputs) if hasattr(outputs, "__dataclass_fields__") else outputs
