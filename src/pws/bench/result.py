@@ -16,11 +16,12 @@ from pws.training.summary import versions
 def write_result(path: Path, command: str, result: Mapping[str, Any]) -> None:
     """Write JSON: the command, the commit, the device and the versions, then the result."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"command": command, "commit": _commit(), "device": _device(), "versions": versions()}
+    head = {"command": command, "commit": commit(), "device": _device(), "versions": versions()}
     path.write_text(json.dumps({**head, **result}, indent=1, allow_nan=False) + "\n")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the checkout that pws runs from, "dirty" if it has changes."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent,

@@ -3,6 +3,7 @@
 from pws.diagnosis.average_gradient import average_gradient_ratio
 from pws.diagnosis.diagnose import diagnose
 from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.forecast import Forecast, forecast
 from pws.diagnosis.layer import Filters, LayerDiagnosis, Signal
 from pws.diagnosis.monitor import CollapseWarning, Monitor
 from pws.diagnosis.non_finite import first_non_finite
@@ -12,6 +13,7 @@ __all__ = [
     "CollapseWarning",
     "Diagnosis",
     "Filters",
+    "Forecast",
     "LayerDiagnosis",
     "Monitor",
     "Settings",
@@ -20,4 +22,5 @@ __all__ = [
     "average_gradient_ratio",
     "diagnose",
     "first_non_finite",
+    "forecast",
 ]

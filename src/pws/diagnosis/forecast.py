@@ -63,7 +63,7 @@ def forecast(model: nn.Module, batches: Sequence[Any], loss: Loss) -> Forecast:
     Raises:
         PwsError: there are not two batches, or no output of the model gets a gradient.
     """
-    if isinstance(batches, Tensor) or len(batches) < 2:
+    if not isinstance(batches, tuple | list) or len(batches) < 2:
         raise PwsError(
             "forecast needs two training batches, [(inputs, targets), (inputs, targets)], to tell them apart."
         )
@@ -122,7 +122,7 @@ class _Probe:
         return [[g.clone() for g in found], [-g for g in found]]
 
     def diverging_lr(self, kick: list[Tensor], ceiling: float) -> float:
-        """The smallest rate at which a step along `kick` is answered by one of FEEDBACK times the weights, if below `ceiling`."""
+        """The smallest rate at which a step along `kick` has an answer of FEEDBACK times the weights, if below `ceiling`."""
         start = [parameter.detach().clone() for parameter in self.parameters]
         size = norm(start)
 

@@ -1,0 +1,158 @@
+"""The forecast beside reality: the learning rate at which each network really diverges, found by bisection."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from torch.nn import functional as F
+
+from pws.bench.divergence import NETWORKS, Network, diverges, prepare, smallest_diverging_lr
+from pws.bench.result import commit, write_result
+from pws.diagnosis import diagnose, forecast
+
+HELD_OUT: Final = (
+    Network("stack8", "none", 0.25, 64),
+    Network("stack8", "gn", 0.25, 64),
+    Network("stack8", "wn", 0.25, 16),
+    Network("stack8", "bn", 0.25, 16),
+    Network("stack8", "pws", 0.5, 64),
+    Network("stack8", "ws", 0.25, 64),
+)
+"""Networks that had no part in choosing the forecast or its number."""
+PAIRS: Final = 3
+"""Pairs of batches that each forecast is made from, one after the other."""
+COLOURS: Final = {
+    "none": "#c0392b",
+    "wn": "#e67e22",
+    "gn": "#7f8c8d",
+    "ws": "#7f8c8d",
+    "bn": "#2471a3",
+    "pws": "#1e8449",
+}
+
+
+def run_forecast(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Goes on with what forecast.json holds."""
+    path = out / "forecast.json"
+    cells: dict[str, Any] = json.loads(path.read_text())["networks"] if path.is_file() else {}
+    networks = NETWORKS[:1] if quick else (*NETWORKS, *HELD_OUT)
+    result: dict[str, Any] = {}
+    for number, network in enumerate(networks, 1):
+        cell = cells.setdefault(str(network), {"held_out": network in HELD_OUT})
+        if "diverging_lr" not in cell:
+            cell.update(_reality(network, quick))
+        if "forecasts" not in cell:
+            cell.update(_prediction(network, quick))
+        result = {"networks": cells, "summary": summary(cells)}
+        write_result(path, "pws bench forecast", result)
+        say(
+            f"{number}/{len(networks)}  {network}: diverges at {cell['diverging_lr']:.3g}, forecast "
+            f"{statistics.median(cell['forecasts']):.3g}, one-step critical rate {_text(cell['one_step'])}"
+        )
+    for row in result["summary"]:
+        say(
+            f"{row['what']}, {row['networks']}: rank correlation {_text(row['rank_correlation'])}, largest factor "
+            f"{_text(row['largest_factor'])}"
+        )
+    _draw(cells, out / "forecast.png")
+    return result
+
+
+def _reality(network: Network, quick: bool) -> dict[str, Any]:
+    setting: dict[str, Any] = {"steps": 5, "dataset": "digits"} if quick else {}
+    lr, probed = smallest_diverging_lr(lambda lr: diverges(network, lr, **setting), ratio=4 if quick else 1.2)
+    return {"diverging_lr": lr, "probed": {f"{k:.4g}": v for k, v in sorted(probed.items())}, "commit": commit()}
+
+
+def _prediction(network: Network, quick: bool) -> dict[str, Any]:
+    """The forecast from each pair of batches, and the smallest one-step critical rate on the first batch."""
+    model, loader = prepare(network, "digits" if quick else "fashion-mnist")
+    batches = list(islice(loader, 2 if quick else 2 * PAIRS))
+    found = [forecast(model, batches[i : i + 2], F.cross_entropy) for i in range(0, len(batches), 2)]
+    critical = diagnose(model, batches[0], F.cross_entropy).critical_lr
+    return {
+        "forecasts": [f.diverging_lr for f in found],
+        "passes": [f.passes for f in found],
+        "one_step": critical if math.isfinite(critical) else None,
+    }
+
+
+def summary(cells: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rank correlation and largest factor of each way to predict, over all networks, the chosen-on and the held-out ones."""
+    known = [cell for cell in cells.values() if "forecasts" in cell]
+    groups = {
+        "all networks": known,
+        "networks it was chosen on": [c for c in known if not c["held_out"]],
+        "held-out networks": [c for c in known if c["held_out"]],
+    }
+    ways: dict[str, Callable[[dict[str, Any]], float | None]] = {
+        "one-step critical rate": lambda cell: cell["one_step"],
+        "forecast from the first pair of batches": lambda cell: cell["forecasts"][0],
+        f"median forecast of {PAIRS} pairs": lambda cell: statistics.median(cell["forecasts"]),
+        f"worst forecast of {PAIRS} pairs": lambda cell: max(
+            cell["forecasts"], key=lambda f: abs(math.log(f / cell["diverging_lr"]))
+        ),
+    }
+    return [
+        {"what": what, "networks": name, "count": len(group), **_agreement(group, way)}
+        for what, way in ways.items()
+        for name, group in groups.items()
+        if len(group) > 2
+    ]
+
+
+def _agreement(cells: Sequence[dict[str, Any]], way: Callable[[dict[str, Any]], float | None]) -> dict[str, Any]:
+    """A prediction that is missing (no step can shift a filter) ranks highest, and has no factor."""
+    truth = [cell["diverging_lr"] for cell in cells]
+    predicted = [way(cell) for cell in cells]
+    rank = spearmanr(truth, [math.inf if p is None else p for p in predicted]).statistic
+    factors = [max(p / t, t / p) for p, t in zip(predicted, truth, strict=True) if p is not None]
+    return {
+        "rank_correlation": float(rank) if math.isfinite(rank) else None,
+        "largest_factor": max(factors, default=None),
+        "missing": predicted.count(None),
+    }
+
+
+def _draw(cells: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    _scatter(left, cells, "One-step critical rate at initialization", lambda cell: [cell["one_step"] or 30.0])
+    _scatter(right, cells, "Forecast (bars: three pairs of batches)", lambda cell: cell["forecasts"])
+    left.set_ylabel("predicted (top edge: no step can shift a filter)")
+    right.legend(loc="lower right", ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def _scatter(axes: Axes, cells: dict[str, Any], title: str, way: Callable[[dict[str, Any]], list[float]]) -> None:
+    limits = (0.01, 40.0)
+    axes.fill_between(limits, [x / 3 for x in limits], [x * 3 for x in limits], color="#888888", alpha=0.15)
+    axes.plot(limits, limits, color="black", linewidth=0.8)
+    seen = set()
+    for name, cell in cells.items():
+        if "forecasts" not in cell:
+            continue
+        method = name.split(",")[0].split()[1]
+        values, truth = [min(max(v, 0.011), 30.0) for v in way(cell)], cell["diverging_lr"]
+        marker = "D" if cell["held_out"] else "o"
+        label = None if method in seen else method
+        axes.plot([truth, truth], [min(values), max(values)], color=COLOURS[method], linewidth=1)
+        axes.plot([truth], [statistics.median(values)], marker, color=COLOURS[method], label=label, linestyle="none")
+        seen.add(method)
+    axes.set(xscale="log", yscale="log", xlim=limits, ylim=limits, title=title)
+    axes.set_xlabel("learning rate that really diverges within 200 steps (diamonds: held out)")
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
