@@ -10,9 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pws.bench.theory import Run
+from pws.bench.theory import BACKWARD_CENTRED, OUTPUT_CENTRED, Run
 
-COLOURS = {"none": "#c0392b", "wn": "#e67e22", "wn, centred": "#8e44ad", "bn": "#2471a3", "pws": "#1e8449"}
+COLOURS = {
+    **{"none": "#c0392b", "wn": "#e67e22", "bn": "#2471a3", "pws": "#1e8449"},
+    **{BACKWARD_CENTRED: "#7f8c8d", OUTPUT_CENTRED: "#8e44ad"},
+}
 
 
 def draw_shift(runs: Sequence[Run], path: Path) -> None:

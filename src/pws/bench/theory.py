@@ -24,7 +24,8 @@ from pws.methods import Method, build_method
 WIDTH: Final = 0.25
 BATCH_SIZE: Final = 64
 MOMENTUM: Final = 0.9
-WN_CENTRED: Final = "wn, centred"
+BACKWARD_CENTRED: Final = "wn, gradient centred"
+OUTPUT_CENTRED: Final = "wn, output centred"
 STEP_BOUND: Final = 0.1
 """The gradient of pws is clipped to norm STEP_BOUND / lr, as in its recipes."""
 
@@ -48,9 +49,26 @@ class CentreGradient(nn.Module):
         return centred
 
 
-def wn_centred() -> Method:
-    """Weight Normalization with centred output gradients: what it lacks of BatchNorm, by the paper's argument."""
-    return replace(build_method("wn"), name=WN_CENTRED, norm=lambda _: CentreGradient())
+class CentreOutput(nn.Module):
+    """The output less its mean over each channel, plus a bias: BatchNorm without the division (Salimans and Kingma 2016,
+    "mean-only"). Its backward pass is `CentreGradient`'s, and it is the gradient of what runs forward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, signal: Tensor) -> Tensor:
+        """The centred signal."""
+        return signal - signal.mean([0, 2, 3], keepdim=True) + self.bias[:, None, None]
+
+
+def method_of(name: str) -> Method:
+    """A registered method, or Weight Normalization with `E[delta] = 0`, which it lacks of BatchNorm by the paper's argument."""
+    if name == BACKWARD_CENTRED:
+        return replace(build_method("wn"), name=name, norm=lambda _: CentreGradient())
+    if name == OUTPUT_CENTRED:
+        return replace(build_method("wn"), name=name, norm=CentreOutput)
+    return build_method(name)
 
 
 @dataclass(frozen=True)
@@ -82,9 +100,8 @@ class Run:
 
 
 def train_watched(method: str, lr: float, steps: int, every: int, dataset: str = "fashion-mnist") -> Run:
-    """Train the 9-convolution network with `method`, a name or WN_CENTRED, under a monitor."""
-    built = wn_centred() if method == WN_CENTRED else build_method(method)
-    model, loader = prepare(Network("allconv", method, WIDTH, BATCH_SIZE), dataset, method=built)
+    """Train the 9-convolution network with `method` (see `method_of`) under a monitor."""
+    model, loader = prepare(Network("allconv", method, WIDTH, BATCH_SIZE), dataset, method=method_of(method))
     sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
     losses: list[float | None] = []
     with warnings.catch_warnings(), Monitor(model, every, lr=lr, momentum=MOMENTUM) as monitor:
@@ -109,5 +126,6 @@ def _finite(value: float) -> float | None:
 
 
 SHIFT_RUNS: Final = tuple((method, 0.3) for method in ("none", "wn", "bn", "pws"))
-CENTRED_RUNS: Final = tuple((method, lr) for lr in (0.05, 0.3) for method in ("wn", WN_CENTRED, "bn"))
+CENTRED_METHODS: Final = ("wn", BACKWARD_CENTRED, OUTPUT_CENTRED, "bn")
+CENTRED_RUNS: Final = tuple((method, lr) for lr in (0.05, 0.3) for method in CENTRED_METHODS)
 DEPTH_RUNS: Final = tuple((method, 0.3) for method in ("none", "wn", "bn", "pws"))

@@ -11,11 +11,13 @@ from rich.console import Console
 from pws.bench.cost import run_cost
 from pws.bench.experiments import run_centred, run_depth, run_shift
 from pws.bench.forecasts import run_forecast
+from pws.bench.initial import run_initial
 from pws.cli.arguments import command_parser, parse
 from pws.errors import UnknownNameError
 
 Bench = Callable[[Path, bool, Callable[[str], None]], dict[str, Any]]
 BENCHES: Final[dict[str, tuple[Bench, str]]] = {
+    "initial": (run_initial, "networks before training against the paper: average gradients and their parts (seconds)"),
     "shift": (run_shift, "shift share and loss over training: none, wn, bn, pws (a minute)"),
     "centred": (run_centred, "wn, wn with centred output gradients, bn (two minutes)"),
     "depth": (run_depth, "variance along the depth before and after five steps (seconds)"),
