@@ -1,6 +1,6 @@
 """Parametric Weights Standardization: train convolutional networks without BatchNorm."""
 
-from pws.diagnosis import Diagnosis, Monitor, diagnose
+from pws.diagnosis import Diagnosis, Monitor, diagnose, forecast
 from pws.errors import PwsError, ShapeError
 from pws.gain import PAPER_GAIN, variance_preserving_gain
 from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
@@ -23,6 +23,7 @@ __all__ = [
     "ShapeError",
     "calibrate",
     "diagnose",
+    "forecast",
     "param_groups",
     "standardize",
     "variance_preserving_gain",

@@ -78,11 +78,11 @@ def _prediction(network: Network, quick: bool) -> dict[str, Any]:
     """The forecast from each pair of batches, and the smallest one-step critical rate on the first batch."""
     model, loader = prepare(network, "digits" if quick else "fashion-mnist")
     batches = list(islice(loader, 2 if quick else 2 * PAIRS))
-    found = [forecast(model, batches[i : i + 2], F.cross_entropy) for i in range(0, len(batches), 2)]
+    found = forecast(model, batches, F.cross_entropy)
     critical = diagnose(model, batches[0], F.cross_entropy).critical_lr
     return {
-        "forecasts": [f.diverging_lr for f in found],
-        "passes": [f.passes for f in found],
+        "forecasts": list(found.by_pair),
+        "passes": found.passes,
         "one_step": critical if math.isfinite(critical) else None,
     }
 

@@ -32,7 +32,8 @@ def draw_shift(runs: Sequence[Run], path: Path) -> None:
     right.set_ylim(-0.03, 1)
     right.set_xscale("symlog", linthresh=1)
     right.set_xlabel("step")
-    right.set_ylabel("shift share, mean of the layers between first and head")
+    right.set_xlim(-0.2, None)
+    right.set_ylabel("shift share, mean of the inner layers")
     right.set_title("How much of the outputs' variance the filters' means make")
     right.legend()
     _save(figure, path)
@@ -79,7 +80,7 @@ def _losses(axes: Axes, run: Run) -> None:
 def _loss_axes(axes: Axes, runs: Sequence[Run]) -> None:
     axes.set_ylim(0, 4)
     axes.axhline(math.log(10), color="black", linewidth=0.8, linestyle=":")
-    axes.text(0, math.log(10) + 0.03, "a guess", fontsize=8)
+    axes.text(1, math.log(10) + 0.03, "a guess ", fontsize=8, ha="right", transform=axes.get_yaxis_transform())
     axes.set_xlabel("step")
     axes.set_ylabel("training loss, running mean of 10")
     axes.set_title(f"Learning rate {runs[0].lr:g}, momentum 0.9, batch 64")

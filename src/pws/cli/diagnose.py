@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from pws.cli.arguments import command_parser, parse
 from pws.cli.quiet import quiet_lightning
-from pws.diagnosis import Diagnosis, diagnose
+from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.errors import PwsError
 from pws.training.subject import RANDOM, Subject, subject_of_model, subject_of_run
 
@@ -34,6 +35,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--lr", type=float, help="the learning rate to judge; the recipe's if left out")
     parser.add_argument("--momentum", type=float, help="SGD's; the recipe's if left out")
     parser.add_argument("--steps", type=int, default=1, help="steps ahead that the shift share is predicted")
+    parser.add_argument(
+        "--forecast",
+        action="store_true",
+        help="also forecast the learning rate at which training diverges (some 130 more passes; needs real images)",
+    )
     parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main figure")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parsed = parse(parser, arguments)
@@ -41,9 +47,7 @@ def run(arguments: list[str]) -> int:
     quiet_lightning()
     subject = _subject(parsed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject.model.to(device)
-    subject.images = subject.images.to(device)
-    subject.labels = None if subject.labels is None else subject.labels.to(device)
+    subject.to(device)
     diagnosis = diagnose(
         subject.model,
         subject.batch,
@@ -52,8 +56,24 @@ def run(arguments: list[str]) -> int:
         momentum=subject.momentum if parsed.momentum is None else parsed.momentum,
         steps=parsed.steps,
     )
-    _show(subject, diagnosis, out, as_json=parsed.json)
+    predicted = _forecast(subject) if parsed.forecast else None
+    _show(subject, diagnosis, predicted, out, as_json=parsed.json)
     return 0
+
+
+def _forecast(subject: Subject) -> Forecast:
+    if subject.labels is None:
+        raise PwsError("--forecast needs images with labels: give --data the name of a dataset, such as --data digits.")
+    batches = [(subject.images, subject.labels), *subject.more]
+    if len(batches) < 2:
+        raise PwsError("--forecast needs two training batches or more, and the data has one. Lower --batch-size.")
+    with Console(stderr=True).status("forecast") as status:
+        return forecast(
+            subject.model,
+            batches[: len(batches) // 2 * 2],
+            subject.loss,
+            progress=lambda done: status.update(f"forecast: {done} passes of about {45 * (len(batches) // 2)}"),
+        )
 
 
 def _checked_out(given: str | None) -> Path | None:
@@ -82,14 +102,17 @@ def _subject(parsed: Any) -> Subject:
     return subject_of_run(parsed.run, parsed.checkpoint, parsed.batch_size)
 
 
-def _show(subject: Subject, diagnosis: Diagnosis, out: Path | None, *, as_json: bool) -> None:
+def _show(
+    subject: Subject, diagnosis: Diagnosis, predicted: Forecast | None, out: Path | None, *, as_json: bool
+) -> None:
     if out is not None:
         if out.suffix == ".png":
             diagnosis.png(out)
         else:
             diagnosis.html(out, title=subject.title)
     if as_json:
-        print(json.dumps(diagnosis.to_dict(), indent=2, allow_nan=False))
+        extra = {} if predicted is None else {"forecast": asdict(predicted)}
+        print(json.dumps({**diagnosis.to_dict(), **extra}, indent=2, allow_nan=False))
         return
     console = Console()
     settings = diagnosis.settings
@@ -98,5 +121,12 @@ def _show(subject: Subject, diagnosis: Diagnosis, out: Path | None, *, as_json: 
     console.print(diagnosis.table())
     console.print(f"[bold]{diagnosis.verdict.cause}[/bold]: ", end="", highlight=False)
     console.print(str(diagnosis.verdict), markup=False, highlight=False)
+    if predicted is not None:
+        low, high = min(predicted.by_pair), max(predicted.by_pair)
+        console.print(
+            f"forecast: SGD with momentum 0.9 is expected to diverge around learning rate {predicted.diverging_lr:.2g} "
+            f"({low:.2g} to {high:.2g} from {len(predicted.by_pair)} pairs of batches; docs/theory.md says how sure that is)",
+            highlight=False,
+        )
     if out is not None:
         console.print(f"\nReport: {out}", markup=False, highlight=False, soft_wrap=True)

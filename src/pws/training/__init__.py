@@ -1,6 +1,7 @@
 """Training on Lightning's engine: recipes, data, runs. Needs the extra `train`."""
 
 from pws.training.evaluate import Evaluation, evaluate
+from pws.training.monitor import MonitorCallback
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.recipe_file import load_recipe, shipped_recipes
 from pws.training.run import train
@@ -10,6 +11,7 @@ __all__ = [
     "DataConfig",
     "Evaluation",
     "ModelConfig",
+    "MonitorCallback",
     "OptimConfig",
     "Recipe",
     "Summary",

@@ -11,7 +11,7 @@ class ModelConfig:
     """The network and its method.
 
     Args:
-        name: allconv, preact, cifar-resnet18, cifar-resnet34, or resnet18, 34, 50, 101, 152.
+        name: allconv, preact, cifar-resnet18, cifar-resnet34, resnet18, 34, 50, 101, 152, or stack4, 8, 16, 32.
         method: none, bn, gn, wn, ws or pws.
         width: factor on every number of channels.
         num_classes: what the data must have; taken from the data if left out.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from pws.training.recipe import DataConfig
 from pws.training.recipe_file import find_recipe, load_recipe
 from pws.training.run import model_for
 
+FORECAST_BATCHES: Final = 6
 RANDOM: Final = "random"
 """The images that need no dataset: standard normal pixels with random labels."""
 
@@ -38,6 +40,8 @@ class Subject:
     """None where the loss draws random ones."""
     lr: float | None = None
     momentum: float = 0.0
+    more: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """The training batches that follow, for a forecast."""
 
     def loss(self, outputs: Any, labels: Tensor | None = None) -> Tensor:
         """Cross-entropy of the first floating-point output; over each pixel for an output of maps."""
@@ -53,6 +57,13 @@ class Subject:
                 "many classes as the data has."
             )
         return F.cross_entropy(logits, labels)
+
+    def to(self, device: torch.device) -> None:
+        """Move everything."""
+        self.model.to(device)
+        self.images = self.images.to(device)
+        self.labels = None if self.labels is None else self.labels.to(device)
+        self.more = [(images.to(device), labels.to(device)) for images, labels in self.more]
 
     @property
     def batch(self) -> tuple[Any, ...]:
@@ -88,10 +99,10 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
     module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
     if weights is not None:
         load_weights(module, weights)
-    images, labels = next(iter(data.train_dataloader()))
+    (images, labels), *more = islice(data.train_dataloader(), FORECAST_BATCHES)
     state = "at initialization" if weights is None else f"with {weights.name}"
     lr = recipe.optim.lr or None
-    return Subject(f"{recipe.name} {state}", module.model, images, labels, lr, recipe.optim.momentum)
+    return Subject(f"{recipe.name} {state}", module.model, images, labels, lr, recipe.optim.momentum, more)
 
 
 def subject_of_model(
@@ -119,11 +130,11 @@ def subject_of_model(
         raise UnknownNameError("dataset", data, [RANDOM, *DATASETS])
     config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
     source = ImageData(replace(config, root=root) if root else config, seed=0)
-    images, labels = next(iter(source.train_dataloader()))
-    channels = _channels(model)
-    if images.shape[1] == 1 and channels == 3:
-        images = images.expand(-1, 3, -1, -1).contiguous()  # grey images, shown as colour
-    return Subject(f"{spec} on {data}", model, images, labels)
+    batches = list(islice(source.train_dataloader(), FORECAST_BATCHES))
+    if batches[0][0].shape[1] == 1 and _channels(model) == 3:
+        batches = [(images.expand(-1, 3, -1, -1), labels) for images, labels in batches]  # grey images, shown as colour
+    (images, labels), *more = batches
+    return Subject(f"{spec} on {data}", model, images, labels, more=more)
 
 
 def _build(spec: str) -> nn.Module:
