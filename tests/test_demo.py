@@ -85,11 +85,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "NaN @ step" in shown
     assert "In the first step, before anything went wrong" in " ".join(shown.split())
-    collapsed = [
-        cell
-        for cell in json.loads((tmp_path / "demo" / "demo.json").read_text())["cells"]
-        if cell["collapse_step"] is not None
-    ]
+    cells = json.loads((tmp_path / "demo" / "demo.json").read_text())["cells"]
+    collapsed = [cell for cell in cells if cell["collapse_step"] is not None]
     assert collapsed
     for cell in collapsed:
         page = tmp_path / "demo" / f"{cell['row']}-{cell['lr']:g}.html".replace(", ", "-").replace(" ", "-")

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from pws import Monitor
 from pws.diagnosis import CollapseWarning, Diagnosis, diagnose
@@ -510,13 +511,12 @@ def test_a_variance_that_falls_little_by_little_is_not_called_healthy() -> None:
     def before(number: int, model: nn.Module) -> None:
         if number:
             with torch.no_grad():
-                model.features[4].weight.mul_(10**-0.9)
+                model.head.weight.mul_(10**-0.9)
 
     monitor, warned = watch(net(), 3, before=before, every=1)
     assert monitor.first_unhealthy is monitor.history[2]
     assert len(warned) == 1
-    assert monitor.verdict.cause == "vanishing"
-    assert monitor.verdict.layer == "features.4"
+    assert (monitor.verdict.cause, monitor.verdict.layer) == ("vanishing", "head")
 
 
 def test_a_layer_that_starts_at_zero_may_learn() -> None:
@@ -624,8 +624,8 @@ class Tiny(LightningModule):
         self.attribute, self.batches, self.rate, self.fail_at = attribute, batches, rate, -1
         setattr(self, attribute, net("wn"))
 
-    def train_dataloader(self) -> list[Batch]:
-        return self.batches
+    def train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.batches, batch_size=None)
 
     def training_step(self, batch: Batch, number: int) -> Tensor:
         loss = F.cross_entropy(getattr(self, self.attribute)(batch[0]), batch[1])

@@ -26,6 +26,11 @@ Cause = Literal[
 
 FACTOR: Final = 1e3
 """How far the variance may rise or fall, along the depth or since a run's start, before it counts as lost."""
+HUGE: Final = 1e20
+"""A mean square beyond which sums, products and exponentials overflow in float32."""
+OVERFLOW_REMEDY: Final = (
+    "Go back to the last finite checkpoint and lower the learning rate, or convert the network to PWS."
+)
 DEAD: Final = 0.99
 """The share of zero inputs at which a layer counts as cut off."""
 RISE: Final = 0.3
@@ -75,6 +80,15 @@ def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
             f"The weights of {name} hold NaN or infinity: an update before this step broke them.",
             "Go back to the last finite checkpoint and lower the learning rate.",
         )
+    before = diagnosis.layers[diagnosis.layers.index(layer) - 1] if layer is not diagnosis.layers[0] else None
+    if before is not None and not math.isfinite(layer.input.mean) and before.output.second_moment > HUGE:
+        return Verdict(
+            "non-finite output",
+            before.name,
+            f"What follows {_named(before)}, whose output has reached a mean square of {before.output.second_moment:.2g}, "
+            f"overflows in front of {name}.",
+            OVERFLOW_REMEDY,
+        )
     if not math.isfinite(layer.input.mean):
         return Verdict(
             "non-finite input",
@@ -86,7 +100,7 @@ def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
         "non-finite output",
         layer.name,
         f"The output of {name} is the first to overflow; its input has variance {layer.input.variance:.3g}.",
-        "Go back to the last finite checkpoint and lower the learning rate, or convert the network to PWS.",
+        OVERFLOW_REMEDY,
     )
 
 
