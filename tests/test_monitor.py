@@ -212,6 +212,7 @@ def test_wrapped_models() -> None:
     torch._dynamo.reset()
     try:
         plain, wrapped = net("wn"), {"compiled": net("wn"), "parallel": net("wn")}
+        before = hooks(plain)
         expected, _ = watch(plain, 4, every=2, lr=0.1, one_batch=False, observe=True)
         outer = {
             "compiled": torch.compile(wrapped["compiled"], backend="eager"),
@@ -225,7 +226,8 @@ def test_wrapped_models() -> None:
             ]
             for mine, theirs in zip(wrapped[name].parameters(), plain.parameters(), strict=True):
                 assert torch.equal(mine, theirs)
-            assert hooks(model) == [0] * len(hooks(model))
+            assert hooks(wrapped[name]) == before
+            assert sum(hooks(model)) == sum(before)
     finally:
         torch._dynamo.reset()
 
@@ -295,7 +297,7 @@ def test_an_overflowing_run_is_seen_in_an_unmeasured_step() -> None:
             for number in range(5):
                 before(number, model)
                 step(model, digits(1)[0], sgd)
-        buffers.append([b.tolist() for b in model.buffers()])
+        buffers.append(str([b.tolist() for b in model.buffers()]))
         state.append(torch.get_rng_state().tolist())
         return None if monitor.first_unhealthy is None else monitor.first_unhealthy.step
 
@@ -376,6 +378,7 @@ def test_memory_does_not_grow() -> None:
     for module in model.modules():
         module.register_forward_hook(lambda _, __, out: alive.append(weakref.ref(out)))
     counts = []
+    gc.collect()
     with Monitor(model, 1) as monitor:
         for number in range(50):
             step(model, batch, sgd)
@@ -388,7 +391,7 @@ def test_memory_does_not_grow() -> None:
             elif number == 8:
                 monitor.history[:] = monitor.history[:1]
     assert len(alive) > 50 * 10
-    assert counts[0] == counts[1]
+    assert counts[1] <= counts[0]
 
 
 # --- What is kept of a collapse ---
@@ -396,7 +399,8 @@ def test_memory_does_not_grow() -> None:
 
 def poison(model: nn.Module) -> None:
     with torch.no_grad():
-        model.features[4].weight.mul_(1e38)
+        model.features[4].weight.mul_(1e30)
+        model.features[6].weight.mul_(1e30)
 
 
 def test_outputs_that_overflow_in_an_unmeasured_step() -> None:
@@ -410,7 +414,8 @@ def test_outputs_that_overflow_in_an_unmeasured_step() -> None:
     assert monitor.last_healthy is monitor.history[2]
     verdict = monitor.verdict
     assert verdict is monitor.first_unhealthy.verdict
-    assert "features.4" in str(verdict) or "features.6" in str(verdict)
+    assert (verdict.cause, verdict.layer) == ("exploding", "features.4")
+    assert [layer.finite for layer in monitor.history[-1].layers] == [True, True, True, False, False]
     assert "step 3" in warned[0]
     assert len(warned) == 1
     # The re-run pass is the one that overflowed, so the numbers before the break are those of its batch.
@@ -472,17 +477,17 @@ def test_a_shift_that_crosses_the_bound() -> None:
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize("bound", [0.05, 0.5, 0.99])
-def test_the_shift_bound_is_what_counts(bound: float) -> None:
-    monitor, _ = watch(net(), 3, before=move_mean(2, 0.12), every=1, shift_bound=bound)
+@pytest.mark.parametrize(("bound", "expected"), [(0.2, True), (0.6, True), (0.8, False)])
+def test_the_shift_bound_is_what_counts(bound: float, expected: bool) -> None:
+    monitor, _ = watch(net(), 3, before=move_mean(2, 0.25), every=1, shift_bound=bound)
     first, last = monitor.history[0], monitor.history[-1]
     crossed = [
         now.name
         for now, then in zip(last.layers, first.layers, strict=True)
         if now.shift_share >= bound > then.shift_share
     ]
-    assert bool(crossed) == (bound < 0.9)
-    assert (monitor.first_unhealthy is not None) == bool(crossed)
+    assert crossed == (["features.4"] if expected else [])
+    assert (monitor.first_unhealthy is not None) == expected
 
 
 def test_a_layer_that_starts_above_the_bound_is_not_taken_over() -> None:
@@ -668,7 +673,7 @@ def test_the_callback_follows_the_optimizer(batches: list[Batch]) -> None:
     expected = diagnose(net("wn"), batches[0], F.cross_entropy, lr=0.1, momentum=0.5)
     assert content(history[0]) == content(expected)
     assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
-    assert hooks(watched.model) == [0] * len(hooks(watched.model))
+    assert hooks(watched.model) == hooks(net("wn"))
 
 
 def test_the_callback_takes_hooks_off_after_an_exception(batches: list[Batch]) -> None:
@@ -676,7 +681,7 @@ def test_the_callback_takes_hooks_off_after_an_exception(batches: list[Batch]) -
     module.fail_at = 2
     with pytest.raises(KeyError, match="mine"):
         fit(module, MonitorCallback())
-    assert hooks(module.model) == [0] * len(hooks(module.model))
+    assert hooks(module.model) == hooks(net("wn"))
 
 
 def test_accumulated_batches_give_the_averages_of_whole_ones(batches: list[Batch]) -> None:

@@ -38,7 +38,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--forecast",
         action="store_true",
-        help="also forecast the learning rate at which training diverges (some 130 more passes; needs real images)",
+        help="also forecast the learning rate at which training diverges (some 180 more passes; needs real images)",
     )
     parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main figure")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -72,7 +72,7 @@ def _forecast(subject: Subject) -> Forecast:
             subject.model,
             batches[: len(batches) // 2 * 2],
             subject.loss,
-            progress=lambda done: status.update(f"forecast: {done} passes of about {45 * (len(batches) // 2)}"),
+            progress=lambda done: status.update(f"forecast: {done} passes of about {60 * (len(batches) // 2)}"),
         )
 
 

@@ -24,8 +24,8 @@ from pws.diagnosis.diagnose import bare
 from pws.diagnosis.preserve import preserved
 from pws.errors import PwsError
 
-FEEDBACK: Final = 1.0
-"""The answering step, relative to the weights, that counts as divergence."""
+FEEDBACK: Final = 0.5
+"""The answering step, relative to the weights, that counts as divergence: the one fitted number (from 0.3, 0.5 and 1)."""
 PROBES: Final = (4, 8, 12)
 """After how many warm-up steps the network is looked at."""
 WARM_UP_LR: Final = 3e-3
@@ -51,7 +51,7 @@ def forecast(
 ) -> Forecast:
     """The learning rate at which SGD with momentum 0.9 is expected to diverge, to within a factor of about 3.
 
-        eta* = min over probes and signs of the smallest eta with   eta |g(theta - eta k)| >= |theta|
+        eta* = median over probes of the smallest eta, over both signs of k, with   eta |g(theta - eta k)| >= |theta| / 2
 
     On a copy of the model: 12 steps of Adam alternate two batches; after 4, 8 and 12 of them, `k` is the gradient for an output
     gradient that is the same for each sample of the first batch: plus and minus the main direction of the actual ones (their
@@ -66,7 +66,7 @@ def forecast(
         batches: two training batches, of the size that will be trained with, each as `pws.diagnose` takes it; or four, six ...:
             the median over the pairs is steadier.
         loss: as `pws.diagnose` takes it.
-        progress: called with the number of passes done; a pair takes about 45.
+        progress: called with the number of passes done; a pair takes about 60.
 
     Raises:
         PwsError: there are fewer than two batches or an odd number, or no output of the model gets a gradient.
@@ -103,18 +103,19 @@ class _Probe:
         self.passes = 0
 
     def diverging_lr(self) -> float:
-        """The lowest over all probes and kicks."""
+        """The median over the probes, at each the lower rate of the two kicks."""
         adam = torch.optim.Adam(self.parameters, lr=WARM_UP_LR)
-        lowest = math.inf
+        found: list[float] = []
         for step in range(max(PROBES) + 1):
             if step in PROBES:
-                for kick in self.coherent_gradients():
-                    lowest = min(lowest, self.answered_lr(kick, lowest))
+                plus, minus = self.coherent_gradients()
+                lr = self.answered_lr(plus, math.inf)
+                found.append(min(lr, self.answered_lr(minus, lr)))
             if step < max(PROBES):
                 for parameter, gradient in zip(self.parameters, self.gradient(self.batches[step % 2]), strict=True):
                     parameter.grad = gradient
                 adam.step()
-        return lowest
+        return statistics.median(found)
 
     def gradient(self, batch: Batch) -> list[Tensor]:
         """Of the loss by all parameters."""
