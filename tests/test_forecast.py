@@ -112,6 +112,19 @@ def test_the_rate_goes_with_the_scale_of_the_loss() -> None:
     assert four == pytest.approx(one / 4, rel=PRECISION - 1)
 
 
+def test_pairs_of_batches_give_their_median() -> None:
+    batches, model, done = digits(6), net(), []
+    alone = [forecast(model, batches[i : i + 2], F.cross_entropy) for i in (0, 2, 4)]
+    together = forecast(model, batches, F.cross_entropy, progress=done.append)
+    assert len({one.diverging_lr for one in alone}) > 1
+    assert together.diverging_lr == sorted(one.diverging_lr for one in alone)[1]
+    assert together.passes == sum(one.passes for one in alone)
+    assert done == sorted(done)
+    assert 0 < done[-1] <= together.passes
+    with pytest.raises(PwsError, match="got 3"):
+        forecast(model, batches[:3], F.cross_entropy)
+
+
 # --- The search ---
 
 
@@ -144,7 +157,14 @@ def test_crossing_of_a_step_to_infinity(at: float) -> None:
 
 @pytest.mark.parametrize(
     ("at", "ceiling", "found"),
-    [(2.0, 1.0, False), (2.0, 1.99, False), (2.0, 2.01, True), (2.0, 1e3, True), (0.003, 0.5, True), (3.0, 1e-3, False)],
+    [
+        (2.0, 1.0, False),
+        (2.0, 1.99, False),
+        (2.0, 2.01, True),
+        (2.0, 1e3, True),
+        (0.003, 0.5, True),
+        (3.0, 1e-3, False),
+    ],
 )
 def test_a_ceiling(at: float, ceiling: float, found: bool) -> None:
     f, asked = guarded(lambda x: x / at)

@@ -161,15 +161,16 @@ def _shift(diagnosis: Diagnosis) -> Verdict | None:
     free = [other for other in diagnosis.layers if not other.normalized]
     endangered = [other for other in free if other.critical_lr is not None and other.critical_lr <= lr]
     ratio = layer.average_gradient_ratio or 0.0
+    others = f" {len(endangered)} of the {len(free)} layers without a norm behind them are past their critical rates."
+    whole = "the network" if len(endangered) > 1 else "this layer"
     return Verdict(
         "shift",
         layer.name,
         f"At learning rate {lr:g} one step of the average gradient adds more variance to {_named(layer)} than it has: its "
         f"critical learning rate is {layer.critical_lr:.3g}. The gradients of a filter there push alike: their squared "
         f"average is {ratio * layer.fan_in:.0f} times that of independent ones, {100 * (layer.expectation_share or 0):.0f} % "
-        f"of it by E[delta] E[xbar]. {len(endangered)} of the {len(free)} layers without a norm behind them "
-        f"{'is' if len(endangered) == 1 else 'are'} past the critical rate.",
-        f"Convert the network to PWS, whose kernels no step can shift, or stay below learning rate {layer.critical_lr:.2g}.",
+        f"of it by E[delta] E[xbar].{others if len(endangered) > 1 else ''}",
+        f"Convert {whole} to PWS, whose kernels no step can shift, or stay below learning rate {layer.critical_lr:.2g}.",
     )
 
 
