@@ -656,7 +656,7 @@ def fit(module: Tiny, callback: MonitorCallback | None, **settings: Any) -> None
 
 
 @pytest.fixture
-def batches() -> Iterator[list[Batch]]:
+def batches() -> list[Batch]:
     return digits(6)
 
 

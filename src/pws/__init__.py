@@ -1,6 +1,6 @@
 """Parametric Weights Standardization: train convolutional networks without BatchNorm."""
 
-from pws.diagnosis import Diagnosis, Monitor, diagnose, forecast
+from pws.diagnosis import CollapseWarning, Diagnosis, Monitor, diagnose, forecast
 from pws.errors import PwsError, ShapeError
 from pws.gain import PAPER_GAIN, variance_preserving_gain
 from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
@@ -10,6 +10,7 @@ from pws.surgery import calibrate
 
 __all__ = [
     "PAPER_GAIN",
+    "CollapseWarning",
     "Conv1d",
     "Conv2d",
     "Conv3d",

@@ -69,7 +69,7 @@ def _measure(network: Network, rounds: int, dataset: str) -> dict[str, Any]:
     ratio = {
         kind: statistics.median(a / b for a, b in zip(s, seconds["plain"], strict=True)) for kind, s in seconds.items()
     }
-    measured = len({2**k for k in range(6)} | set(range(0, 1000, EVERY)))  # of 1000 steps
+    measured = len({2**k for k in range(10)} | set(range(0, 1000, EVERY)))  # of 1000 steps
     return {
         "step_s": statistics.median(seconds["plain"]),
         "diagnosis": ratio["diagnosis"],

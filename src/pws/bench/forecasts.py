@@ -56,7 +56,7 @@ def run_forecast(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str
         result = {"networks": cells, "summary": summary(cells)}
         write_result(path, "pws bench forecast", result)
         say(
-            f"{number}/{len(networks)}  {network}: diverges at {cell['diverging_lr']:.3g}, forecast "
+            f"{number}/{len(networks)}  {network}: diverges at {_text(cell['diverging_lr'])}, forecast "
             f"{statistics.median(cell['forecasts']):.3g}, one-step critical rate {_text(cell['one_step'])}"
         )
     for row in result["summary"]:
@@ -71,7 +71,8 @@ def run_forecast(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str
 def _reality(network: Network, quick: bool) -> dict[str, Any]:
     setting: dict[str, Any] = {"steps": 5, "dataset": "digits"} if quick else {}
     lr, probed = smallest_diverging_lr(lambda lr: diverges(network, lr, **setting), ratio=4 if quick else 1.2)
-    return {"diverging_lr": lr, "probed": {f"{k:.4g}": v for k, v in sorted(probed.items())}, "commit": commit()}
+    found = lr if 0 < lr < math.inf else None  # at no rate, or at every one
+    return {"diverging_lr": found, "probed": {f"{k:.4g}": v for k, v in sorted(probed.items())}, "commit": commit()}
 
 
 def _prediction(network: Network, quick: bool) -> dict[str, Any]:
@@ -89,7 +90,7 @@ def _prediction(network: Network, quick: bool) -> dict[str, Any]:
 
 def summary(cells: dict[str, Any]) -> list[dict[str, Any]]:
     """Rank correlation and largest factor of each way to predict, over all networks, the chosen-on and the held-out ones."""
-    known = [cell for cell in cells.values() if "forecasts" in cell]
+    known = [cell for cell in cells.values() if "forecasts" in cell and cell["diverging_lr"] is not None]
     groups = {
         "all networks": known,
         "networks it was chosen on": [c for c in known if not c["held_out"]],
@@ -131,7 +132,8 @@ def _draw(cells: dict[str, Any], path: Path) -> None:
     _scatter(left, cells, "One-step critical rate at initialization", lambda cell: [cell["one_step"] or 30.0])
     _scatter(right, cells, "Forecast (bars: three pairs of batches)", lambda cell: cell["forecasts"])
     left.set_ylabel("predicted (top edge: no step can shift a filter)")
-    right.legend(loc="lower right", ncols=2)
+    if right.lines[1:]:
+        right.legend(loc="lower right", ncols=2)
     figure.savefig(path, dpi=110)
 
 
@@ -141,7 +143,7 @@ def _scatter(axes: Axes, cells: dict[str, Any], title: str, way: Callable[[dict[
     axes.plot(limits, limits, color="black", linewidth=0.8)
     seen = set()
     for name, cell in cells.items():
-        if "forecasts" not in cell:
+        if "forecasts" not in cell or cell["diverging_lr"] is None:
             continue
         method = name.split(",")[0].split()[1]
         values, truth = [min(max(v, 0.011), 30.0) for v in way(cell)], cell["diverging_lr"]

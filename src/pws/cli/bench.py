@@ -36,14 +36,16 @@ def run(arguments: list[str]) -> int:
         "bench", f"Measure on Fashion-MNIST and write NAME.json and NAME.png. {lines}.", "pws bench shift"
     )
     parser.add_argument("name", type=str, help=f"one of {', '.join(BENCHES)}")
-    parser.add_argument("--out", type=str, default="benchmarks", help="folder of the result file and the picture")
+    parser.add_argument(
+        "--out", type=str, help="folder of the result file and the picture; benchmarks, or benchmarks/quick"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="digits and few steps: to see that it works, not to measure"
     )
     parsed = parse(parser, arguments)
     if parsed.name not in BENCHES:
         raise UnknownNameError("bench", parsed.name, BENCHES)
-    console, out = Console(), Path(parsed.out)
+    console, out = Console(), Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks"))
     BENCHES[parsed.name][0](
         out, parsed.quick, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
     )

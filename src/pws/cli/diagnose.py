@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from pws.cli.arguments import command_parser, parse
 from pws.cli.quiet import quiet_lightning
@@ -119,8 +120,7 @@ def _show(
     judged = "" if settings.lr is None else f", learning rate {settings.lr:g}, momentum {settings.momentum:g}"
     console.print(f"{subject.title}: batch of {len(subject.images)}{judged}", highlight=False, soft_wrap=True)
     console.print(diagnosis.table())
-    console.print(f"[bold]{diagnosis.verdict.cause}[/bold]: ", end="", highlight=False)
-    console.print(str(diagnosis.verdict), markup=False, highlight=False)
+    console.print(Text.assemble((f"{diagnosis.verdict.cause}: ", "bold"), str(diagnosis.verdict)))
     if predicted is not None:
         low, high = min(predicted.by_pair), max(predicted.by_pair)
         console.print(

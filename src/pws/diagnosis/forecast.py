@@ -104,6 +104,7 @@ class _Probe:
 
     def diverging_lr(self) -> float:
         """The median over the probes, at each the lower rate of the two kicks."""
+        self.gradient(self.batches[0])  # which checks the loss
         adam = torch.optim.Adam(self.parameters, lr=WARM_UP_LR)
         found: list[float] = []
         for step in range(max(PROBES) + 1):
@@ -122,6 +123,11 @@ class _Probe:
         self.passes += 1
         self.report(self.passes)
         value = batch.loss(self.loss, batch.outputs(self.model))
+        if not self.parameters or not value.requires_grad:
+            raise PwsError(
+                "forecast needs a loss with a gradient by trainable parameters; this has none. Likely causes: all parameters are "
+                "frozen, or the model detaches its output."
+            )
         return list(torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True))
 
     def coherent_gradients(self) -> list[list[Tensor]]:
@@ -137,8 +143,11 @@ class _Probe:
             materialize_grads=True,
         )
         main = max(range(len(tensors)), key=lambda i: float(deltas[i].norm()), default=None)
-        if main is None:
-            raise PwsError("forecast needs an output that gets a gradient from the loss; the model returns none.")
+        if main is None or not deltas[main].any():
+            raise PwsError(
+                "forecast needs an output that gets a gradient from the loss; the model returns none. Likely cause: the loss "
+                "is computed from something else than the model's outputs."
+            )
         delta_NC = deltas[main].flatten(1).double()
         direction_C = torch.linalg.svd(delta_NC, full_matrices=False).Vh[0]
         same_NC = (direction_C * (delta_NC.norm() / math.sqrt(len(delta_NC)))).expand_as(delta_NC)
@@ -173,6 +182,8 @@ def norm(tensors: Sequence[Tensor]) -> float:
 
 def crossing(f: Callable[[float], float], ceiling: float = math.inf) -> float:
     """Where the increasing `f` passes 1, to within PRECISION; infinity if that is above `ceiling` (or 1e4), 0 if below 1e-7."""
+    if ceiling <= 0:
+        return math.inf
     high = ceiling if math.isfinite(ceiling) else 0.1
     while f(high) < 1:
         high *= 4

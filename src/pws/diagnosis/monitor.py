@@ -76,6 +76,7 @@ class Monitor:
             raise PwsError(
                 f"shift_bound is a share of the variance, above 0 and below 1; got {shift_bound}. Usual: 0.9."
             )
+        Settings(lr, momentum)  # which checks them
         self.model, self.every, self.shift_bound = model, every, shift_bound
         self.lr, self.momentum, self.log = lr, momentum, log
         self.csv_path = None if csv_path is None else Path(csv_path)
@@ -90,6 +91,7 @@ class Monitor:
         self._passes = -1
         self._step = 0
         self._loss: Tensor | None = None
+        self._call: tuple[Any, Any] | None = None
         self._recorder: Recorder | None = None
         self._recording: AbstractContextManager[None] | None = None
         self._handles: list[Any] = []
@@ -123,8 +125,8 @@ class Monitor:
     def observe(self, loss: Tensor) -> Tensor:
         """Tell the loss of the step, before its backward pass; returns it. Optional: the outputs are looked at anyway."""
         self._loss = loss.detach()
-        if self._recorder is not None and not torch.isfinite(self._loss):
-            self._unhealthy(self._recorder)
+        if self._call is not None and not self._finished() and not torch.isfinite(self._loss):
+            self._unhealthy(self._recorder or self._again(*self._call))
         return loss
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -134,7 +136,7 @@ class Monitor:
         self._passes += 1
         step = self._passes if self.clock is None else self.clock()
         measured = self.history and self.history[-1].step == step
-        self._step = step
+        self._step, self._call = step, (args, kwargs)
         if not measured and (step % self.every == 0 or step & (step - 1) == 0):
             inner = bare(model)
             self._recorder = Recorder(inner)
@@ -151,13 +153,15 @@ class Monitor:
         finite = [torch.isfinite(t).all() for t in tensors_in(outputs) if t.is_floating_point()]
         if all(finite):
             return
-        recorder = self._recorder
-        if recorder is None:
-            inner = bare(model)
-            recorder = Recorder(inner)
-            with preserved(inner), torch.no_grad(), recorder.forward():
-                inner(*args, **kwargs)
-        self._unhealthy(recorder)
+        self._unhealthy(self._recorder or self._again(args, kwargs))
+
+    def _again(self, args: Any, kwargs: Any) -> Recorder:
+        """The forward pass of a step that was not measured, once more."""
+        inner = bare(self.model)
+        recorder = Recorder(inner)
+        with preserved(inner), torch.no_grad(), recorder.forward():
+            inner(*args, **kwargs)
+        return recorder
 
     def _measured(self) -> None:
         """The backward pass of a measured step has ended."""
@@ -203,7 +207,12 @@ class Monitor:
 
     def _finished(self) -> bool:
         """Whether the network is non-finite: there is nothing more to learn."""
-        return self.first_unhealthy is not None and not all(layer.finite for layer in self.first_unhealthy.layers)
+        if self.first_unhealthy is None:
+            return False
+        last = self.history[-1]
+        return not all(layer.finite for layer in last.layers) or (
+            last.loss is not None and not math.isfinite(last.loss)
+        )
 
     def _drop(self) -> None:
         """Forget a measurement whose backward pass never came, or that is done."""
@@ -211,7 +220,7 @@ class Monitor:
             self._recording.__exit__(None, None, None)
         if self._recorder is not None:
             self._recorder.close()
-        self._recorder = self._recording = None
+        self._recorder = self._recording = self._call = None
 
     def _write(self, diagnosis: Diagnosis) -> None:
         if self.log is not None:
@@ -246,7 +255,8 @@ def metrics_of(diagnosis: Diagnosis) -> dict[str, float]:
     """`monitor/NUMBER/LAYER` for each layer, and the network's critical learning rate and largest shift share."""
     found = {f"monitor/{k}/{layer.name}": v for layer in diagnosis.layers for k, v in layer_metrics(layer).items()}
     shares = [layer.shift_share for layer in diagnosis.layers if math.isfinite(layer.shift_share)]
-    found["monitor/largest_shift_share"] = max(shares, default=math.nan)
+    if shares:
+        found["monitor/largest_shift_share"] = max(shares)
     if math.isfinite(diagnosis.critical_lr):
         found["monitor/critical_lr"] = diagnosis.critical_lr
     return found

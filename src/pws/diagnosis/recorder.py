@@ -49,6 +49,8 @@ class Recorder:
         if running:
             self._enter(self.model, None)
         for module in self._names:
+            if running and module is self.model:
+                continue  # it is in the midst of its own hooks
             handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:

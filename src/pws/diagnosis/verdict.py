@@ -21,6 +21,7 @@ Cause = Literal[
     "non-finite input",
     "non-finite weight",
     "non-finite output",
+    "non-finite loss",
     "non-finite gradient",
 ]
 
@@ -55,7 +56,7 @@ class Verdict:
 def verdict_of(diagnosis: Diagnosis) -> Verdict:
     """The first that holds of: non-finite, dead, exploding or vanishing, shift; else healthy."""
     checks: list[Callable[[Diagnosis], Verdict | None]]
-    checks = [_non_finite, _non_finite_gradient, _dead, _along_the_depth, _shift]
+    checks = [_non_finite, _non_finite_loss, _non_finite_gradient, _dead, _along_the_depth, _shift]
     return next((found for check in checks if (found := check(diagnosis)) is not None), None) or _healthy(diagnosis)
 
 
@@ -65,7 +66,8 @@ def collapse_verdict(history: Sequence[Diagnosis]) -> Verdict:
     found = _non_finite(unhealthy)
     if len(history) == 1 or (found is not None and found.cause != "non-finite output"):
         return unhealthy.verdict
-    return _shift_collapse(history) or _changed_since(unhealthy, history[-2]) or unhealthy.verdict
+    changed = _changed_since(unhealthy, history[-2]) or _changed_since(unhealthy, history[0])
+    return _shift_collapse(history) or changed or unhealthy.verdict
 
 
 def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
@@ -101,6 +103,19 @@ def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
         layer.name,
         f"The output of {name} is the first to overflow; its input has variance {layer.input.variance:.3g}.",
         OVERFLOW_REMEDY,
+    )
+
+
+def _non_finite_loss(diagnosis: Diagnosis) -> Verdict | None:
+    if diagnosis.loss is None or math.isfinite(diagnosis.loss):
+        return None
+    last = diagnosis.layers[-1]
+    return Verdict(
+        "non-finite loss",
+        None,
+        f"Every layer's output is finite, and the loss is not; the output of {_named(last)}, the last layer, has a mean "
+        f"square of {last.output.second_moment:.2g}.",
+        "Look at the loss: its targets, a logarithm or division of zero, or outputs that are too large for it.",
     )
 
 
@@ -260,7 +275,7 @@ def _changed_since(unhealthy: Diagnosis, before: Diagnosis) -> Verdict | None:
             "exploding" if exploding else "vanishing",
             layer.name,
             f"The variance of {_named(layer)} {'exploded' if exploding else 'vanished'}: "
-            f"{then.get(layer.name, math.nan):.2g} at {since}, "
+            f"{then.get(layer.name, 0.0):.2g} at {since}, "
             f"{'not finite' if not layer.finite else format(layer.output.variance, '.2g')} at step {unhealthy.step}; the "
             "filters' means had no part in it"
             + (f", but {100 * layer.dead_inputs:.0f} % of its inputs are dead." if layer.dead_inputs > 0.5 else "."),

@@ -75,9 +75,10 @@ class Classifier(LightningModule):
         precision = self.trainer.precision_plugin
         batches = [precision.convert_input(b) for b in islice(iter(loader), self.trainer.accumulate_grad_batches)]
         with precision.forward_context():
-            self._calibrate(batches)
+            self.calibrate_on(batches)
 
-    def _calibrate(self, batches: list[Any]) -> None:
+    def calibrate_on(self, batches: list[Any]) -> None:
+        """Set alpha as the recipe says."""
         if self.calibration == "all":
             calibrate(self.model, batches)
             return

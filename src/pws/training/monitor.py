@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ class MonitorCallback(Callback):
         self._open.close()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        """Stop watching."""
+        """Stop watching; a loss that went non-finite behind finite outputs was not seen yet."""
+        if isinstance(exception, NonFiniteLossError) and self.monitor is not None:
+            self.monitor.observe(torch.tensor(math.nan))
         self._open.close()
 
 

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from pws.diagnosis.batch import tensors_in
 from pws.errors import PwsError, UnknownNameError, nearest, one_line
-from pws.training.data import ImageData
+from pws.training.check import check_calibration
+from pws.training.data import ImageData, check_shares
 from pws.training.datasets import DATASETS
 from pws.training.evaluate import load_weights
 from pws.training.module import Classifier
@@ -95,11 +96,16 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
     if weights is None and is_run and checkpoint != "init":
         weights = folder / "checkpoints" / f"{checkpoint}.ckpt"
     data = ImageData(replace(recipe.data, batch_size=batch_size or recipe.data.batch_size), recipe.seed)
+    check_shares(len(data.splits.train), data.config.batch_size, world=1, accumulate=1)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
+    model = model_for(recipe.model, data.splits)
+    check_calibration(recipe.model, model)
+    module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate)
+    (images, labels), *more = islice(data.train_dataloader(), FORECAST_BATCHES)
     if weights is not None:
         load_weights(module, weights)
-    (images, labels), *more = islice(data.train_dataloader(), FORECAST_BATCHES)
+    elif recipe.model.calibrate != "none":
+        module.calibrate_on([images])
     state = "at initialization" if weights is None else f"with {weights.name}"
     lr = recipe.optim.lr or None
     return Subject(f"{recipe.name} {state}", module.model, images, labels, lr, recipe.optim.momentum, more)
@@ -130,6 +136,7 @@ def subject_of_model(
         raise UnknownNameError("dataset", data, [RANDOM, *DATASETS])
     config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
     source = ImageData(replace(config, root=root) if root else config, seed=0)
+    check_shares(len(source.splits.train), batch_size, world=1, accumulate=1)
     batches = list(islice(source.train_dataloader(), FORECAST_BATCHES))
     if batches[0][0].shape[1] == 1 and _channels(model) == 3:
         batches = [(images.expand(-1, 3, -1, -1), labels) for images, labels in batches]  # grey images, shown as colour
