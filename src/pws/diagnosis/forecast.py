@@ -125,8 +125,8 @@ class _Probe:
         value = batch.loss(self.loss, batch.outputs(self.model))
         if not self.parameters or not value.requires_grad:
             raise PwsError(
-                "forecast needs a loss with a gradient by trainable parameters; this has none. Likely causes: all parameters are "
-                "frozen, or the model detaches its output."
+                "forecast needs a loss with a gradient by trainable parameters; this has none. Likely causes: all are frozen, "
+                "or the model detaches its output."
             )
         return list(torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True))
 
