@@ -130,8 +130,8 @@ def test_the_clock_numbers_the_steps() -> None:
         for number, batch in zip(numbers, digits(10), strict=True):
             monitor.clock = lambda number=number: number
             seen.append(step(model, batch, sgd, monitor))
-    assert steps_of(monitor) == [4, 5]
-    assert [d.loss for d in monitor.history] == [seen[2], seen[4]]
+    assert steps_of(monitor) == [3, 4, 5, 7]  # the first, and 1, 2 and 4 later
+    assert [d.loss for d in monitor.history] == [seen[0], seen[2], seen[4], seen[8]]
 
 
 def test_passes_that_do_not_train_are_not_counted() -> None:

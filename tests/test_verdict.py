@@ -71,7 +71,7 @@ def test_shift_from_the_critical_rate_on() -> None:
     assert f"{100 * layer.expectation_share:.0f} %" in above.finding
     assert "layers without a norm" not in above.finding
     assert "Convert this layer to PWS" in above.remedy
-    assert f"below learning rate {rate:.2g}" in above.remedy
+    assert f"well below {rate:.2g}" in above.remedy
     all_of_them = clean(explain(net(), lr=1e6).verdict)
     assert "5 of the 5 layers without a norm behind them are past" in all_of_them.finding
     assert "Convert the network to PWS" in all_of_them.remedy

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,8 @@ def _checked_out(given: str | None) -> Path | None:
     out = None if given is None else Path(given)
     if out is not None and out.suffix not in (".html", ".png"):
         raise PwsError(f"--out ends with .html or .png; got {given!r}.")
+    if out is not None and out.suffix == ".html" and importlib.util.find_spec("plotly") is None:
+        raise PwsError("the report needs plotly: pip install 'pws-torch[report]'.")
     return out
 
 
@@ -103,6 +107,15 @@ def _subject(parsed: Any) -> Subject:
     return subject_of_run(parsed.run, parsed.checkpoint, parsed.batch_size)
 
 
+def _finite(value: Any) -> Any:
+    """Infinity (no rate found) as None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _show(
     subject: Subject, diagnosis: Diagnosis, predicted: Forecast | None, out: Path | None, *, as_json: bool
 ) -> None:
@@ -112,7 +125,7 @@ def _show(
         else:
             diagnosis.html(out, title=subject.title)
     if as_json:
-        extra = {} if predicted is None else {"forecast": asdict(predicted)}
+        extra = {} if predicted is None else {"forecast": _finite(asdict(predicted))}
         print(json.dumps({**diagnosis.to_dict(), **extra}, indent=2, allow_nan=False))
         return
     console = Console()
@@ -121,6 +134,8 @@ def _show(
     console.print(f"{subject.title}: batch of {len(subject.images)}{judged}", highlight=False, soft_wrap=True)
     console.print(diagnosis.table())
     console.print(Text.assemble((f"{diagnosis.verdict.cause}: ", "bold"), str(diagnosis.verdict)))
+    if diagnosis.unused:
+        console.print(f"did not run: {', '.join(diagnosis.unused)}", markup=False, highlight=False)
     if predicted is not None:
         low, high = min(predicted.by_pair), max(predicted.by_pair)
         console.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from pws.errors import PwsError
 
 Loss = Callable[..., Tensor]
+REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+"""What models and losses raise of an input that they can't take; anything else is a bug of theirs, and goes through."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,26 @@ def batch_of(given: Any) -> Batch:
             "a batch is (inputs, targets), or the inputs alone, where inputs is a tensor, a tuple of the model's arguments "
             f"or a dict of them; got {got}. Several inputs go into a tuple of their own: ((image, mask), target)."
         )
-    check_finite(batch.inputs)
+    check_finite(batch.inputs, "input")
+    check_finite(batch.targets, "target")
     return batch
 
 
-def check_finite(inputs: Any) -> None:
-    """Raise `PwsError` if a tensor among the inputs holds NaN or infinity."""
-    for tensor in tensors_in(inputs):
+def check_finite(values: Any, role: str) -> None:
+    """Raise `PwsError` if a tensor among the inputs or targets is empty or holds NaN or infinity."""
+    for tensor in tensors_in(values):
         if not tensor.numel():
-            raise PwsError(f"a batch needs at least one sample; got an input of shape {tuple(tensor.shape)}.")
+            raise PwsError(f"a batch needs at least one sample; got an {role} of shape {tuple(tensor.shape)}.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise PwsError(
-                f"the model's input must be finite; got {bad:,} NaN or infinite of {tensor.numel():,} entries in the input of "
-                f"shape {tuple(tensor.shape)}. Mend the data or its normalization: no network can train on it."
+                f"the batch's {role} must be finite; got {bad:,} NaN or infinite of {tensor.numel():,} entries, in the {role} "
+                f"of shape {tuple(tensor.shape)}. Mend the data or its normalization: no network can train on it."
             )
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and dicts."""
+    """All tensors in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -76,3 +79,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list):
         for item in value:
             yield from tensors_in(item)
+    elif is_dataclass(value):
+        yield from tensors_in(vars(value))

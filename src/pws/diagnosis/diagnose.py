@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from pws.diagnosis.batch import Batch, Loss, batch_of
+from pws.diagnosis.batch import REJECTIONS, Batch, Loss, batch_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
 from pws.diagnosis.preserve import preserved
@@ -21,8 +21,6 @@ LAYER_KINDS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-"""What models and losses raise of an input that they can't take; anything else is a bug of theirs, and goes through."""
 
 
 def diagnose(
@@ -61,16 +59,17 @@ def diagnose(
         ['0', '3']
     """
     model = bare(model)
-    _check_model(model)
+    check_model(model)
     settings = Settings(lr, momentum, steps, training=model.training)
     parsed = batch_of(batch)
     recorder = Recorder(model)
     try:
         with torch.inference_mode(False), torch.enable_grad(), preserved(model):
-            outputs = _run(recorder, model, parsed)
+            with recorder.forward():
+                outputs = outputs_of(model, parsed)
             if not recorder.layers:
                 raise PwsError(_nothing_ran(model))
-            value = _loss(loss, parsed, outputs)
+            value = loss_of(loss, parsed, outputs)
             if torch.isfinite(value):
                 _backward(value, model)
             return diagnosis_of(recorder, value, settings)
@@ -112,9 +111,18 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise `PwsError` for a model that can't be diagnosed."""
     if not isinstance(model, nn.Module):
         raise PwsError(f"diagnose explains a torch.nn.Module; got a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PwsError("a scripted model hides its operations; pass the model that it was made from.")
+    if any(parameter.is_complex() for parameter in model.parameters()):
+        raise PwsError("a diagnosis is defined for real weights; the model has complex ones.")
+    if any(parameter.device.type == "mps" for parameter in model.parameters()):
+        raise PwsError(
+            'statistics are pooled in float64, which mps does not have. Move the model to the CPU: .to("cpu").'
+        )
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise PwsError(
@@ -123,10 +131,10 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _run(recorder: Recorder, model: nn.Module, batch: Batch) -> Any:
+def outputs_of(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns; raises `PwsError` if it rejects the batch."""
     try:
-        with recorder.forward():
-            return batch.outputs(model)
+        return batch.outputs(model)
     except PwsError:
         raise
     except REJECTIONS as error:
@@ -136,7 +144,8 @@ def _run(recorder: Recorder, model: nn.Module, batch: Batch) -> Any:
         ) from error
 
 
-def _loss(loss: Loss, batch: Batch, outputs: Any) -> Tensor:
+def loss_of(loss: Loss, batch: Batch, outputs: Any) -> Tensor:
+    """The scalar; raises `PwsError` if it is none, or has no gradient."""
     try:
         value = batch.loss(loss, outputs)
     except PwsError:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pws.diagnosis.batch import Batch, Loss, batch_of, tensors_in
-from pws.diagnosis.diagnose import bare
+from pws.diagnosis.diagnose import bare, check_model, loss_of, outputs_of
 from pws.diagnosis.preserve import preserved
 from pws.errors import PwsError
 
@@ -78,6 +78,7 @@ def forecast(
         )
     parsed = [batch_of(batch) for batch in batches]
     model = bare(model)
+    check_model(model)
     found: list[float] = []
     passes = 0
     with preserved(model), torch.inference_mode(False), torch.enable_grad():
@@ -88,10 +89,20 @@ def forecast(
                 if progress is not None:
                     progress(before + done)
 
-            probe = _Probe(copy.deepcopy(model).train(), parsed[first : first + 2], loss, report)
+            probe = _Probe(_copy(model), parsed[first : first + 2], loss, report)
             found.append(probe.diverging_lr())
             passes += probe.passes
     return Forecast(statistics.median(found), tuple(found), passes)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).train()
+    except RuntimeError as error:
+        raise PwsError(
+            f"forecast trains a copy of the model, and it can't be copied: {error}. The old torch.nn.utils.weight_norm "
+            "does this: use torch.nn.utils.parametrizations.weight_norm."
+        ) from error
 
 
 class _Probe:
@@ -104,7 +115,7 @@ class _Probe:
 
     def diverging_lr(self) -> float:
         """The median over the probes, at each the lower rate of the two kicks."""
-        self.gradient(self.batches[0])  # which checks the loss
+        self.check()
         adam = torch.optim.Adam(self.parameters, lr=WARM_UP_LR)
         found: list[float] = []
         for step in range(max(PROBES) + 1):
@@ -118,16 +129,19 @@ class _Probe:
                 adam.step()
         return statistics.median(found)
 
+    def check(self) -> None:
+        """Raise `PwsError` unless there is a finite loss with a gradient to start from."""
+        value = loss_of(self.loss, self.batches[0], outputs_of(self.model, self.batches[0]))
+        if not torch.isfinite(value):
+            raise PwsError(
+                f"forecast starts from a finite loss; it is {float(value.detach())} on the first batch. pws.diagnose tells why."
+            )
+
     def gradient(self, batch: Batch) -> list[Tensor]:
         """Of the loss by all parameters."""
         self.passes += 1
         self.report(self.passes)
-        value = batch.loss(self.loss, batch.outputs(self.model))
-        if not self.parameters or not value.requires_grad:
-            raise PwsError(
-                "forecast needs a loss with a gradient by trainable parameters; this has none. Likely causes: all are frozen, "
-                "or the model detaches its output."
-            )
+        value = loss_of(self.loss, batch, outputs_of(self.model, batch))
         return list(torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True))
 
     def coherent_gradients(self) -> list[list[Tensor]]:
@@ -149,6 +163,10 @@ class _Probe:
                 "is computed from something else than the model's outputs."
             )
         delta_NC = deltas[main].flatten(1).double()
+        if not torch.isfinite(delta_NC).all():
+            raise PwsError(
+                "forecast needs a finite gradient; that of the model's output is not. `pws.diagnose` tells why."
+            )
         direction_C = torch.linalg.svd(delta_NC, full_matrices=False).Vh[0]
         same_NC = (direction_C * (delta_NC.norm() / math.sqrt(len(delta_NC)))).expand_as(delta_NC)
         same = same_NC.reshape(tensors[main].shape).to(tensors[main].dtype)

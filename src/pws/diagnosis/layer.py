@@ -12,9 +12,6 @@ from pws.diagnosis.average_gradient import average_gradient_ratio
 from pws.diagnosis.moments import Moments, pool, pool_covariance
 from pws.diagnosis.record import LayerRecord, sum_of_squares
 
-NORMALIZED = 1e-3
-"""Of independent gradients about 1 / sqrt(n) goes along the kernel; behind a norm as little as its eps and rounding leave."""
-
 
 @dataclass(frozen=True)
 class Signal:
@@ -104,7 +101,7 @@ class LayerDiagnosis:
     """Norm of the kernel's change by a gradient step at learning rate 1, over the kernel's norm."""
     critical_lr: float | None
     """The learning rate at which the filters' means, moved by one step, add as much variance as the output has:
-    `sqrt(Var(y) / mean_o((n sbar_o)^2 Var(xbar)))`; infinity where no step can move them."""
+    `sqrt(Var(y) / mean_o((n sbar_o)^2 Var(xbar)))`; infinity where no step can move them, None for a constant output."""
 
     filters: Filters
 
@@ -182,7 +179,7 @@ def layer_diagnosis(
         positions=outputs.count,
         finite=all(c.finite for c in calls),
         finite_kernel=math.isfinite(record.kernel_norm),
-        note=_note(record, step, back.gradient),
+        note=_note(record, step, back.gradient, _mean(outputs.variance)),
         input=_signal(inputs),
         output=_signal(outputs),
         dead_inputs=_mean(torch.stack([c.dead for c in calls]).all(0).double()),
@@ -202,7 +199,7 @@ def layer_diagnosis(
         normalized=_is_normalized(record),
         update_ratio=None if step is None else _ratio(sum_of_squares([step]) ** 0.5, record.kernel_norm),
         critical_lr=None
-        if average_step is None
+        if average_step is None or _mean(outputs.variance) == 0
         else _critical_lr(average_step, record.fan_in, patch.variance, _mean(outputs.variance)),
         filters=Filters(
             mean=record.filter_mean,
@@ -245,12 +242,21 @@ def _backward(record: LayerRecord, scale: float) -> _Backward:
 
 
 def _is_normalized(record: LayerRecord) -> bool:
-    """By Euler's theorem: a loss that does not depend on the kernel's scale has a gradient orthogonal to the kernel."""
-    radial = [call.radial for call in record.calls if call.radial is not None]
-    if len(radial) != 1:  # the calls' gradients may cancel
-        return False
-    along, compared = radial[0]
-    return compared > 0 and abs(along) < NORMALIZED * compared
+    """Whether each call's gradient is orthogonal to the kernel (Euler's theorem for a loss that ignores the kernel's scale).
+
+    Of independent gradients a part of about 1 / sqrt(n) goes along the kernel. Behind BatchNorm and InstanceNorm, whose eps
+    leaves a small part, the gradient of each channel also has mean 0 to rounding; behind other norms it need not.
+    """
+    tight = min(1e-3, 0.02 * record.fan_in**-0.5)
+    seen = [(c.radial, c.backward.delta) for c in record.calls if c.radial is not None and c.backward is not None]
+    return bool(seen) and all(
+        compared > 0 and abs(along) < compared * (0.05 if _has_zero_mean(delta) else tight)
+        for (along, compared), delta in seen
+    )
+
+
+def _has_zero_mean(delta: Moments) -> bool:
+    return delta.count > 1 and bool((delta.mean.abs() <= 1e-4 * delta.second_moment.sqrt()).all())
 
 
 def _gradient_transmission(record: LayerRecord, delta: Moments) -> float | None:
@@ -276,12 +282,14 @@ def _critical_lr(average_step: Tensor, fan_in: int, patch_variance: Tensor, vari
     return math.sqrt(variance / per_unit) if per_unit > 0 else math.inf
 
 
-def _note(record: LayerRecord, step: Tensor | None, gradient: Signal | None) -> str:
+def _note(record: LayerRecord, step: Tensor | None, gradient: Signal | None, variance: float) -> str:
     if gradient is None:
         return "no gradient reached its output"
+    if step is None and not record.trained:
+        return "its kernel is not trained"
     if step is None:
-        return "its kernel is not trained" if record.step_map is None else "its kernel got no gradient"
-    return ""
+        return "how a step moves its kernel can't be told" if record.step_map is None else "its kernel got no gradient"
+    return "its output is constant" if variance == 0 else ""
 
 
 def _signal(moments: Moments) -> Signal:

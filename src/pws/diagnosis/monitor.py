@@ -41,10 +41,12 @@ class Monitor:
                 optimizer.step()
         print(monitor.verdict)
 
-    A training step is a forward pass of `model` in training mode. Steps 0, 1, 2, 4, 8 ... and every `every`-th are measured
-    from the training's own forward and backward pass: nothing runs twice, and the result of training is unchanged. Of the
-    other steps only the outputs are looked at. When they (or the loss) go non-finite, or the shift share of a layer
-    crosses `shift_bound`, the last healthy and the first unhealthy diagnosis are kept and a `CollapseWarning` says so.
+    A training step is a forward pass of `model` in training mode; with several passes a step, set `monitor.clock` to a function
+    that tells the step's number. The first step, those 1, 2, 4, 8 ... later and every `every`-th are measured from the
+    training's own forward and backward pass (the first pass of the step): nothing runs twice, and the result of training
+    is unchanged to the bit (a compiled model runs uncompiled in the measured steps). Of the other steps only the outputs are
+    looked at. When they (or the loss) go non-finite, or the shift share of a layer crosses `shift_bound`, or a layer's variance
+    is lost or explodes, the last healthy and the first unhealthy diagnosis are kept and a `CollapseWarning` says so.
 
     Args:
         model: what is trained, as it is called (compiled and parallel wrappers too).
@@ -52,7 +54,7 @@ class Monitor:
         lr: the learning rate that verdicts judge by.
         momentum: SGD's.
         shift_bound: the shift share at which a layer that started below it counts as taken over.
-        csv_path: a file to write the measurements to, a row a layer and step.
+        csv_path: a new file to write the measurements to, a row a layer and step.
         log: called with (metrics, step) at each measurement: a Lightning logger's `log_metrics`, or one line around
             TensorBoard's `add_scalar`.
 
@@ -79,7 +81,7 @@ class Monitor:
         Settings(lr, momentum)  # which checks them
         self.model, self.every, self.shift_bound = model, every, shift_bound
         self.lr, self.momentum, self.log = lr, momentum, log
-        self.csv_path = None if csv_path is None else Path(csv_path)
+        self.csv_path = None if csv_path is None else _new_file(Path(csv_path))
         self.history: list[Diagnosis] = []
         """The diagnoses of the measured steps, in order."""
         self.last_healthy: Diagnosis | None = None
@@ -92,6 +94,8 @@ class Monitor:
         self._step = 0
         self._loss: Tensor | None = None
         self._call: tuple[Any, Any] | None = None
+        self._first = 0
+        self._last: int | None = None
         self._recorder: Recorder | None = None
         self._recording: AbstractContextManager[None] | None = None
         self._handles: list[Any] = []
@@ -130,22 +134,36 @@ class Monitor:
         return loss
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        self._drop()
         if not (model.training and torch.is_grad_enabled()) or self._finished():
             return
         self._passes += 1
-        step = self._passes if self.clock is None else self.clock()
-        measured = self.history and self.history[-1].step == step
-        self._step, self._call = step, (args, kwargs)
-        if not measured and (step % self.every == 0 or step & (step - 1) == 0):
+        self._step = self._passes if self.clock is None else self.clock()
+        self._call = (args, kwargs)
+        if self._is_due():
+            self._drop()  # a measurement whose backward pass never came
             inner = bare(model)
-            self._recorder = Recorder(inner)
-            self._recorder.on_backward_end = self._measured
-            self._recording = self._recorder.forward(running=inner is model)
+            self._recorder = recorder = Recorder(inner)
+            recorder.on_backward_end = lambda: self._measured(recorder)
+            self._recording = recorder.forward(running=inner is model)
             self._recording.__enter__()
+
+    def _is_due(self) -> bool:
+        """The first step, then 1, 2, 4, 8 ... steps later, and whenever a multiple of `every` is reached or passed."""
+        if self._last is None:
+            self._first = self._last = self._step
+            return True
+        since = self._step - self._first
+        due = self._step != self._last and (
+            since & (since - 1) == 0 or self._step // self.every > self._last // self.every
+        )
+        if due:
+            self._last = self._step
+        return due
 
     def _after(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         if self._recording is not None:
+            if outputs is None and self._recorder is not None:  # the model raised
+                self._recorder.abandon()
             self._recording.__exit__(None, None, None)
             self._recording = None
         if outputs is None or not (model.training and torch.is_grad_enabled()) or self._finished():
@@ -159,15 +177,23 @@ class Monitor:
         """The forward pass of a step that was not measured, once more."""
         inner = bare(self.model)
         recorder = Recorder(inner)
-        with preserved(inner), torch.no_grad(), recorder.forward():
-            inner(*args, **kwargs)
+        # The other processes do not run this pass: a synchronized norm would wait for them for ever.
+        synchronized = [m for m in inner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+        try:
+            for norm in synchronized:
+                norm.training = False
+            with preserved(inner), torch.no_grad(), recorder.forward():
+                inner(*args, **kwargs)
+        finally:
+            for norm in synchronized:
+                norm.training = True
         return recorder
 
-    def _measured(self) -> None:
+    def _measured(self, recorder: Recorder) -> None:
         """The backward pass of a measured step has ended."""
-        if self._recorder is None:
+        if recorder is not self._recorder:
             return
-        diagnosis = self._diagnosis(self._recorder)
+        diagnosis = self._diagnosis(recorder)
         self._drop()
         self.history.append(diagnosis)
         self._write(diagnosis)
@@ -195,14 +221,17 @@ class Monitor:
         return diagnosis
 
     def _collapsed(self, diagnosis: Diagnosis) -> bool:
-        """Whether a layer is non-finite, taken over by its filters' means, or without the variance it started with."""
+        """Whether a number is not finite, or a layer that no norm follows has been taken over by its filters' means, or its
+        variance has fallen to a thousandth of what it started with, or risen a millionfold."""
+        if diagnosis.verdict.cause.startswith("non-finite"):
+            return True
         started = {layer.name: layer for layer in self.history[0].layers}
         return any(
-            not layer.finite
-            or layer.shift_share >= self.shift_bound > started[layer.name].shift_share
+            layer.shift_share >= self.shift_bound > started[layer.name].shift_share
             or layer.output.variance < started[layer.name].output.variance / FACTOR
+            or layer.output.variance > max(started[layer.name].output.variance, 1.0) * FACTOR**2
             for layer in diagnosis.layers
-            if layer.name in started
+            if layer.name in started and not (layer.normalized or started[layer.name].normalized)
         )
 
     def _finished(self) -> bool:
@@ -220,13 +249,20 @@ class Monitor:
             self._recording.__exit__(None, None, None)
         if self._recorder is not None:
             self._recorder.close()
-        self._recorder = self._recording = self._call = None
+        self._recorder = self._recording = None
 
     def _write(self, diagnosis: Diagnosis) -> None:
         if self.log is not None:
             self.log(metrics_of(diagnosis), self._step)
         if self.csv_path is not None:
             append_csv(diagnosis, self.csv_path)
+
+
+def _new_file(path: Path) -> Path:
+    if path.exists():
+        raise PwsError(f"csv_path must be a new file, and {path} exists: nothing is overwritten. Choose another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def check_every(every: int) -> None:

@@ -65,8 +65,9 @@ class LayerRecord:
     """`m`, `(O,)`."""
     kernel_norm: float
     layout: Layout
+    trained: bool = False
+    """Whether a call's kernel hangs on trained parameters."""
     step_map: StepMap | None = None
-    """None where no call's kernel was trained."""
     calls: list[CallRecord] = field(default_factory=list)
 
 
@@ -91,7 +92,8 @@ class StepMap:
         return [self.parameters[i] for i, _ in self._images]
 
     def kernel_change(self, change: dict[nn.Parameter, Tensor]) -> Tensor | None:
-        """What a first-order `change` of the parameters does to the kernel; None if it changes none of them."""
+        """What a first-order `change` of the parameters does to the kernel; None if it changes none of them, or that can't be
+        told."""
         if self._direct is not None:
             return change.get(self.parameters[self._direct])
         pairs = [(image, change[self.parameters[i]]) for i, image in self._images if self.parameters[i] in change]
@@ -99,7 +101,10 @@ class StepMap:
         if not pairs:
             return None
         images, tangents = zip(*pairs, strict=True)
-        (result,) = torch.autograd.grad(images, self._probe, tangents, retain_graph=True)
+        try:
+            (result,) = torch.autograd.grad(images, self._probe, tangents, retain_graph=True)
+        except RuntimeError:  # a backward pass that can't be differentiated (once_differentiable)
+            return None
         assert isinstance(result, Tensor)
         return result
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pws.diagnosis.batch import REJECTIONS
 from pws.diagnosis.moments import batched
 from pws.diagnosis.operation import Call, call_of
+from pws.diagnosis.preserve import preserved
 from pws.diagnosis.record import (
     CallRecord,
     LayerRecord,
@@ -21,6 +24,17 @@ from pws.diagnosis.record import (
     sum_of_squares,
     wide,
 )
+
+
+@dataclass
+class _Running:
+    """A module in the midst of its forward pass."""
+
+    module: nn.Module
+    args: Any
+    kwargs: Any
+    operations: int = 0
+    """How many operations with a weight it has called itself."""
 
 
 class Recorder:
@@ -36,7 +50,8 @@ class Recorder:
         self.layers: dict[tuple[str, int], LayerRecord] = {}
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self._names = {module: name for name, module in model.named_modules()}
-        self._stack: list[tuple[nn.Module, list[int]]] = []
+        self._stack: list[_Running] = []
+        self._computed: dict[tuple[str, int], _Running] = {}
         self._handles: list[Any] = []
         self._followed: set[nn.Parameter] = set()
         self.on_backward_end: Callable[[], None] | None = None
@@ -47,11 +62,11 @@ class Recorder:
         """Record the operations called inside, by the innermost module that is running: the model itself if `running`."""
         handles = []
         if running:
-            self._enter(self.model, None)
+            self._enter(self.model, (), {})
         for module in self._names:
             if running and module is self.model:
                 continue  # it is in the midst of its own hooks
-            handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
             # A compiled region would hide its operations.
@@ -61,6 +76,11 @@ class Recorder:
             for handle in handles:
                 handle.remove()
             self._stack.clear()
+        self._map_computed_kernels()
+
+    def abandon(self) -> None:
+        """The forward pass failed: leave its kernels alone."""
+        self._computed.clear()
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -68,18 +88,18 @@ class Recorder:
             handle.remove()
         self._handles.clear()
 
-    def _enter(self, module: nn.Module, _: object) -> None:
-        self._stack.append((module, [0]))
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._stack.append(_Running(module, args, kwargs))
 
     def _leave(self, module: nn.Module, *_: object) -> None:
-        if self._stack and self._stack[-1][0] is module:  # a hook that has been removed may still run once
+        if self._stack and self._stack[-1].module is module:  # a hook that has been removed may still run once
             self._stack.pop()
 
     def _operation(self, call: Call) -> Tensor:
         if not self._stack:
             return call.run()
-        module, counter = self._stack[-1]
-        ordinal, counter[0] = counter[0], counter[0] + 1
+        running = self._stack[-1]
+        ordinal, running.operations = running.operations, running.operations + 1
         # Aliases, whose gradients are this call's alone: a kernel may be shared, an input used elsewhere too.
         parameter = call.kernel
         if torch.is_grad_enabled():
@@ -88,19 +108,19 @@ class Recorder:
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
             patch = batched(call.patch_average())
             record = record_forward(call, output, patch)
-        layer = self._layer(module, ordinal, call, parameter)
+        layer = self._layer(running, ordinal, call, parameter)
         layer.calls.append(record)
         self._watch(record, call, output, patch)
         return output
 
-    def _layer(self, module: nn.Module, ordinal: int, call: Call, kernel: Tensor) -> LayerRecord:
-        name = self._names[module]
+    def _layer(self, running: _Running, ordinal: int, call: Call, kernel: Tensor) -> LayerRecord:
+        name, kind = self._names[running.module], type(running.module).__name__
         layer = self.layers.get((name, ordinal))
         if layer is None:
             filters = call.filters(wide(call.kernel))
             layer = self.layers[name, ordinal] = LayerRecord(
-                name=(name or type(module).__name__) + (f" ({ordinal + 1})" if ordinal else ""),
-                kind=type(module).__name__.removeprefix("Parametrized"),
+                name=(name or kind) + (f" ({ordinal + 1})" if ordinal else ""),
+                kind=kind.removeprefix("Parametrized"),
                 operation=call.function.__name__,
                 kernel_shape=tuple(kernel.shape),
                 dtype=output_dtype(call),
@@ -110,9 +130,28 @@ class Recorder:
                 kernel_norm=sum_of_squares([kernel]) ** 0.5,
             )
         if layer.step_map is None and torch.is_grad_enabled() and kernel.requires_grad:
-            layer.step_map = StepMap(kernel, [p for p in self.model.parameters() if p.requires_grad])
-            self._follow(layer.step_map.uses())
+            layer.trained = True
+            if isinstance(kernel, nn.Parameter):
+                self._map(layer, kernel)
+            else:
+                self._computed.setdefault((name, ordinal), running)
         return layer
+
+    def _map(self, layer: LayerRecord, kernel: Tensor) -> None:
+        layer.step_map = StepMap(kernel, [p for p in self.model.parameters() if p.requires_grad])
+        self._follow(layer.step_map.uses())
+
+    def _map_computed_kernels(self) -> None:
+        """For the kernels that are computed: their graph, made once more and alone.
+
+        Not within the forward pass, whose own graph is not ours to walk: checkpointing counts what it saves, and a kernel may
+        hang on activations.
+        """
+        for (name, ordinal), running in self._computed.items():
+            kernel = kernel_again(running.module, running.args, running.kwargs, ordinal)
+            if kernel is not None:
+                self._map(self.layers[name, ordinal], kernel)
+        self._computed.clear()
 
     def _follow(self, parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:
@@ -177,3 +216,54 @@ class _Operations(TorchFunctionMode):
     ) -> Any:
         call = call_of(function, args, kwargs or {})
         return function(*args, **(kwargs or {})) if call is None else self.handler(call)
+
+
+class _Reached(BaseException):
+    """Carries a kernel out of a forward pass that need not go on."""
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.kernel = kernel
+
+
+def kernel_again(module: nn.Module, args: Any, kwargs: Any, ordinal: int) -> Tensor | None:
+    """The kernel of the operation that `module` calls as its `ordinal`-th, with a graph from the parameters alone.
+
+    The module runs up to there once more, on detached inputs, and is left as it was. None if it does not get there.
+    """
+    inner = [child for child in module.modules() if child is not module]
+    depth, seen = [0], [0]
+
+    def enter(*_: object) -> None:
+        depth[0] += 1
+
+    def leave(*_: object) -> None:
+        depth[0] -= 1
+
+    def operation(call: Call) -> Tensor:
+        if depth[0] == 0:
+            seen[0] += 1
+            if seen[0] > ordinal:
+                raise _Reached(call.kernel)
+        return call.run()
+
+    handles = [child.register_forward_pre_hook(enter) for child in inner]
+    handles += [child.register_forward_hook(leave, always_call=True) for child in inner]
+    try:
+        with preserved(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), _Operations(operation):
+            module.forward(*_detached(args), **_detached(kwargs))
+    except _Reached as reached:
+        return reached.kernel
+    except REJECTIONS:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    return type(value)(_detached(item) for item in value) if type(value) in (tuple, list) else value

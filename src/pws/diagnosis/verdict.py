@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ Cause = Literal[
     "vanishing",
     "exploding",
     "dead",
+    "no gradient",
     "non-finite input",
     "non-finite weight",
     "non-finite output",
@@ -32,6 +32,7 @@ HUGE: Final = 1e20
 OVERFLOW_REMEDY: Final = (
     "Go back to the last finite checkpoint and lower the learning rate, or convert the network to PWS."
 )
+EARLIER: Final = "and training may break earlier: pws.forecast, or --forecast, looks ahead"
 DEAD: Final = 0.99
 """The share of zero inputs at which a layer counts as cut off."""
 RISE: Final = 0.3
@@ -56,14 +57,14 @@ class Verdict:
 def verdict_of(diagnosis: Diagnosis) -> Verdict:
     """The first that holds of: non-finite, dead, exploding or vanishing, shift; else healthy."""
     checks: list[Callable[[Diagnosis], Verdict | None]]
-    checks = [_non_finite, _non_finite_loss, _non_finite_gradient, _dead, _along_the_depth, _shift]
+    checks = [_non_finite, _non_finite_loss, _non_finite_gradient, _dead, _no_gradient, _along_the_depth, _shift]
     return next((found for check in checks if (found := check(diagnosis)) is not None), None) or _healthy(diagnosis)
 
 
 def collapse_verdict(history: Sequence[Diagnosis]) -> Verdict:
     """Of a collapse in training: all measurements in order, the last one the first unhealthy."""
     unhealthy = history[-1]
-    found = _non_finite(unhealthy)
+    found = _non_finite(unhealthy) or _non_finite_loss(unhealthy)
     if len(history) == 1 or (found is not None and found.cause != "non-finite output"):
         return unhealthy.verdict
     changed = _changed_since(unhealthy, history[-2]) or _changed_since(unhealthy, history[0])
@@ -135,7 +136,7 @@ def _non_finite_gradient(diagnosis: Diagnosis) -> Verdict | None:
 
 
 def _dead(diagnosis: Diagnosis) -> Verdict | None:
-    layer = next((layer for layer in diagnosis.layers if layer.dead_inputs >= DEAD), None)
+    layer = next((layer for layer in diagnosis.layers[1:] if layer.dead_inputs >= DEAD), None)
     if layer is None:
         return None
     return Verdict(
@@ -147,23 +148,34 @@ def _dead(diagnosis: Diagnosis) -> Verdict | None:
     )
 
 
-def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
-    layers = diagnosis.layers[:-1]  # the head's scale is its own business
-    if len(layers) < 2 or any(layer.output.variance == 0 for layer in layers):
-        return None  # a constant output is a choice (a branch that starts at zero), or its cause is another
-    change = layers[-1].output.variance / layers[0].output.variance
-    if 1 / FACTOR < change < FACTOR:
+def _no_gradient(diagnosis: Diagnosis) -> Verdict | None:
+    layers = [layer for layer in diagnosis.layers if layer.gradient is not None]
+    if not layers or layers[0].gradient is None or layers[0].gradient.second_moment > 0:
         return None
-    steps = [after.output.variance / before.output.variance for before, after in pairwise(layers)]
-    worst = (max if change > 1 else min)(range(len(steps)), key=steps.__getitem__)
-    name, mean = _named(layers[worst + 1]), change ** (1 / len(steps))
-    exploding = change > 1
+    without = [layer for layer in layers if layer.gradient is not None and layer.gradient.second_moment == 0]
+    return Verdict(
+        "no gradient",
+        without[-1].name,
+        f"No gradient reaches {_named(without[-1])} and {len(without) - 1} of the layers before it: what follows multiplies it "
+        "by zero, or the loss does not depend on it.",
+        "Where a layer starts at zero on purpose (a head, the last layer of a branch), diagnose again after a step.",
+    )
+
+
+def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
+    """The first layer whose variance is beyond `FACTOR` of the first one's. Not judged: layers that a norm follows, outputs
+    that are constant (a branch that starts at zero), and the last layer, whose scale is its own business."""
+    layers = [layer for layer in diagnosis.layers[:-1] if not layer.normalized and layer.output.variance > 0]
+    scales = [layer.output.variance / layers[0].output.variance for layer in layers]
+    lost = next((i for i, scale in enumerate(scales) if not 1 / FACTOR < scale < FACTOR), None)
+    if lost is None:
+        return None
+    exploding, layer, mean = scales[lost] > 1, layers[lost], scales[lost] ** (1 / lost)
     return Verdict(
         "exploding" if exploding else "vanishing",
-        layers[worst + 1].name,
+        layer.name,
         f"The variance {'explodes' if exploding else 'vanishes'} along the depth: from {layers[0].output.variance:.3g} behind "
-        f"{_named(layers[0])} to {layers[-1].output.variance:.3g} behind {_named(layers[-1])}, {mean:.2g} times a layer; most "
-        f"at {name} ({steps[worst]:.2g} times).",
+        f"{_named(layers[0])} to {layer.output.variance:.3g} behind {_named(layer)}, {mean:.2g} times a layer.",
         f"The gain is too {'large' if exploding else 'small'}: multiply each layer's weights by about {mean**-0.5:.2g}, "
         "calibrate (pws.calibrate), or take pws layers with their variance-preserving gain.",
     )
@@ -175,17 +187,22 @@ def _shift(diagnosis: Diagnosis) -> Verdict | None:
         return None
     free = [other for other in diagnosis.layers if not other.normalized]
     endangered = [other for other in free if other.critical_lr is not None and other.critical_lr <= lr]
-    ratio = layer.average_gradient_ratio or 0.0
+    times, part = (layer.average_gradient_ratio or 0.0) * layer.fan_in, layer.expectation_share or 0.0
+    alike = (
+        f" The gradients of a filter there push alike: their squared average is {times:.0f} times that of independent ones, "
+        f"{100 * part:.0f} % of it by E[delta] E[xbar]."
+    )
     others = f" {len(endangered)} of the {len(free)} layers without a norm behind them are past their critical rates."
     whole = "the network" if len(endangered) > 1 else "this layer"
     return Verdict(
         "shift",
         layer.name,
         f"At learning rate {lr:g} one step of the average gradient adds more variance to {_named(layer)} than it has: its "
-        f"critical learning rate is {layer.critical_lr:.3g}. The gradients of a filter there push alike: their squared "
-        f"average is {ratio * layer.fan_in:.0f} times that of independent ones, {100 * (layer.expectation_share or 0):.0f} % "
-        f"of it by E[delta] E[xbar].{others if len(endangered) > 1 else ''}",
-        f"Convert {whole} to PWS, whose kernels no step can shift, or stay below learning rate {layer.critical_lr:.2g}.",
+        f"critical learning rate is {layer.critical_lr:.3g}."
+        + (alike if times > 2 else "")
+        + (others if len(endangered) > 1 else ""),
+        f"Convert {whole} to PWS, whose kernels no step can shift, or lower the learning rate well below "
+        f"{layer.critical_lr:.2g}: there a single step does it, {EARLIER}.",
     )
 
 
@@ -198,7 +215,7 @@ def _healthy(diagnosis: Diagnosis) -> Verdict:
             "healthy",
             None,
             "The forward pass is healthy, and no step can blow a layer up by shifting its filters: every trained kernel keeps "
-            "its mean, or a norm follows.",
+            "its mean, or a norm follows. Too long steps can do harm in other ways: pws.forecast looks at the whole network.",
             "",
         )
     limit = (
@@ -206,7 +223,7 @@ def _healthy(diagnosis: Diagnosis) -> Verdict:
         "gradient doubles the layer's variance"
     )
     at = "No layer is in danger" if lr is None else f"No layer is in danger from one step at learning rate {lr:g}"
-    return Verdict("healthy", layer.name, f"{at}: {limit}.", "")
+    return Verdict("healthy", layer.name, f"{at}: {limit}. That is one step, {EARLIER}.", "")
 
 
 def _shift_collapse(history: Sequence[Diagnosis]) -> Verdict | None:

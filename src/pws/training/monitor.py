@@ -47,12 +47,9 @@ class MonitorCallback(Callback):
             )
         if not is_first_process():
             return
-        group = trainer.optimizers[0].param_groups[0] if trainer.optimizers else {}
         self.monitor = Monitor(
             network,
             self.every,
-            lr=group.get("lr") or None,
-            momentum=group.get("momentum", 0.0),
             shift_bound=self.shift_bound,
             log=lambda metrics, step: _log(trainer, metrics, step),
         )
@@ -60,9 +57,10 @@ class MonitorCallback(Callback):
         self._open.enter_context(self.monitor)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The verdict judges by the step's own learning rate."""
-        if self.monitor is not None and trainer.optimizers:
-            self.monitor.lr = trainer.optimizers[0].param_groups[0].get("lr") or None
+        """The verdict judges by the step's own learning rate, if it is SGD's: critical rates are those of SGD."""
+        if self.monitor is not None:
+            group = _sgd_group(trainer, self.monitor.model)
+            self.monitor.lr, self.monitor.momentum = group.get("lr") or None, group.get("momentum", 0.0)
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         """Tell the loss, and what it was multiplied with."""
@@ -83,6 +81,13 @@ class MonitorCallback(Callback):
         if isinstance(exception, NonFiniteLossError) and self.monitor is not None:
             self.monitor.observe(torch.tensor(math.nan))
         self._open.close()
+
+
+def _sgd_group(trainer: Trainer, network: nn.Module) -> dict[str, Any]:
+    """The group of SGD's that holds the network's first trained parameter; empty if there is none."""
+    first = next((parameter for parameter in network.parameters() if parameter.requires_grad), None)
+    groups = [group for sgd in trainer.optimizers if isinstance(sgd, torch.optim.SGD) for group in sgd.param_groups]
+    return next((group for group in groups if any(parameter is first for parameter in group["params"])), {})
 
 
 def _log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:

@@ -46,7 +46,7 @@ class Subject:
 
     def loss(self, outputs: Any, labels: Tensor | None = None) -> Tensor:
         """Cross-entropy of the first floating-point output; over each pixel for an output of maps."""
-        logits = next((t for t in tensors_in(_plain(outputs)) if t.is_floating_point() and t.dim() > 1), None)
+        logits = next((t for t in tensors_in(outputs) if t.is_floating_point() and t.dim() > 1), None)
         if logits is None:
             raise PwsError(f"the model must return logits (N, classes, ...); it returned a {type(outputs).__name__}.")
         if labels is None:
@@ -203,7 +203,3 @@ def _channels(model: nn.Module) -> int | None:
     """The input channels of the first convolution registered."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return next((module.in_channels for module in model.modules() if isinstance(module, kinds)), None)
-
-
-def _plain(outputs: Any) -> Any:
-    return vars(outputs) if hasattr(outputs, "__dataclass_fields__") else outputs

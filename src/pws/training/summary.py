@@ -34,6 +34,8 @@ class Summary:
     """On a GPU the allocator's peak, else the process's largest resident size."""
     first_non_finite_step: int | None
     first_non_finite_layer: str | None
+    verdict: str | None
+    """The monitor's, if there was one."""
     parameters: int
     device: str
     versions: dict[str, str]
@@ -46,6 +48,7 @@ def summarize(
     recipe: Recipe,
     metrics: dict[str, float],
     failure: NonFiniteLossError | None,
+    verdict: str | None = None,
 ) -> Summary:
     """What there is to say at the end of a run."""
     steps, on_gpu = trainer.global_step, trainer.strategy.root_device.type == "cuda"
@@ -64,6 +67,7 @@ def summarize(
         peak_memory_mb=round(peak / 2**20, 1),
         first_non_finite_step=failure.step if failure else None,
         first_non_finite_layer=failure.layer if failure else None,
+        verdict=verdict,
         parameters=sum(p.numel() for p in module.model.parameters()),
         device=torch.cuda.get_device_name()
         if on_gpu
