@@ -76,7 +76,7 @@ def test_the_story_tells_what_was_measured() -> None:
     assert none == "none at 1: none is shifted."
     assert pws == "pws at 1: It is healthy."
     assert "squared average gradient was 7 to 41 times that of independent gradients with none" in why
-    assert "0 to 0 with pws" in why
+    assert "and 0 with pws" in why
     assert "none with the same bound gave 97.5 %" in control
 
 

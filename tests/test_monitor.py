@@ -9,6 +9,7 @@ import random
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
@@ -132,6 +133,22 @@ def test_the_clock_numbers_the_steps() -> None:
             seen.append(step(model, batch, sgd, monitor))
     assert steps_of(monitor) == [3, 4, 5, 7]  # the first, and 1, 2 and 4 later
     assert [d.loss for d in monitor.history] == [seen[0], seen[2], seen[4], seen[8]]
+
+
+def test_training_is_unchanged_in_the_memory_format_of_training() -> None:
+    # One channel of images in channels_last: dimensions of size 1, whose strides an alias must keep.
+    def trained(monitored: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = build_model("allconv", build_method("none"), in_channels=1, num_classes=10, width=0.1)
+        model = model.to(memory_format=torch.channels_last)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        with Monitor(model, 1) if monitored else nullcontext():
+            for images, labels in digits(3):
+                big = F.interpolate(images, 16).contiguous(memory_format=torch.channels_last)
+                step(model, (big, labels), sgd)
+        return list(model.parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(True), trained(False), strict=True))
 
 
 def test_passes_that_do_not_train_are_not_counted() -> None:

@@ -38,7 +38,8 @@ def _gradients(results: Results) -> str:
     spans = {}
     for row in METHOD_ORDER:
         ratios = _at(results, row, "large").average_gradients.values()
-        spans[row] = f"{min(ratios):.0f} to {max(ratios):.0f}"
+        low, high = f"{min(ratios):.0f}", f"{max(ratios):.0f}"
+        spans[row] = low if low == high else f"{low} to {high}"
     return (
         "In the first step, before anything went wrong, the weights of a filter were pushed alike: the squared average "
         f"gradient was {spans['none']} times that of independent gradients with none ({spans['wn']} with wn, "

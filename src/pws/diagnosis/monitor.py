@@ -19,6 +19,7 @@ from pws.diagnosis.batch import tensors_in
 from pws.diagnosis.diagnose import bare, diagnosis_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.preserve import preserved
+from pws.diagnosis.record import is_finite
 from pws.diagnosis.recorder import Recorder
 from pws.diagnosis.verdict import FACTOR, Verdict, collapse_verdict
 from pws.errors import PwsError
@@ -168,8 +169,7 @@ class Monitor:
             self._recording = None
         if outputs is None or not (model.training and torch.is_grad_enabled()) or self._finished():
             return
-        finite = [torch.isfinite(t).all() for t in tensors_in(outputs) if t.is_floating_point()]
-        if all(finite):
+        if all(is_finite(t.detach()) for t in tensors_in(outputs) if t.is_floating_point()):
             return
         self._unhealthy(self._recorder or self._again(args, kwargs))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.moments import Moments, batched, centre, positions
+from pws.diagnosis.moments import Moments, batched, centre, channel_sums
 from pws.diagnosis.operation import Call, Layout, split_channels
 
 
@@ -117,7 +117,6 @@ def wide(tensor: Tensor) -> Tensor:
 def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
     """The statistics of a call's input and output; `patch` is its patch average."""
     dim, filters = call.channel_dim, call.filters(wide(call.kernel))
-    dims = positions(patch, dim)
     x, y = batched(wide(call.input)), batched(wide(output))
     inputs = centre(x, dim)[0]
     outputs = centre(y, dim)[0]
@@ -140,9 +139,9 @@ def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
         output=outputs,
         centred=of_z,
         shift=Moments(of_patch.count, nm_O * of_patch.mean, nm_O.square() * of_patch.variance),
-        covariance=nm_O * with_patch.mean(dims, dtype=torch.float64),
+        covariance=nm_O * channel_sums(with_patch, dim).flatten() / of_patch.count,
         patch=of_patch,
-        finite=bool(torch.isfinite(y).all()),
+        finite=is_finite(y),
     )
 
 
@@ -153,8 +152,13 @@ def record_backward(record: CallRecord, layout: Layout, patch: Tensor, delta: Te
     grouped = split_channels(delta, dim, layout.groups) * split_channels(patch, dim, layout.groups)
     record.backward = Backward(
         delta=centre(delta, dim)[0],
-        delta_patch=grouped.flatten(dim - 1, dim).sum(positions(patch, dim), dtype=torch.float64),
+        delta_patch=channel_sums(grouped.flatten(dim - 1, dim), dim).flatten(),
     )
+
+
+def is_finite(signal: Tensor) -> bool:
+    """Whether every entry is; looked at one by one only where their sum is not."""
+    return bool(torch.isfinite(signal.sum())) or bool(torch.isfinite(signal).all())
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> float:

@@ -201,7 +201,8 @@ def output_dtype(call: Call) -> torch.dtype:
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor
+    # Not a view by shape: that would give dimensions of size 1 other strides, and the operation another memory format.
+    return torch.ops.aten.alias(tensor) if tensor.requires_grad else tensor
 
 
 class _Operations(TorchFunctionMode):

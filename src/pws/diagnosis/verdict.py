@@ -245,11 +245,11 @@ def _shift_collapse(history: Sequence[Diagnosis]) -> Verdict | None:
     )
     if math.isfinite(lowest):
         finding += f" The critical learning rate before that was {lowest:.2g}" + (
-            f", training ran at {lr:g}." if lr else "."
+            f", training ran at {lr:.3g}." if lr else "."
         )
     remedy = "Convert the network to PWS, whose kernels no step can shift, or lower the learning rate"
     if math.isfinite(lowest) and (lr is None or lowest < lr):
-        remedy += f" below {lowest:.2g}"
+        remedy += f" well below {lowest:.2g}"
     return Verdict("shift", now.name, finding + _outcome(unhealthy, history[0]), f"{remedy}.")
 
 
