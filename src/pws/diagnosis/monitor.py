@@ -145,7 +145,7 @@ class Monitor:
             inner = bare(model)
             self._recorder = recorder = Recorder(inner)
             recorder.on_backward_end = lambda: self._measured(recorder)
-            self._recording = recorder.forward(running=inner is model)
+            self._recording = recorder.forward(running=(args, kwargs) if inner is model else None)
             self._recording.__enter__()
 
     def _is_due(self) -> bool:

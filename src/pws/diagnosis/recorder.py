@@ -58,13 +58,16 @@ class Recorder:
         """Called when the backward pass through the recorded graph has ended, before whatever follows it."""
 
     @contextmanager
-    def forward(self, *, running: bool = False) -> Iterator[None]:
-        """Record the operations called inside, by the innermost module that is running: the model itself if `running`."""
+    def forward(self, *, running: tuple[Any, Any] | None = None) -> Iterator[None]:
+        """Record the operations called inside, by the innermost module that is running.
+
+        `running` are the arguments of the model itself, if its forward pass has begun already.
+        """
         handles = []
-        if running:
-            self._enter(self.model, (), {})
+        if running is not None:
+            self._enter(self.model, *running)
         for module in self._names:
-            if running and module is self.model:
+            if running is not None and module is self.model:
                 continue  # it is in the midst of its own hooks
             handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave, always_call=True))
