@@ -110,7 +110,7 @@ def test_a_layer_shared_by_scales_in_front_of_a_norm() -> None:
     class Pyramid(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.shared, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.Linear(8, 4)
+            self.shared, self.norm, self.head = nn.Conv2d(1, 8, 3, bias=False), nn.GroupNorm(2, 8), nn.Linear(8, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             maps = [F.relu(self.norm(self.shared(level))).mean((2, 3)) for level in (x, F.avg_pool2d(x, 2))]

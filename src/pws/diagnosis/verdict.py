@@ -163,9 +163,11 @@ def _no_gradient(diagnosis: Diagnosis) -> Verdict | None:
 
 
 def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
-    """The first layer whose variance is beyond `FACTOR` of the first one's. Not judged: layers that a norm follows, outputs
-    that are constant (a branch that starts at zero), and the last layer, whose scale is its own business."""
-    layers = [layer for layer in diagnosis.layers[:-1] if not layer.normalized and layer.output.variance > 0]
+    """The first layer whose variance is beyond `FACTOR` of the first one's. Not judged: networks with norms, which set the
+    scale anew, outputs that are constant (a branch that starts at zero), and the last layer, whose scale is its own."""
+    if any(layer.normalized for layer in diagnosis.layers):
+        return None
+    layers = [layer for layer in diagnosis.layers[:-1] if layer.output.variance > 0]
     scales = [layer.output.variance / layers[0].output.variance for layer in layers]
     lost = next((i for i, scale in enumerate(scales) if not 1 / FACTOR < scale < FACTOR), None)
     if lost is None:
