@@ -15,6 +15,7 @@ from torch import nn
 from pws.bench import forecasts
 from pws.bench.divergence import Network, diverges, smallest_diverging_lr
 from pws.bench.forecasts import summary
+from pws.bench.initial import diagnose_initial, span
 from pws.bench.theory import CentreGradient
 from pws.cli import main
 from pws.cli.bench import BENCHES
@@ -236,3 +237,17 @@ def test_summary_of_nothing() -> None:
     empty: Callable[..., Any] = rows
     assert empty() == {}
     assert empty(cell(0.1, 1.0, 0.1)) == {}
+
+
+def test_networks_at_initialization_are_as_the_theory_says() -> None:
+    """The [m] lines of the paper's page (one seed there): ratio times n, the part of E[delta], the smallest critical rate."""
+    found = {method: span([diagnose_initial(method, seed=0)]) for method in ("none", "bn", "pws")}
+    low, high = found["none"]["ratio"]
+    assert 60 < low < high < 300
+    assert found["none"]["expectation_share"][0] > 0.6
+    assert found["bn"]["ratio"][1] < 80
+    assert found["bn"]["expectation_share"][1] < 1e-6
+    assert found["pws"]["ratio"] == [0, 0]
+    assert found["pws"]["critical_lr"] is None
+    assert 0.02 < found["none"]["critical_lr"][0] < 0.5
+    assert 1 < found["bn"]["critical_lr"][0] < 8

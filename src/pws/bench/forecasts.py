@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
+from pws.bench import pictures
 from pws.bench.divergence import NETWORKS, Network, diverges, prepare, smallest_diverging_lr
 from pws.bench.result import commit, write_result
 from pws.diagnosis import diagnose, forecast
@@ -31,14 +32,7 @@ HELD_OUT: Final = (
 """Networks that had no part in choosing the forecast or its number."""
 PAIRS: Final = 3
 """Pairs of batches that each forecast is made from, one after the other."""
-COLOURS: Final = {
-    "none": "#c0392b",
-    "wn": "#e67e22",
-    "gn": "#7f8c8d",
-    "ws": "#7f8c8d",
-    "bn": "#2471a3",
-    "pws": "#1e8449",
-}
+COLOURS: Final = {**pictures.COLOURS, "gn": "#7f8c8d", "ws": "#7f8c8d"}
 
 
 def run_forecast(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
