@@ -1078,3 +1078,12 @@ print([m for m in ("rich", "plotly", "matplotlib", "lightning", "timm") if m in 
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_the_update_to_weight_ratio_at_a_rate() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+    batch = torch.randn(8, 1, 6, 6), torch.arange(8) % 5
+    told = diagnose(model, batch, nn.functional.cross_entropy, lr=0.25).to_dict()["layers"][0]["update_to_weight"]
+    nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
+    assert told == pytest.approx(float(0.25 * model[1].weight.grad.norm() / model[1].weight.norm()), rel=1e-5)
+    assert diagnose(model, batch, nn.functional.cross_entropy).to_dict()["layers"][0]["update_to_weight"] is None

@@ -92,7 +92,7 @@ class Diagnosis:
             "critical_layer": None if self.critical_layer is None else self.critical_layer.name,
             "unused": list(self.unused),
             "layers": [
-                {**_layer(layer, filters=filters), "predicted_shift_share": _plain(share)}
+                {**_layer(layer, filters=filters), **_at_rate(layer, self.settings.lr, share)}
                 for layer, share in zip(self.layers, self.predicted_shift_shares(), strict=True)
             ],
         }
@@ -120,6 +120,12 @@ class Diagnosis:
         from pws.diagnosis.report import write_picture
 
         return write_picture(self, Path(path))
+
+
+def _at_rate(layer: LayerDiagnosis, lr: float | None, share: float | None) -> dict[str, Any]:
+    """What the learning rate that is judged does to a layer."""
+    update = None if lr is None or layer.update_ratio is None else _plain(lr * layer.update_ratio)
+    return {"predicted_shift_share": _plain(share), "update_to_weight": update}
 
 
 def _layer(layer: LayerDiagnosis, *, filters: bool) -> dict[str, Any]:
