@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pws.bench.divergence import Network, prepare
+from pws.bench.divergence import MOMENTUM, Network, prepare
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor
 from pws.methods import Method, build_method
 
 WIDTH: Final = 0.25
 BATCH_SIZE: Final = 64
-MOMENTUM: Final = 0.9
 BACKWARD_CENTRED: Final = "wn, gradient centred"
 OUTPUT_CENTRED: Final = "wn, output centred"
 STEP_BOUND: Final = 0.1

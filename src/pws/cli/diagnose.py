@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from rich.text import Text
 from pws.cli.arguments import command_parser, parse
 from pws.cli.quiet import quiet_lightning
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
+from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
 from pws.training.subject import RANDOM, Subject, subject_of_model, subject_of_run
 
@@ -83,8 +83,8 @@ def _checked_out(given: str | None) -> Path | None:
     out = None if given is None else Path(given)
     if out is not None and out.suffix not in (".html", ".png"):
         raise PwsError(f"--out ends with .html or .png; got {given!r}.")
-    if out is not None and out.suffix == ".html" and importlib.util.find_spec("plotly") is None:
-        raise PwsError("the report needs plotly: pip install 'pws-torch[report]'.")
+    if out is not None and out.suffix == ".html":
+        require_plotly()
     return out
 
 

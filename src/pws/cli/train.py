@@ -57,7 +57,7 @@ def run(arguments: list[str]) -> int:
         return 0  # the launcher kills the first process, and its message, when another one ends with a code
     if is_first_process():
         print(_closing(summary, folder))
-        if parsed.monitor is not None:
+        if summary.verdict is not None:
             print(f"{folder}/diagnosis.html: {summary.verdict}")
     return 0
 

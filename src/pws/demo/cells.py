@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, Final
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
+from pws.bench.divergence import GUESSING_LOSS
 from pws.diagnosis import CollapseWarning, Monitor
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
@@ -27,8 +27,6 @@ STEP_BOUND: Final = 0.1
 """The gradient of PWS is clipped to norm STEP_BOUND / lr, so that a step is at most this long (docs/training.md)."""
 CHANCE: Final = 0.2
 """Below this accuracy a network of ten classes has learnt nothing."""
-GUESSING_LOSS: Final = 0.95 * math.log(10)
-"""Cross-entropy of about a uniform guess among ten classes."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def diagnose(
             maps), whatever computes their kernels.
         batch: `(inputs, targets)`, or the inputs alone; inputs are a tensor, a tuple of arguments or a dict of them.
         loss: `loss(outputs, targets)`, or `loss(outputs)` without targets, to a scalar.
-        lr: the learning rate to judge; without it the verdict tells up to which rate the model is safe.
+        lr: the learning rate to judge; without it the verdict names the smallest critical one.
         momentum: SGD's, for the forecast.
         steps: how many steps ahead the shift share is predicted.
 

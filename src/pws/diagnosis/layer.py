@@ -167,7 +167,7 @@ def layer_diagnosis(
     covariance = pool_covariance([c.centred for c in calls], [c.shift for c in calls], [c.covariance for c in calls])
     transmission = _ratio(_mean(outputs.variance), _mean(inputs.variance))
     back = _backward(record, loss_scale)
-    average_step = None if step is None else _average(step, record.dtype)
+    moved = _Step() if step is None else _step(record, step, patch, _mean(outputs.variance))
     return LayerDiagnosis(
         name=record.name,
         kind=record.kind,
@@ -193,14 +193,10 @@ def layer_diagnosis(
         average_gradient=_rms(back.average),
         expectation_part=_rms(back.expectation),
         covariance_part=_rms(back.covariance),
-        average_gradient_ratio=None
-        if step is None or average_step is None
-        else _mean(average_gradient_ratio(step).masked_fill(average_step == 0, 0.0)),
+        average_gradient_ratio=moved.average_ratio,
         normalized=_is_normalized(record),
-        update_ratio=None if step is None else _ratio(sum_of_squares([step]) ** 0.5, record.kernel_norm),
-        critical_lr=None
-        if average_step is None or _mean(outputs.variance) == 0
-        else _critical_lr(average_step, record.fan_in, patch.variance, _mean(outputs.variance)),
+        update_ratio=moved.update_ratio,
+        critical_lr=moved.critical_lr,
         filters=Filters(
             mean=record.filter_mean,
             centred=centred.variance,
@@ -208,7 +204,7 @@ def layer_diagnosis(
             average_gradient=back.average,
             expectation_part=back.expectation,
             covariance_part=back.covariance,
-            average_step=average_step,
+            average_step=moved.average,
         ),
     )
 
@@ -238,6 +234,24 @@ def _backward(record: LayerRecord, scale: float) -> _Backward:
         average=average,
         expectation=None if average is None else expectation,
         covariance=None if average is None else delta_patch - expectation,
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    average: Tensor | None = None
+    average_ratio: float | None = None
+    update_ratio: float | None = None
+    critical_lr: float | None = None
+
+
+def _step(record: LayerRecord, step_OK: Tensor, patch: Moments, variance: float) -> _Step:
+    average = _average(step_OK, record.dtype)
+    return _Step(
+        average=average,
+        average_ratio=_mean(average_gradient_ratio(step_OK).masked_fill(average == 0, 0.0)),
+        update_ratio=_ratio(sum_of_squares([step_OK]) ** 0.5, record.kernel_norm),
+        critical_lr=None if variance == 0 else _critical_lr(average, record.fan_in, patch.variance, variance),
     )
 
 

@@ -112,6 +112,7 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._drop()
+        self._call = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -295,9 +295,9 @@ def _changed_since(unhealthy: Diagnosis, before: Diagnosis) -> Verdict | None:
             layer.name,
             f"The variance of {_named(layer)} {'exploded' if exploding else 'vanished'}: "
             f"{then.get(layer.name, 0.0):.2g} at {since}, "
-            f"{'not finite' if not layer.finite else format(layer.output.variance, '.2g')} at step {unhealthy.step}; the "
-            "filters' means had no part in it"
-            + (f", but {100 * layer.dead_inputs:.0f} % of its inputs are dead." if layer.dead_inputs > 0.5 else "."),
+            f"{'not finite' if not layer.finite else format(layer.output.variance, '.2g')} at step {unhealthy.step}; no "
+            f"layer's shift share rose by {100 * RISE:.0f} points"
+            + (f", and {100 * layer.dead_inputs:.0f} % of its inputs are dead." if layer.dead_inputs > 0.5 else "."),
             "The steps were too long: lower the learning rate, or bound the step (clip the gradient to norm 0.1 / lr).",
         )
     return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pws.diagnosis import Monitor
 from pws.diagnosis.monitor import check_every
+from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
@@ -102,12 +103,7 @@ def watcher(every: int) -> MonitorCallback:
         PwsError: `every` is below 1, or what writes the report at the end is not installed.
     """
     check_every(every)
-    try:
-        import plotly  # noqa: F401
-    except ImportError as error:
-        raise PwsError(
-            "a monitored run ends with a report, which needs plotly: pip install 'pws-torch[report]'."
-        ) from error
+    require_plotly()
     return MonitorCallback(every)
 
 

@@ -76,8 +76,8 @@ def train(
     failure, metrics = _fit(trainer, module, data, last, clock)
     if watch is not None and trainer.is_global_zero:
         failure = leave_report(watch, folder, recipe.name, failure)
-    verdict = None if watch is None or watch.monitor is None else str(watch.monitor.verdict)
-    summary = summarize(trainer, module, clock, recipe, metrics, failure, verdict)
+    verdict = None if watch is None or watch.monitor is None else watch.monitor.verdict
+    summary = summarize(trainer, module, clock, recipe, metrics, failure, None if verdict is None else str(verdict))
     if trainer.is_global_zero:
         (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
     if failure is not None:

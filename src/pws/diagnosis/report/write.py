@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from pws.diagnosis.diagnosis import Diagnosis
 from pws.errors import PwsError
+
+
+def require_plotly() -> None:
+    """Raise `PwsError` unless a report can be made: asked before the work, where that takes long."""
+    if importlib.util.find_spec("plotly") is None:
+        raise PwsError("the report needs plotly: pip install 'pws-torch[report]'.")
 
 
 def write_report(diagnosis: Diagnosis, path: Path, history: Sequence[Diagnosis] = (), title: str = "") -> Path:
@@ -21,10 +28,9 @@ def write_report(diagnosis: Diagnosis, path: Path, history: Sequence[Diagnosis] 
     Raises:
         PwsError: plotly is not installed, or the file cannot be written.
     """
-    try:
-        from pws.diagnosis.report.page import page_of
-    except ImportError as error:
-        raise PwsError("the report needs plotly: pip install 'pws-torch[report]'.") from error
+    require_plotly()
+    from pws.diagnosis.report.page import page_of
+
     content = page_of(diagnosis, history, title).encode("utf-8", "xmlcharrefreplace")
     try:
         _folder(path)
