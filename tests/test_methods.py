@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
 import torch
-from timm.layers import StdConv2d
+from timm.layers import FilterResponseNormTlu2d, ScaledStdConv2d, StdConv2d
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import pws
 from pws.methods import METHODS, build_method
+from pws.methods.switch_norm import SwitchNorm2d
 
 
 def plain(layer: nn.Module) -> Tensor:
@@ -38,14 +40,38 @@ def parametric(layer: nn.Module) -> Tensor:
     return reference.kernel(layer.weight, layer.alpha)
 
 
+def centred(layer: nn.Module) -> Tensor:
+    rows = layer.parametrizations.weight.original.flatten(1)
+    return (rows - rows.mean(1, keepdim=True)).view_as(layer.parametrizations.weight.original)
+
+
+def normalizer_free(layer: nn.Module) -> Tensor:
+    """`gain (w - m) / sqrt(v + 1e-6)` times ReLU's `1 / sqrt(Var relu)`, over the root of the fan-in (Brock et al. 2021)."""
+    return layer.gain * reference.RELU_GAIN * weight_standardized(layer) / layer.weight[0].numel() ** 0.5
+
+
+def as_published(layer: nn.Module) -> Tensor:
+    return reference.kernel(layer.weight, layer.alpha, gain=2**0.5)
+
+
 Kernel = Callable[[nn.Module], Tensor]
+Kind = type[nn.Module] | None
 # Name: the convolution's class, its kernel, the head's kernel, the norm, the norm at the ends.
-ROWS: dict[str, tuple[type[nn.Module], Kernel, Kernel, type[nn.Module] | None, type[nn.Module] | None]] = {
+ROWS: dict[str, tuple[type[nn.Module], Kernel, Kernel, Kind, Kind]] = {
     "none": (nn.Conv2d, plain, plain, None, None),
     "bn": (nn.Conv2d, plain, plain, nn.BatchNorm2d, None),
     "gn": (nn.Conv2d, plain, plain, nn.GroupNorm, None),
+    "ln": (nn.Conv2d, plain, plain, nn.GroupNorm, None),
+    "in": (nn.Conv2d, plain, plain, nn.GroupNorm, None),
+    "sn": (nn.Conv2d, plain, plain, SwitchNorm2d, None),
+    "frn": (nn.Conv2d, plain, plain, FilterResponseNormTlu2d, None),
     "wn": (nn.Conv2d, weight_normed, weight_normed, None, None),
     "ws": (StdConv2d, weight_standardized, plain, nn.GroupNorm, None),
+    "centred": (nn.Conv2d, centred, centred, None, None),
+    "gc": (nn.Conv2d, plain, plain, None, None),
+    "nf": (ScaledStdConv2d, normalizer_free, plain, None, None),
+    "skipinit": (nn.Conv2d, plain, plain, None, None),
+    "pws-paper": (pws.Conv2d, as_published, plain, None, nn.GroupNorm),
     "pws": (pws.Conv2d, parametric, parametric, None, nn.GroupNorm),
 }
 
@@ -59,7 +85,7 @@ def disturb(layer: nn.Module) -> nn.Module:
 
 
 def test_names() -> None:
-    assert list(METHODS) == list(ROWS) == ["none", "bn", "gn", "wn", "ws", "pws"]
+    assert list(METHODS) == list(ROWS)
     assert [build_method(name).name for name in METHODS] == list(METHODS)
     assert all(build_method(name).source for name in METHODS)
 
@@ -101,6 +127,115 @@ def test_norms(name: str) -> None:
         assert method.end_norm(64).num_groups == 1
 
 
+def over(x: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over `dims`, kept."""
+    mean = x.mean(dims, keepdim=True)
+    return mean, (x - mean).square().mean(dims, keepdim=True)
+
+
+# Name: the dimensions of (N, C, H, W) that the published norm averages over.
+AVERAGED = {"bn": (0, 2, 3), "ln": (1, 2, 3), "in": (2, 3)}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+def test_a_norm_averages_over_its_dimensions(name: str) -> None:
+    norm = disturb(build_method(name).norm(6))
+    x = 3 * torch.randn(4, 6, 5, 5) + 1
+    mean, variance = over(x.double(), *AVERAGED[name])
+    scale, shift = norm.weight.view(6, 1, 1), norm.bias.view(6, 1, 1)
+    assert_close(norm(x), scale * (x - mean) / (variance + 1e-5).sqrt() + shift, "float32")
+
+
+@pytest.mark.parametrize("name", ["gn", "ws"])
+def test_group_norm_averages_over_a_groups_channels(name: str) -> None:
+    norm = disturb(build_method(name).norm(6))
+    assert norm.num_groups == 3
+    x = 3 * torch.randn(4, 6, 5, 5) + 1
+    grouped = x.double().reshape(4, 3, 2, 5, 5)
+    mean, variance = over(grouped, 2, 3, 4)
+    normalized = ((grouped - mean) / (variance + 1e-5).sqrt()).view_as(x)
+    assert_close(norm(x), norm.weight.view(6, 1, 1) * normalized + norm.bias.view(6, 1, 1), "float32")
+
+
+def test_filter_response_norm_divides_by_the_root_mean_square_and_thresholds() -> None:
+    """`max(gamma x / sqrt(mean(x^2) + eps) + beta, tau)`, Singh and Krishnan 2020."""
+    norm = disturb(build_method("frn").norm(6))
+    x = 3 * torch.randn(4, 6, 5, 5) + 1
+    square = x.double().square().mean((2, 3), keepdim=True)
+    scale, shift, threshold = (p.view(6, 1, 1) for p in (norm.weight, norm.bias, norm.tau))
+    assert norm.eps == 1e-5
+    assert_close(norm(x), torch.maximum(scale * x / (square + 1e-5).sqrt() + shift, threshold), "float32")
+    assert isinstance(build_method("frn").activation(), nn.Identity)
+
+
+def switched(norm: SwitchNorm2d, x: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Luo et al. 2019, equations 3 to 5, written with the three statistics side by side."""
+    statistics = [over(x, 2, 3), over(x, 1, 2, 3), batch]
+    p, q = norm.mean_logits.double().softmax(0), norm.var_logits.double().softmax(0)
+    mean = sum(p[k] * statistics[k][0] for k in range(3))
+    variance = sum(q[k] * statistics[k][1] for k in range(3))
+    return norm.weight.view(-1, 1, 1) * (x - mean) / (variance + 1e-5).sqrt() + norm.bias.view(-1, 1, 1)
+
+
+def test_switchable_norm_mixes_instance_layer_and_batch_statistics() -> None:
+    norm = disturb(build_method("sn").norm(6))
+    x = 3 * torch.randn(4, 6, 5, 5) + 1
+    batch = over(x.double(), 0, 2, 3)
+    assert_close(norm(x), switched(norm, x.double(), batch), "float32")
+    kept = [b.flatten() for b in (norm.running_mean, norm.running_var)]
+    for running, start, seen in zip(kept, (0, 1), batch, strict=True):
+        assert_close(running, 0.9 * start + 0.1 * seen.flatten(), "float32")
+    norm.eval()
+    running = tuple(b.double().view(1, 6, 1, 1) for b in kept)
+    assert_close(norm(x), switched(norm, x.double(), running), "float32")
+    assert torch.equal(norm.running_mean, kept[0])
+
+
+def step_with(name: str, **options: Any) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
+    """A network of one convolution and a head whose gradients the method has changed; they before and after."""
+    method = build_method(name, **options)
+    model = nn.ModuleDict({"conv": method.conv(3, 8, 3, bias=True), "head": method.head(8, 4)})
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) + 0.5
+    before = {key: p.grad.clone() for key, p in model.named_parameters()}
+    assert method.gradients is not None
+    method.gradients(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return model, before, {key: p.grad for key, p in model.named_parameters()}
+
+
+def test_gradient_centralization_takes_the_mean_from_each_filters_gradient() -> None:
+    _, before, after = step_with("gc")
+    for key in ("conv.weight", "head.weight"):
+        mean = before[key].double().flatten(1).mean(1)
+        assert_close(after[key], before[key] - mean.reshape(-1, *[1] * (before[key].dim() - 1)), "float32")
+    for key in ("conv.bias", "head.bias"):
+        assert torch.equal(before[key], after[key])
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.1])
+def test_nf_clips_each_unit_by_its_weights_norm_but_not_the_head(factor: float) -> None:
+    """`g min(1, factor max(|w|, 1e-3) / |g|)`, a unit an output channel (Brock et al. 2021, equation 3)."""
+    model, before, after = step_with("nf", clip_factor=factor)
+    weight, gradient = model["conv"].weight.double().flatten(1), before["conv.weight"].double().flatten(1)
+    allowed = factor * weight.norm(dim=1, keepdim=True).clamp(min=1e-3)
+    expected = gradient * (allowed / gradient.norm(dim=1, keepdim=True)).clamp(max=1)
+    assert not torch.equal(after["conv.weight"], before["conv.weight"])
+    assert_close(after["conv.weight"].flatten(1), expected, "float32")
+    for key in ("head.weight", "head.bias"):
+        assert torch.equal(before[key], after[key])
+
+
+@pytest.mark.parametrize("name", ["skipinit", "nf"])
+def test_skipinits_branches_end_with_a_scalar_that_starts_at_0(name: str) -> None:
+    method = build_method(name)
+    conv = method.conv(3, 8, 3, bias=True)
+    end = method.end_branch(conv, 8)
+    x = torch.randn(2, 3, 5, 5)
+    assert not end(x).any()
+    nn.init.constant_(end[1].scale, 0.25)
+    assert_close(end(x), 0.25 * conv(x).double(), "float32")
+
+
 @pytest.mark.parametrize("name", ["gn", "ws"])
 def test_group_norm_has_32_groups_of_at_least_two_channels(name: str) -> None:
     assert [build_method(name).norm(channels).num_groups for channels in (64, 256, 32, 48, 8)] == [32, 32, 16, 24, 4]
@@ -113,7 +248,7 @@ def test_group_norm_takes_every_number_of_channels(channels: int) -> None:
     assert channels % norm.num_groups == 0
 
 
-@pytest.mark.parametrize("name", ["none", "bn", "gn", "ws", "pws"])
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in ("wn", "centred")])
 def test_convolutions_start_kaiming_normal_with_bias_zero(name: str) -> None:
     conv = build_method(name).conv(64, 128, 3, bias=True)
     assert_close(conv.weight.std(), (2 / 576) ** 0.5, "initial deviation")
@@ -137,11 +272,11 @@ def test_an_unknown_method_is_refused_with_the_nearest(name: str, nearest: str |
         build_method(name)
     message = str(caught.value)
     assert nearest is None or f"did you mean {nearest}" in message
-    assert "Valid: bn, gn, none, pws, wn, ws" in message
+    assert f"Valid: {', '.join(sorted(METHODS))}" in message
 
 
 @pytest.mark.parametrize("option", ["gamma", "gain", "groups"])
-@pytest.mark.parametrize("name", ["none", "bn", "gn", "wn", "ws"])
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in ("nf", "pws-paper", "pws")])
 def test_options_of_another_method_are_refused(name: str, option: str) -> None:
     with pytest.raises(pws.PwsError, match=f"the method {name} has no option '{option}'; it has: none"):
         build_method(name, **{option: 1})

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import pws
 from pws.methods import METHODS, build_method
+from pws.methods.weights import Scale
 from pws.models import MODELS, build_model
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -29,11 +30,12 @@ def of_kind(model: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
 
 
 def test_names() -> None:
-    stacks = {f"stack{depth}" for depth in (4, 8, 16, 32)}
-    assert set(MODELS) == {"allconv", "preact", "cifar-resnet18", "cifar-resnet34", *RESNETS, *stacks}
+    stacks = {f"stack{depth}" for depth in (4, 8, 10, 16, 20, 32, 100)}
+    preacts = {"preact", "preact11", "preact29", "preact101"}
+    assert set(MODELS) == {"allconv", "cifar-resnet18", "cifar-resnet34", *preacts, *RESNETS, *stacks}
 
 
-@pytest.mark.parametrize("depth", [4, 8, 16, 32])
+@pytest.mark.parametrize("depth", [4, 8, 10, 16, 20, 32, 100])
 def test_a_stack_has_its_depth_and_two_strides(depth: int) -> None:
     convs = of_kind(on_meta(f"stack{depth}", "none"), nn.Conv2d)
     assert len(convs) == depth
@@ -44,6 +46,8 @@ def test_a_stack_has_its_depth_and_two_strides(depth: int) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_trains_with_every_method(name: str, method: str) -> None:
     net = build_model(name, build_method(method), in_channels=1, num_classes=7, width=0.125)
+    for scale in of_kind(net, Scale):
+        nn.init.constant_(scale.scale, 0.5)  # at 0, where it starts, it stops every gradient of its branch
     side = 64 if name in RESNETS else 16
     logits = net(torch.randn(2, 1, side, side))
     assert logits.shape == (2, 7)
@@ -77,6 +81,13 @@ def test_resnet50_has_the_published_number_of_parameters() -> None:
     assert without_head == [23_512_256, 23_512_256 - end_norms]
 
 
+@pytest.mark.parametrize(("name", "layers"), [("preact11", 11), ("preact29", 29), ("preact", 56), ("preact101", 101)])
+def test_a_preact_has_its_depth(name: str, layers: int) -> None:
+    """Layers in a row: the stem, three convolutions a block, the head."""
+    net = on_meta(name, "none")
+    assert 2 + sum(len(block.convs) for block in net.blocks) == layers
+
+
 def test_allconv_is_the_published_structure() -> None:
     net = on_meta("allconv", "none")
     convs = [(c.in_channels, c.out_channels, c.kernel_size[0], c.padding[0]) for c in of_kind(net, nn.Conv2d)]
@@ -106,7 +117,7 @@ def test_preact_is_the_published_structure() -> None:
 def test_pws_keeps_two_one_group_norms_in_resnets_and_none_elsewhere(name: str) -> None:
     net = on_meta(name, "pws")
     norms = [m for m in net.modules() if "norm" in type(m).__name__.lower()]
-    if name in ("allconv", "preact") or name.startswith("stack"):
+    if name.startswith(("allconv", "preact", "stack")):
         assert not norms
     else:
         assert [type(norm) for norm in norms] == [nn.GroupNorm] * 2

@@ -1,5 +1,6 @@
 """The compared methods: a row a method, saying how it builds a convolution, a norm (or none) and a head."""
 
-from pws.methods.registry import METHODS, Method, build_method
+from pws.methods.method import Method
+from pws.methods.registry import METHODS, build_method
 
 __all__ = ["METHODS", "Method", "build_method"]

@@ -10,7 +10,7 @@ from pws.methods import Method
 class AllConv(nn.Module):
     """3 x conv 96, max-pool, 3 x conv 192, max-pool, conv 192 3x3 valid, 2 x conv 192 1x1, average pool, head.
 
-    Each convolution is followed by the method's norm, if it has one, and a ReLU. The head is the paper's 1x1
+    Each convolution is followed by the method's norm, if it has one, and its activation. The head is the paper's 1x1
     convolution to the classes, written as the linear layer that it is behind a global average pool.
     Images need at least 12 pixels a side.
     """
@@ -44,6 +44,6 @@ def _stage(
         layers.append(method.conv(in_channels, channels, kernel_size, padding=pad, bias=method.norm is None))
         if method.norm is not None:
             layers.append(method.norm(channels))
-        layers.append(nn.ReLU())
+        layers.append(method.activation())
         in_channels = channels
     return layers

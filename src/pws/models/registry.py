@@ -29,13 +29,18 @@ def _resnet(depth: int, *, imagenet_stem: bool) -> Callable[..., nn.Module]:
     return partial(ResNet, Design(blocks, (64, 128, 256, 512), (1, 2, 2, 2), bottleneck, imagenet_stem))
 
 
+def _preact(blocks: int) -> Callable[..., nn.Module]:
+    return partial(ResNet, Design((blocks,) * 3, (16, 32, 64), (2, 2, 1), True, False, end_norms=False))
+
+
 MODELS: Final[Mapping[str, Callable[..., nn.Module]]] = MappingProxyType(
     {
         "allconv": AllConv,
-        "preact": partial(ResNet, Design((6, 6, 6), (16, 32, 64), (2, 2, 1), True, False, end_norms=False)),
+        "preact": _preact(6),
+        **{f"preact{9 * blocks + 2}": _preact(blocks) for blocks in (1, 3, 11)},
         **{f"cifar-resnet{depth}": _resnet(depth, imagenet_stem=False) for depth in (18, 34)},
         **{f"resnet{depth}": _resnet(depth, imagenet_stem=True) for depth in _DEPTHS},
-        **{f"stack{depth}": partial(Stack, depth) for depth in (4, 8, 16, 32)},
+        **{f"stack{depth}": partial(Stack, depth) for depth in (4, 8, 10, 16, 20, 32, 100)},
     }
 )
 """Name to builder `(method, in_channels, num_classes, width)`."""

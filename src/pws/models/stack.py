@@ -8,9 +8,10 @@ from pws.methods import Method
 
 
 class Stack(nn.Module):
-    """`depth` 3x3 convolutions of 64 channels, each with the method's norm, if it has one, and a ReLU; average pool, head.
+    """`depth` 3x3 convolutions of 64 channels, average pool, head.
 
-    The convolutions a third and two thirds of the way down have stride 2.
+    Each convolution is followed by the method's norm, if it has one, and its activation. The convolutions a third and two
+    thirds of the way down have stride 2.
     """
 
     def __init__(
@@ -25,7 +26,7 @@ class Stack(nn.Module):
                 method.conv(in_channels, channels, 3, stride=stride, padding=1, bias=method.norm is None),
             )
             layers.extend([] if method.norm is None else [method.norm(channels)])
-            layers.append(nn.ReLU())
+            layers.append(method.activation())
             in_channels = channels
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = method.head(channels, num_classes)

@@ -1,0 +1,71 @@
+"""Methods that normalize the outputs of the convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pws.methods.method import Method, kaiming, plain_conv
+from pws.methods.switch_norm import SwitchNorm2d
+from pws.methods.timm_layers import timm_layer
+
+
+def bn() -> Method:
+    """Batch Normalization."""
+    return Method("bn", "Batch Normalization: Ioffe and Szegedy 2015", plain_conv, norm=nn.BatchNorm2d)
+
+
+def gn() -> Method:
+    """Group Normalization."""
+    return Method("gn", "Group Normalization: Wu and He 2018, 32 groups", plain_conv, norm=_group_norm)
+
+
+def _group_norm(channels: int) -> nn.Module:
+    # 32 groups as published; a group of a single channel would be Instance Norm, so narrow layers get fewer.
+    groups = [g for g in range(1, 33) if channels % g == 0 and g <= max(1, channels // 2)]
+    return nn.GroupNorm(groups[-1], channels)
+
+
+def ln() -> Method:
+    """Layer Normalization."""
+    source = "Layer Normalization: Ba, Kiros and Hinton 2016, over channels and space"
+    return Method("ln", source, plain_conv, norm=one_group)
+
+
+def one_group(channels: int) -> nn.Module:
+    """Layer Normalization of a convolution's output: over channels and space, scale and bias a channel."""
+    return nn.GroupNorm(1, channels)
+
+
+def instance() -> Method:
+    """Instance Normalization."""
+
+    def norm(channels: int) -> nn.Module:
+        # A group a channel is Instance Norm with scale and bias, and takes outputs of a single position, where torch's
+        # InstanceNorm2d raises.
+        return nn.GroupNorm(channels, channels)
+
+    return Method("in", "Instance Normalization: Ulyanov, Vedaldi and Lempitsky 2016", plain_conv, norm=norm)
+
+
+def sn() -> Method:
+    """Switchable Normalization."""
+    return Method("sn", "Switchable Normalization: Luo et al. 2019", plain_conv, norm=SwitchNorm2d)
+
+
+def frn() -> Method:
+    """Filter Response Normalization; its norm holds the thresholded activation too."""
+    norm = timm_layer("frn", "filter_response_norm", "FilterResponseNormTlu2d")
+    source = "Filter Response Normalization with TLU: Singh and Krishnan 2020"
+    return Method("frn", source, plain_conv, norm=norm, activation=nn.Identity)
+
+
+def ws() -> Method:
+    """Weight Standardization, with the Group Normalization that it was published with."""
+    std_conv = timm_layer("ws", "std_conv", "StdConv2d")
+
+    def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
+        return kaiming(std_conv(in_channels, out_channels, kernel_size, **settings))
+
+    return Method("ws", "Weight Standardization with Group Norm: Qiao et al. 2019", conv, norm=_group_norm)

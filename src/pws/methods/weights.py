@@ -1,0 +1,149 @@
+"""Methods that leave outputs alone: plain networks, and those that normalize weights or gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+from torch.optim import Optimizer
+
+import pws
+from pws.errors import PwsError
+from pws.methods.method import Method, kaiming, plain_conv
+from pws.methods.outputs import one_group
+from pws.methods.timm_layers import timm_layer
+
+
+def none() -> Method:
+    """No normalization."""
+    return Method("none", "plain convolutions: He et al. 2015 (initialization)", plain_conv)
+
+
+def skipinit() -> Method:
+    """Plain convolutions; each residual branch ends with a scalar that starts at 0. Without branches it is `none`."""
+    source = "SkipInit: De and Smith 2020"
+    return Method("skipinit", source, plain_conv, end_branch=lambda conv, _: nn.Sequential(conv, Scale()))
+
+
+class Scale(nn.Module):
+    """A trainable scalar that starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The scaled input."""
+        return self.scale * input
+
+
+def wn() -> Method:
+    """Weight Normalization."""
+
+    def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
+        return _weight_norm(plain_conv(in_channels, out_channels, kernel_size, **settings))
+
+    def head(in_features: int, num_classes: int) -> nn.Module:
+        return _weight_norm(nn.Linear(in_features, num_classes))
+
+    return Method("wn", "Weight Normalization: Salimans and Kingma 2016", conv, head)
+
+
+def _weight_norm(layer: nn.Module) -> nn.Module:
+    normalized: nn.Module = weight_norm(layer)
+    return normalized
+
+
+def centred() -> Method:
+    """Weights less their mean over each filter, and nothing else of PWS."""
+
+    def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
+        return _centre(plain_conv(in_channels, out_channels, kernel_size, **settings))
+
+    def head(in_features: int, num_classes: int) -> nn.Module:
+        return _centre(nn.Linear(in_features, num_classes))
+
+    return Method("centred", "Centered Weight Normalization's centring alone: Huang et al. 2017", conv, head)
+
+
+class Centred(nn.Module):
+    """`w_o - mean(w_o)`, a parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The centred weight."""
+        return centre_filters(weight)
+
+
+def centre_filters(weight: Tensor) -> Tensor:
+    """Each filter (an entry of the leading dimension) less its mean."""
+    return weight - weight.mean(tuple(range(1, weight.dim())), keepdim=True)
+
+
+def _centre(layer: nn.Module) -> nn.Module:
+    return parametrize.register_parametrization(layer, "weight", Centred())
+
+
+def gc() -> Method:
+    """Gradient Centralization."""
+
+    def rule(model: nn.Module, _: Optimizer) -> None:
+        for parameter in model.parameters():
+            if parameter.grad is not None and parameter.dim() > 1:
+                parameter.grad.copy_(centre_filters(parameter.grad))
+
+    return Method("gc", "Gradient Centralization: Yong et al. 2020", plain_conv, gradients=rule)
+
+
+def nf(*, clip_factor: float = 0.01) -> Method:
+    """Scaled Weight Standardization with Adaptive Gradient Clipping (not of the head), and SkipInit in residual networks.
+
+    Args:
+        clip_factor: the norm that AGC allows a unit's gradient, in units of its weights'. NFNets: 0.01 at batch 4096, larger
+            for smaller batches.
+    """
+    std_conv = timm_layer("nf", "std_conv", "ScaledStdConv2d")
+    try:
+        from timm.utils.agc import adaptive_clip_grad
+    except ImportError as error:
+        raise PwsError("the method nf uses timm's adaptive_clip_grad: pip install 'pws-torch[models]'.") from error
+
+    def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
+        gain = pws.variance_preserving_gain("relu")
+        return kaiming(std_conv(in_channels, out_channels, kernel_size, gamma=gain, **settings))
+
+    def rule(model: nn.Module, _: Optimizer) -> None:
+        body = [parameter for name, parameter in model.named_parameters() if not name.startswith("head.")]
+        adaptive_clip_grad(body, clip_factor)  # type: ignore[no-untyped-call]
+
+    return Method(
+        *("nf", "Normalizer-free: scaled weight standardization and AGC, Brock et al. 2021", conv),
+        end_branch=lambda conv, _: nn.Sequential(conv, Scale()),
+        gradients=rule,
+    )
+
+
+def pws_paper(*, gamma: float = 1e-3) -> Method:
+    """PWS as published: gain sqrt(2), a plain head, nothing done to the gradients."""
+
+    def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
+        return pws.Conv2d(in_channels, out_channels, kernel_size, **settings, gain=pws.PAPER_GAIN, gamma=gamma)
+
+    source = "Parametric Weights Standardization as published: Liu et al. 2021"
+    return Method("pws-paper", source, conv, end_norm=one_group)
+
+
+def pws_default(*, gain: float | str = "relu", gamma: float = 1e-3, relative_gamma: bool = False) -> Method:
+    """PWS as this library has it: all layers' defaults, the head standardized too."""
+    ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma}
+
+    def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
+        return pws.Conv2d(in_channels, out_channels, kernel_size, **settings, **ours)
+
+    def head(in_features: int, num_classes: int) -> nn.Module:
+        return pws.Linear(in_features, num_classes, **ours)
+
+    source = "Parametric Weights Standardization: Liu et al. 2021, with this library's defaults"
+    return Method("pws", source, conv, head, end_norm=one_group)
