@@ -63,7 +63,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--optim.lr=.inf"], "optim.lr must be at least 0; got inf"),
         (["--optim.momentum=1"], "optim.momentum must be at least 0 and below 1"),
         (["--optim.step_bound=0"], "optim.step_bound must be positive"),
-        (["--optim.clip_norm=1"], "both clip the gradient"),
+        (["--optim.clip_norm=1", "--optim.step_bound=0.1"], "both clip the gradient"),
         (["--optim.schedule=step"], "needs optim.milestones"),
         (["--trainer.epochs=0"], "trainer.epochs must be at least 1"),
         (["--data.workers=-1"], "data.workers must be at least 0"),

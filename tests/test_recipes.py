@@ -58,7 +58,7 @@ def test_published_settings() -> None:
     resnet50 = load_recipe("imagenet-resnet50-pws")
     assert (resnet50.optim.lr, resnet50.data.batch_size, resnet50.optim.weight_decay) == (0.025, 64, 1e-4)
     assert (resnet50.model.gamma, resnet50.model.calibrate) == (1e-4, "initalpha")
-    assert resnet50.model.gain == pytest.approx(2**0.5, abs=1e-12)
+    assert resnet50.model.method == "pws-paper"
     allconv = load_recipe("cifar10-allconv-pws")
     assert (allconv.optim.lr, allconv.optim.weight_decay, allconv.trainer.epochs) == (0.1, 5e-4, 200)
     assert (allconv.optim.schedule, allconv.optim.milestones) == ("step", [100, 150, 180])

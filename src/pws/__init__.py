@@ -1,5 +1,6 @@
 """Parametric Weights Standardization: train convolutional networks without BatchNorm."""
 
+from pws.clip_grad import clip_grad
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor, diagnose, forecast
 from pws.errors import PwsError, ShapeError
 from pws.gain import PAPER_GAIN, variance_preserving_gain
@@ -23,6 +24,7 @@ __all__ = [
     "PwsError",
     "ShapeError",
     "calibrate",
+    "clip_grad",
     "diagnose",
     "forecast",
     "param_groups",

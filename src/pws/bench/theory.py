@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pws.bench.divergence import MOMENTUM, Network, prepare
+from pws.clip_grad import clip_grad
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor
 from pws.methods import Method, build_method
 
@@ -25,8 +26,6 @@ WIDTH: Final = 0.25
 BATCH_SIZE: Final = 64
 BACKWARD_CENTRED: Final = "wn, gradient centred"
 OUTPUT_CENTRED: Final = "wn, output centred"
-STEP_BOUND: Final = 0.1
-"""The gradient of pws is clipped to norm STEP_BOUND / lr, as in its recipes."""
 
 
 class _CentreGradient(torch.autograd.Function):
@@ -100,7 +99,8 @@ class Run:
 
 def train_watched(method: str, lr: float, steps: int, every: int, dataset: str = "fashion-mnist") -> Run:
     """Train the 9-convolution network with `method` (see `method_of`) under a monitor."""
-    model, loader = prepare(Network("allconv", method, WIDTH, BATCH_SIZE), dataset, method=method_of(method))
+    chosen = method_of(method)
+    model, loader = prepare(Network("allconv", method, WIDTH, BATCH_SIZE), dataset, method=chosen)
     sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
     losses: list[float | None] = []
     with warnings.catch_warnings(), Monitor(model, every, lr=lr, momentum=MOMENTUM) as monitor:
@@ -112,8 +112,8 @@ def train_watched(method: str, lr: float, steps: int, every: int, dataset: str =
                 break
             sgd.zero_grad()
             torch.autograd.backward(loss)
-            if method == "pws":
-                nn.utils.clip_grad_norm_(model.parameters(), STEP_BOUND / lr)
+            if chosen.step_bound is not None:
+                clip_grad(sgd, chosen.step_bound)
             sgd.step()
     unhealthy = monitor.first_unhealthy
     verdict = str(monitor.verdict)

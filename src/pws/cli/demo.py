@@ -14,7 +14,8 @@ from rich.table import Table
 
 from pws.cli.arguments import command_parser, parse
 from pws.cli.quiet import quiet_lightning
-from pws.demo import LEARNING_RATES, STEP_BOUND, Cell, Outcome, all_cells, draw, run_cell, sentences
+from pws.clip_grad import STEP_BOUND
+from pws.demo import LEARNING_RATES, Cell, Outcome, all_cells, draw, run_cell, sentences
 from pws.errors import PwsError
 
 FILES = ("demo.png", "demo.json", "demo.txt")

@@ -1,6 +1,6 @@
 """The demonstration behind `pws demo`: five methods at three learning rates on real images."""
 
-from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, STEP_BOUND, Cell, Outcome, all_cells, run_cell
+from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, Cell, Outcome, all_cells, run_cell
 from pws.demo.picture import draw
 from pws.demo.story import sentences
 
@@ -8,7 +8,6 @@ __all__ = [
     "CONTROL",
     "LEARNING_RATES",
     "METHOD_ORDER",
-    "STEP_BOUND",
     "Cell",
     "Outcome",
     "all_cells",

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 
 from pws.bench.divergence import GUESSING_LOSS
+from pws.clip_grad import STEP_BOUND
 from pws.diagnosis import CollapseWarning, Monitor
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
@@ -23,8 +24,6 @@ LEARNING_RATES: Final = {"small": 0.01, "large": 0.3, "very large": 1.0}
 CONTROL: Final = "none, step bounded"
 """The row that shows what bounding the step does by itself."""
 
-STEP_BOUND: Final = 0.1
-"""The gradient of PWS is clipped to norm STEP_BOUND / lr, so that a step is at most this long (docs/training.md)."""
 CHANCE: Final = 0.2
 """Below this accuracy a network of ten classes has learnt nothing."""
 
@@ -102,7 +101,6 @@ def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> t
         devices=1,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
-        gradient_clip_val=recipe.optim.gradient_norm(),
         callbacks=[watch, monitoring],
         logger=False,
         enable_checkpointing=False,

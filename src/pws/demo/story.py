@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, STEP_BOUND, Cell, Outcome
+from pws.clip_grad import STEP_BOUND
+from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, Cell, Outcome
 
 Results = dict[Cell, Outcome]
 
@@ -51,6 +52,6 @@ def _control(results: Results) -> str:
     rate = LEARNING_RATES["very large"]
     pws, control = (_at(results, row, "very large") for row in ("pws", CONTROL))
     return (
-        f"The step of pws was bounded to length {STEP_BOUND:g}, as in its Fashion-MNIST recipe; to tell the two apart, "
+        f"The step of pws was bounded to length {STEP_BOUND:g}, its default; to tell the two apart, "
         f"none with the same bound gave {control} at learning rate {rate:g}, pws {pws}."
     )

@@ -44,6 +44,8 @@ class Method:
     that the residual stream keeps its variance. None: the stream is divided by sqrt(2) at each addition."""
     gradients: GradientRule | None = None
     """What is done to the gradients before each step."""
+    step_bound: float | None = None
+    """The longest step, for `pws.clip_grad`; None for methods that do without."""
 
 
 def plain_conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:

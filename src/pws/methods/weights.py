@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
 
 import pws
+from pws.clip_grad import STEP_BOUND
 from pws.errors import PwsError
 from pws.methods.method import Method, kaiming, plain_conv
 from pws.methods.outputs import one_group
@@ -135,15 +136,19 @@ def pws_paper(*, gamma: float = 1e-3) -> Method:
     return Method("pws-paper", source, conv, end_norm=one_group)
 
 
-def pws_default(*, gain: float | str = "relu", gamma: float = 1e-3, relative_gamma: bool = False) -> Method:
-    """PWS as this library has it: all layers' defaults, the head standardized too."""
+def pws_default(
+    *, gain: float | str = "relu", gamma: float = 1e-3, relative_gamma: bool = False, standardize_head: bool = True
+) -> Method:
+    """PWS as this library has it: all layers' defaults, the head standardized too, the step bounded."""
     ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma}
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
         return pws.Conv2d(in_channels, out_channels, kernel_size, **settings, **ours)
 
     def head(in_features: int, num_classes: int) -> nn.Module:
+        if not standardize_head:
+            return nn.Linear(in_features, num_classes)
         return pws.Linear(in_features, num_classes, **ours)
 
     source = "Parametric Weights Standardization: Liu et al. 2021, with this library's defaults"
-    return Method("pws", source, conv, head, end_norm=one_group)
+    return Method("pws", source, conv, head, end_norm=one_group, step_bound=STEP_BOUND)

@@ -1,5 +1,6 @@
 """Training on Lightning's engine: recipes, data, runs. Needs the extra `train`."""
 
+from pws.training.callbacks import ClipGrad
 from pws.training.evaluate import Evaluation, evaluate
 from pws.training.monitor import MonitorCallback
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
@@ -8,6 +9,7 @@ from pws.training.run import train
 from pws.training.summary import Summary
 
 __all__ = [
+    "ClipGrad",
     "DataConfig",
     "Evaluation",
     "ModelConfig",

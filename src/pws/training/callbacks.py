@@ -9,6 +9,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from torch.optim import Optimizer
+
+from pws.clip_grad import STEP_BOUND, clip_grad
 
 
 def is_first_process() -> bool:
@@ -54,6 +57,20 @@ class Clock(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.seconds, self.best_accuracy = state_dict["seconds"], state_dict["best_accuracy"]
+
+
+class ClipGrad(Callback):
+    """`pws.clip_grad` before every step of any LightningModule: `Trainer(callbacks=[ClipGrad()])`.
+
+    Lightning unscales the gradients before, and accumulates them; leave its own `gradient_clip_val` out.
+    """
+
+    def __init__(self, bound: float = STEP_BOUND) -> None:
+        self.bound = bound
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        """Shorten the gradients."""
+        clip_grad(optimizer, self.bound)
 
 
 class StepBar(RichProgressBar):

@@ -17,7 +17,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 POSITIVE: Final[Rule] = ("positive", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Final[Rule] = ("at least 0", lambda value: 0 <= value < math.inf)
 AT_LEAST_ONE: Final[Rule] = ("at least 1", lambda value: value >= 1)
-MOMENTUM: Final[Rule] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+BELOW_ONE: Final[Rule] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("model.width", "optim.clip_norm", "optim.step_bound", "optim.decay"), POSITIVE),
@@ -26,9 +26,9 @@ RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("data.batch_size", "data.image_size", "data.train_images"), AT_LEAST_ONE),
     **dict.fromkeys(("trainer.epochs", "trainer.max_steps", "trainer.num_nodes"), AT_LEAST_ONE),
     **dict.fromkeys(("trainer.accumulate", "trainer.early_stop"), AT_LEAST_ONE),
-    "optim.momentum": MOMENTUM,
+    **dict.fromkeys(("optim.momentum", "optim.label_smoothing", "model.dropout"), BELOW_ONE),
 }
-"""Setting to rule; a setting left out (None) keeps every rule."""
+"""Setting to rule; a setting left out (None), or one that is a word, keeps every rule."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -37,10 +37,10 @@ def check_recipe(recipe: Recipe) -> None:
         value: Any = recipe
         for part in path.split("."):
             value = getattr(value, part)
-        if value is not None and not holds(value):
+        if value is not None and not isinstance(value, str) and not holds(value):
             raise PwsError(f"{path} must be {words}; got {value}. Correct it in the recipe or on the command line.")
     optim = recipe.optim
-    if optim.clip_norm is not None and optim.step_bound is not None:
+    if optim.clip_norm is not None and isinstance(optim.step_bound, float):
         raise PwsError(
             f"optim.clip_norm ({optim.clip_norm}) and optim.step_bound ({optim.step_bound}) both clip the gradient: give one, "
             "and null for the other if the recipe sets it."

@@ -6,16 +6,19 @@ from itertools import islice
 from typing import Any, Final, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from pws import calibrate, param_groups
 from pws.diagnosis import first_non_finite
 from pws.errors import PwsError
+from pws.methods import Method
 from pws.models import ResNet
+from pws.training.callbacks import ClipGrad
 from pws.training.recipe import OptimConfig
 from pws.training.schedule import lr_factor
 
@@ -27,8 +30,8 @@ class NonFiniteLossError(ArithmeticError):
     """
 
     ADVICE: Final = (
-        "Lower --optim.lr, or bound the step with --optim.step_bound 0.1; of the methods, bn and (bounded) pws stand the "
-        "largest rates. --monitor tells why."
+        "Lower --optim.lr, or bound the step with --optim.step_bound 0.1; of the methods, bn and pws stand the largest "
+        "rates. --monitor tells why."
     )
 
     def __init__(self, step: int, layer: str | None, verdict: str = "") -> None:
@@ -40,7 +43,10 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class Classifier(LightningModule):
-    """Cross-entropy, SGD by `pws.param_groups`, a schedule by step, an end to the run when the loss is not finite."""
+    """Cross-entropy, SGD by `pws.param_groups`, a schedule by step, an end to the run when the loss is not finite.
+
+    `method` is asked for what it does to the gradients; None does nothing to them.
+    """
 
     def __init__(
         self,
@@ -48,9 +54,10 @@ class Classifier(LightningModule):
         optim: OptimConfig,
         num_classes: int,
         calibration: Literal["none", "initalpha", "all"] = "none",
+        method: Method | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.optim, self.calibration = model, optim, calibration
+        self.model, self.optim, self.calibration, self.method = model, optim, calibration, method
         self.test_metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
@@ -89,7 +96,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """Mean cross-entropy of the batch."""
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss = F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)
         mean = _mean_over_processes(loss)
         if not torch.isfinite(mean):
             self._explain(images)
@@ -132,6 +139,18 @@ class Classifier(LightningModule):
         self.per_class: list[float] = self.class_accuracy.compute().tolist()
         for metric in (self.test_metrics, self.class_accuracy, self.test_loss):
             metric.reset()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The bound on the step's length, if there is one."""
+        bound = self.optim.step_bound
+        if bound == "method":
+            bound = self.method.step_bound if self.method and self.optim.clip_norm is None else None
+        return [] if bound is None else [ClipGrad(float(bound))]
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """What the method does to the gradients."""
+        if self.method is not None and self.method.gradients is not None:
+            self.method.gradients(self.model, optimizer)
 
     def configure_optimizers(self) -> Any:
         """SGD over `pws.param_groups`, its rates multiplied by `lr_factor` after every step."""

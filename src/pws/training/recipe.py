@@ -11,13 +11,16 @@ class ModelConfig:
     """The network and its method.
 
     Args:
-        name: allconv, preact, cifar-resnet18, cifar-resnet34, resnet18, 34, 50, 101, 152, or stack4, 8, 16, 32.
-        method: none, bn, gn, wn, ws or pws.
+        name: allconv; preact (56 layers), preact11, 29, 101; cifar-resnet18, 34; resnet18, 34, 50, 101, 152; stack4, 8, 10,
+            16, 20, 32, 100.
+        method: none, bn, gn, ln, in, sn, frn, wn, ws, centred, gc, nf, skipinit, pws-paper or pws.
         width: factor on every number of channels.
         num_classes: what the data must have; taken from the data if left out.
+        dropout: probability with which each input of the head is left out of a training step.
         gain: (pws) gain of every layer, a number or an activation's name; "relu" if left out, 2 ** 0.5 in the paper.
-        gamma: (pws) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
+        gamma: (pws, pws-paper) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
         relative_gamma: (pws) add gamma * 2 / fan_in instead.
+        standardize_head: (pws) standardize the head too; true if left out.
         calibrate: set alpha from the first training batch, once: "initalpha" is the paper's (output variance 2, the stem
             and the first convolution of each block), "all" gives every pws layer output variance 1.
     """
@@ -26,9 +29,11 @@ class ModelConfig:
     method: str = "pws"
     width: float = 1.0
     num_classes: int | None = None
+    dropout: float = 0.0
     gain: float | str | None = None
     gamma: float | None = None
     relative_gamma: bool | None = None
+    standardize_head: bool | None = None
     calibrate: Literal["none", "initalpha", "all"] = "none"
 
 
@@ -73,9 +78,10 @@ class OptimConfig:
         milestones: (step) epochs at which the learning rate falls.
         decay: (step) factor at each milestone.
         warmup_epochs: epochs over which the learning rate rises linearly from 0, a part of an epoch too.
-        clip_norm: clip the gradient to this global norm.
-        step_bound: clip the gradient to norm step_bound / lr, so that no step is longer than this before momentum; PWS
-            needs about 0.1 at large learning rates.
+        clip_norm: clip the gradient to this global norm, in place of the method's own step bound.
+        step_bound: shorten gradients so that no step is longer than this before momentum (pws.clip_grad); "method" is the
+            method's own, 0.1 for pws and none for the others, null is none.
+        label_smoothing: the part of each label that is spread over all classes.
     """
 
     lr: float = 0.1
@@ -88,13 +94,8 @@ class OptimConfig:
     decay: float = 0.1
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
-    step_bound: float | None = None
-
-    def gradient_norm(self) -> float | None:
-        """The global norm that gradients are clipped to, None for none."""
-        if self.step_bound is not None and self.lr > 0:
-            return self.step_bound / self.lr
-        return self.clip_norm
+    step_bound: float | Literal["method"] | None = "method"
+    label_smoothing: float = 0.0
 
 
 @dataclass

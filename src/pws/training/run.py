@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from pws.errors import PwsError
-from pws.methods import build_method
+from pws.methods import Method, build_method
 from pws.models import build_model
 from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process
 from pws.training.check import check_calibration, check_recipe
@@ -53,7 +53,8 @@ def train(
     seed_everything(recipe.seed, workers=True, verbose=False)
     model = model_for(recipe.model, data.splits)
     check_calibration(recipe.model, model)
-    module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate)
+    method = method_for(recipe.model)
+    module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate, method)
     clock = Clock()
     trainer = _trainer(recipe, folder, clock, watch, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
@@ -121,10 +122,11 @@ def model_for(config: ModelConfig, splits: Splits) -> nn.Module:
             f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
             f"({', '.join(splits.classes[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
         )
-    options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma")}
-    method = build_method(config.method, **{key: value for key, value in options.items() if value is not None})
+    method = method_for(config)
     image, _ = splits.test.get([0])
     model = build_model(config.name, method, in_channels=image.shape[1], num_classes=classes, width=config.width)
+    if config.dropout:
+        model.head = nn.Sequential(nn.Dropout(config.dropout), model.get_submodule("head"))
     try:
         with torch.no_grad():
             model.eval()(image.float())
@@ -136,6 +138,12 @@ def model_for(config: ModelConfig, splits: Splits) -> nn.Module:
     # Convolutions run faster in this layout, on the CPU (a training step of allconv takes 0.6 to 0.93 of the time) and on
     # GPUs with tensor cores alike; ImageBatches yields the images in it.
     return model.train().to(memory_format=torch.channels_last)
+
+
+def method_for(config: ModelConfig) -> Method:
+    """The recipe's method, with its options."""
+    options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma", "standardize_head")}
+    return build_method(config.method, **{key: value for key, value in options.items() if value is not None})
 
 
 def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback | None, *, quiet: bool) -> Trainer:
@@ -163,7 +171,7 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback 
             max_epochs=config.epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
             accumulate_grad_batches=config.accumulate,
-            gradient_clip_val=recipe.optim.gradient_norm(),
+            gradient_clip_val=recipe.optim.clip_norm,
             logger=False,
             callbacks=callbacks,
             log_every_n_steps=10,
