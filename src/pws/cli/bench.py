@@ -31,6 +31,10 @@ BENCHES: Final[dict[str, tuple[Bench, str]]] = {
 
 def run(arguments: list[str]) -> int:
     """Parse, measure, write."""
+    if arguments[:1] == ["accuracy"]:
+        from pws.cli import accuracy
+
+        return accuracy.run(arguments[1:])
     lines = "; ".join(f"{name}: {line}" for name, (_, line) in BENCHES.items())
     parser = command_parser(
         "bench", f"Measure on Fashion-MNIST and write NAME.json and NAME.png. {lines}.", "pws bench shift"

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from pws.cli.arguments import command_parser, parse
-from pws.cli.quiet import quiet_lightning
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
+from pws.training.quiet import quiet_lightning
 from pws.training.subject import RANDOM, Subject, subject_of_model, subject_of_run
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pws.cli.arguments import command_parser, parse
-from pws.cli.quiet import quiet_lightning
 from pws.training.evaluate import Evaluation, evaluate
 from pws.training.module import NonFiniteLossError
+from pws.training.quiet import quiet_lightning
 
 
 def run(arguments: list[str]) -> int:

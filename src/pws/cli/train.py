@@ -6,11 +6,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from pws.cli.quiet import quiet_lightning
 from pws.diagnosis import CollapseWarning
 from pws.errors import PwsError
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
+from pws.training.quiet import quiet_lightning
 from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser, shipped_recipes
 from pws.training.run import train
 from pws.training.summary import Summary

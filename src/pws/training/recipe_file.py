@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -31,18 +31,28 @@ def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tu
         PwsError: the file is not YAML, a key or flag is unknown, or a value has the wrong type.
     """
     _check_keys(path)
-    try:
-        parsed = parser.parse_args([f"--config={path}", *flags])
-    except ArgumentError as error:
-        raise PwsError(_explain(one_line(error), parser)) from error
-    built = parser.instantiate(parsed)
-    recipe = Recipe(**{field.name: built[field.name] for field in fields(Recipe)})
+    recipe, parsed = _build(parser, [f"--config={path}", *flags])
     recipe.name = recipe.name or path.stem
     if not re.fullmatch(r"[\w+-][\w.+-]*", recipe.name):
         raise PwsError(
             f"name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got {recipe.name!r}."
         )
     return recipe, parsed
+
+
+def _build(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Any]:
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise PwsError(_explain(one_line(error), parser)) from error
+    built = parser.instantiate(parsed)
+    return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), parsed
+
+
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of dotted settings (`{"optim.lr": 0.1}`), the defaults for the rest."""
+    flags = [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
+    return _build(recipe_parser("pws", "", ""), flags)[0]
 
 
 def load_recipe(path: str | Path, *flags: str) -> Recipe:
@@ -86,7 +96,7 @@ def _check_keys(path: Path) -> None:
     if not isinstance(content, dict):
         raise PwsError(f"{path} must hold a recipe's keys ({', '.join(_keys(Recipe))}); got {content!r}.")
     known = set(_keys(Recipe))
-    for key in _flatten(content):
+    for key in flatten(content):
         if key not in known:
             raise UnknownNameError(f"recipe key in {path}:", key, known)
 
@@ -100,13 +110,16 @@ def _keys(cls: type, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.name}"
 
 
-def _flatten(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted settings of a recipe's content: `{"optim": {"lr": 0.1}}` to `{"optim.lr": 0.1}`."""
     parts = {field.name for field in fields(Recipe) if is_dataclass(get_type_hints(Recipe)[field.name])}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
-        if not prefix and key in parts and isinstance(value, dict):
-            yield from _flatten(value, f"{key}.")
-        else:
-            yield f"{prefix}{key}"
+        inner = (
+            {f"{key}.{name}": part for name, part in value.items()} if key in parts and isinstance(value, dict) else {}
+        )
+        flat.update(inner or {key: value})
+    return flat
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:

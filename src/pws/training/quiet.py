@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_lightning() -> None:
-    """For the command line only: the library never touches the process's logging or warnings."""
+    """For the command line and its own processes only: the library never touches the process's logging or warnings."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
