@@ -59,7 +59,9 @@ class _Progress:
     def __init__(self, grid: Grid, jobs: int, console: Console) -> None:
         self.grid, self.jobs, self.console = grid, jobs, console
         self.done: Done = {}
-        self.started, self.kept = time.perf_counter(), 0
+        self.started = time.perf_counter()
+        self.kept: int | None = None
+        """Cells that an earlier run has left."""
         self.live = Live(console=console, refresh_per_second=1, get_renderable=self._table)
         self.shown = self.live if console.is_terminal else nullcontext()
 
@@ -74,23 +76,23 @@ class _Progress:
 
     def __call__(self, done: Done) -> None:
         """Take note of what is done; the newest comes last."""
-        if not self.done:
+        self.done = dict(done)
+        if self.kept is None:
             self.kept = len(done)
         elif not self.console.is_terminal:
             self._line(list(done.values())[-1])
-        self.done = dict(done)
 
     def _line(self, cell: dict[str, Any]) -> None:
         ended = f"nan@{cell['non_finite_step']}" if cell["accuracy"] is None else f"{100 * cell['accuracy']:.2f} %"
         self.console.print(
-            f"{len(self.done) + 1}/{len(self.grid.cells)}  {cell['row']}, {cell['column']}, seed {cell['seed']}: {ended}, "
+            f"{len(self.done)}/{len(self.grid.cells)}  {cell['row']}, {cell['column']}, seed {cell['seed']}: {ended}, "
             f"{cell['seconds']:.0f} s; {self._left()}",
             highlight=False,
             soft_wrap=True,
         )
 
     def _left(self) -> str:
-        new = len(self.done) - self.kept
+        new = len(self.done) - (self.kept or 0)
         if new < self.jobs:
             return "time left unknown yet"
         seconds = (time.perf_counter() - self.started) / new * (len(self.grid.cells) - len(self.done))
