@@ -1,0 +1,159 @@
+"""`pws bench accuracy`: grids are read and checked, cells train as their recipes say, and a grid goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pws
+from pws.bench.accuracy import load_grid, shipped_grids
+from pws.bench.accuracy.cell import train_cell
+from pws.bench.accuracy.table import accuracy_table, range_table, steps_table, summarize
+from pws.cli import main
+
+GRID = """
+title: two methods on digits
+target: 0.1
+evaluations: 2
+settings:
+  model: {name: allconv, width: 0.08}
+  data: {name: digits, image_size: 16, train_images: 64, batch_size: 32}
+  trainer: {max_steps: 4}
+columns:
+  - {optim.lr: 0.01}
+  - {optim.lr: 1.0e+9}
+rows:
+  none: {seeds: [0, 1]}
+  loud: {model.method: pws}
+"""
+
+
+def write(tmp_path: Path, text: str = GRID) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", shipped_grids())
+@pytest.mark.parametrize("quick", [False, True])
+def test_shipped_grids_are_whole(name: str, quick: bool) -> None:
+    grid = load_grid(name, quick=quick)
+    keys = [cell.key for cell in grid.cells]
+    assert len(keys) == len(set(keys)) >= len(grid.rows) * len(grid.columns)
+    assert {cell.row for cell in grid.cells} == set(grid.rows)
+    assert {cell.column for cell in grid.cells} == set(grid.columns)
+    assert {cell.recipe.data.name for cell in grid.cells} == {"digits" if quick else "fashion-mnist"}
+
+
+def test_collapse_is_the_published_setting() -> None:
+    cells = {(cell.row, cell.column): cell.recipe for cell in load_grid("collapse").cells}
+    settings = [
+        (recipe.data.batch_size, recipe.optim.lr, recipe.trainer.max_steps)
+        for (row, _), recipe in cells.items()
+        if row == "pws"
+    ]
+    large, small = [(128, lr, 150) for lr in (0.01, 0.1, 0.5)], [(4, lr, 600) for lr in (0.0025, 0.025, 0.125)]
+    assert sorted(settings) == sorted(large + small)
+    recipe = cells["bn, clipped", "batch 4, LR 0.025"]
+    assert (recipe.model.method, recipe.optim.clip_norm, recipe.optim.step_bound) == ("bn", 1.0, "method")
+    assert (recipe.optim.momentum, recipe.optim.weight_decay, recipe.optim.schedule) == (0.9, 5e-4, "linear")
+    assert (recipe.data.train_images, recipe.model.name, round(96 * recipe.model.width)) == (12_800, "allconv", 32)
+
+
+def test_a_cell_tells_its_accuracy_its_curve_and_where_it_broke(tmp_path: Path) -> None:
+    grid = load_grid(str(write(tmp_path)))
+    cells = {cell.key: cell for cell in grid.cells}
+    good = train_cell(cells["none", "LR 0.01", 0], grid.evaluations, grid.evaluation_images)
+    assert (good.steps, good.non_finite_step, [step for step, _ in good.curve]) == (4, None, [2, 4])
+    assert good.accuracy is not None
+    assert good.curve[-1][1] == pytest.approx(
+        good.accuracy, abs=1e-4
+    )  # digits have fewer test images than are asked for
+    again = train_cell(cells["none", "LR 0.01", 0], grid.evaluations, grid.evaluation_images)
+    assert (again.accuracy, again.curve, again.train_loss) == (good.accuracy, good.curve, good.train_loss)
+    broken = train_cell(cells["none", "LR 1e+09", 0], grid.evaluations, grid.evaluation_images)
+    assert broken.accuracy is None
+    assert 1 <= (broken.non_finite_step or 0) <= 4
+
+
+def test_a_grid_goes_on_where_it_stopped_and_trains_changed_cells_again(tmp_path: Path) -> None:
+    path, out = write(tmp_path), tmp_path / "out"
+    arguments = ["bench", "accuracy", str(path), "--jobs=2", f"--out={out}"]
+    assert main(arguments) == 0
+    stored = json.loads((out / "small.json").read_text())
+    assert len(stored["cells"]) == 6
+    assert stored["commit"]
+    marked = [cell["row"] for cell in stored["cells"][:3]]
+    for cell in stored["cells"][:3]:
+        cell["seconds"] = 12345.0
+    stored["cells"][0]["settings"]["optim.lr"] = 0.02
+    (out / "small.json").write_text(json.dumps({**stored, "cells": stored["cells"][:4]}))
+    assert main(arguments) == 0
+    cells = json.loads((out / "small.json").read_text())["cells"]
+    assert len(cells) == 6
+    assert [cell["row"] for cell in cells if cell["seconds"] == 12345.0] == marked[1:]
+    for kind in ("heat", "lines", "curves"):
+        assert (out / f"small-{kind}.png").read_bytes().startswith(b"\x89PNG")
+    assert accuracy_table(json.loads((out / "small.json").read_text())) in (out / "small.md").read_text()
+
+
+def stored_cell(row: str, lr: float, seed: int, accuracy: float | None, curve: list[Any]) -> dict[str, Any]:
+    settings = {"model.name": "allconv", "data.batch_size": 4, "optim.lr": lr}
+    ended = {"accuracy": accuracy, "non_finite_step": None if accuracy is not None else 7}
+    return {"row": row, "column": f"LR {lr:g}", "seed": seed, "settings": settings, "curve": curve, **ended}
+
+
+RESULT = {
+    "target": 0.8,
+    "rows": ["a", "b"],
+    "columns": ["LR 0.1", "LR 0.2", "LR 0.4"],
+    "cells": [
+        stored_cell("a", 0.1, 0, 0.90, [[5, 0.7], [10, 0.8]]),
+        stored_cell("a", 0.1, 1, 0.80, [[5, 0.85]]),
+        stored_cell("a", 0.2, 0, 0.50, []),
+        stored_cell("a", 0.4, 0, None, []),
+        stored_cell("a", 0.4, 1, 0.60, [[5, 0.9]]),
+        stored_cell("b", 0.1, 0, 0.10, []),
+        stored_cell("b", 0.2, 0, None, []),
+    ],
+}
+
+
+def test_the_tables() -> None:
+    assert accuracy_table(RESULT).splitlines()[2:] == [
+        "| a | **85.0 ± 7.1** | **50.0** | 60.0, 1 of 2 nan@7 |",
+        "| b | 10.0 | nan@7 | - |",
+    ]
+    assert steps_table(RESULT).splitlines()[2:] == ["| a | 7.5 | - | - |", "| b | - | - | - |"]
+    assert range_table(RESULT).splitlines()[2:] == ["| a | 0.1 to 0.2 |", "| b | none |"]
+    assert summarize(RESULT)["a", "LR 0.4"].mean is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GRID.replace("rows:", "lines:"), "grid key in .*: 'lines'"),
+        (GRID.replace("optim.lr: 0.01", "optim.lrr: 0.01"), "row 'none', column .*lrr"),
+        (GRID.replace("optim.lr: 0.01", "optim.lr: 1.0e+9"), "columns must differ"),
+        (GRID.replace("optim.lr: 0.01", "optim.lr: -1"), "optim.lr must be at least 0"),
+        ("rows: {bn: {}}", "columns must be a list of settings"),
+        ("- 1", "must hold a grid's keys"),
+        ("a: [", "not a YAML file"),
+    ],
+)
+def test_a_grid_that_is_wrong_is_refused(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(pws.PwsError, match=message):
+        load_grid(str(write(tmp_path, text)))
+    assert main(["bench", "accuracy", str(tmp_path / "small.yaml"), f"--out={tmp_path / 'out'}"]) == 2
+    assert capsys.readouterr().err.startswith("pws: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_grid_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "accuracy", "colapse"]) == 2
+    assert "did you mean collapse" in capsys.readouterr().err
