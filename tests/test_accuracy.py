@@ -11,6 +11,7 @@ import pytest
 import pws
 from pws.bench.accuracy import load_grid, shipped_grids
 from pws.bench.accuracy.cell import train_cell
+from pws.bench.accuracy.fill import fill_tables
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table, summarize
 from pws.cli import main
 
@@ -152,6 +153,36 @@ def test_a_grid_that_is_wrong_is_refused(
     assert main(["bench", "accuracy", str(tmp_path / "small.yaml"), f"--out={tmp_path / 'out'}"]) == 2
     assert capsys.readouterr().err.startswith("pws: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/methods.md"])
+def test_the_documents_tables_are_those_of_the_result_files(document: str) -> None:
+    root = Path(__file__).parents[1]
+    text = (root / document).read_text()
+    assert "<!-- table collapse" in text
+    assert fill_tables(text, root / "benchmarks" / "accuracy") == text
+
+
+def test_tables_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(RESULT))
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- table small: b -->\nold\n<!-- end -->\nafter\n")
+    arguments = ["bench", "tables", str(document), f"--results={tmp_path}"]
+    assert main(arguments) == 0
+    lines = document.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "| b | **10.0** | nan@7 |" in lines
+    assert "old" not in lines
+    assert main(arguments) == 0
+    assert document.read_text().splitlines() == lines
+    assert "up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("marker", "message"), [("small: c", "no row 'c'; it has: a; b"), ("other", "is missing")])
+def test_a_table_that_cannot_be_filled_is_refused(marker: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(RESULT))
+    with pytest.raises(pws.PwsError, match=message):
+        fill_tables(f"<!-- table {marker} -->\n<!-- end -->", tmp_path)
 
 
 def test_an_unknown_grid_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
