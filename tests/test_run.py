@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
 from pws.errors import PwsError
 from pws.training import Recipe, evaluate, load_recipe, train
-from pws.training.module import NonFiniteLossError
+from pws.training.data import ImageData
+from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.run import method_for, model_for
 
 TINY = (
     *("--data.name=digits", "--data.image_size=12", "--data.train_images=128", "--data.batch_size=32"),
@@ -249,3 +252,40 @@ def test_two_processes_end_together_when_one_overflows(tmp_path: Path) -> None:
     flags = ("--model.method=none", "--optim.lr=1e6", "--optim.step_bound=null", "--trainer.devices=2")
     run = run_command(tmp_path / "run", *flags, code=3)
     assert run.stderr.count("non-finite at step") == 1
+
+
+def first_step(*flags: str) -> dict[str, Tensor]:
+    """What one step without momentum and decay adds to each parameter, at learning rate 1."""
+    still = ("--optim.momentum=0", "--optim.weight_decay=0", "--optim.schedule=constant", "--optim.lr=1")
+    recipe = tiny("--trainer.max_steps=1", *still, *flags)
+    data = ImageData(recipe.data, recipe.seed)
+    seed_everything(0, verbose=False)
+    model = model_for(recipe.model, data.splits)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    module = Classifier(model, recipe.optim, 10, method=method_for(recipe.model))
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, logger=False, limit_val_batches=0, use_distributed_sampler=False, **quiet
+    )
+    trainer.fit(module, datamodule=data)
+    return {key: p.detach() - before[key] for key, p in model.named_parameters()}
+
+
+def length(step: dict[str, Tensor]) -> float:
+    return float(sum(change.square().sum() for change in step.values()) ** 0.5)
+
+
+def test_a_methods_gradient_rule_acts_in_training() -> None:
+    plain, centred = first_step("--model.method=none"), first_step("--model.method=gc")
+    means = {key: change.flatten(1).mean(1).abs().max() for key, change in centred.items() if change.dim() > 1}
+    assert max(means.values()) < 1e-6
+    assert plain["features.0.weight"].flatten(1).mean(1).abs().max() > 1e-4
+
+
+def test_the_step_is_bounded_as_the_recipe_says() -> None:
+    free = length(first_step("--optim.step_bound=null"))
+    assert free > 0.2
+    assert length(first_step()) == pytest.approx(0.1, rel=1e-3)
+    assert length(first_step("--optim.step_bound=0.05")) == pytest.approx(0.05, rel=1e-3)
+    assert length(first_step("--model.method=none", "--optim.step_bound=0.05")) == pytest.approx(0.05, rel=1e-3)
+    assert length(first_step("--model.method=none")) > 0.1
