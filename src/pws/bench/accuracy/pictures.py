@@ -36,7 +36,9 @@ def draw_heat(result: Result, path: Path) -> None:
             for x, lr in enumerate(rates):
                 column = dict(group).get(lr)
                 if column is not None and (row, column) in summaries:
-                    axes.text(x, y, _short(summaries[row, column]), ha="center", va="center", fontsize=8)
+                    colour = "white" if grid[y][x] < 25 else "black"
+                    text = _short(summaries[row, column])
+                    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(len(rates)), [f"{lr:.3g}" for lr in rates], fontsize=7, rotation=45)
         axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
         axes.set_title(row, fontsize=10)
