@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pws.bench.accuracy.cell import train_cell
 from pws.bench.accuracy.fill import fill_tables
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table, summarize
 from pws.cli import main
+from pws.training.callbacks import Clock
 
 GRID = """
 title: two methods on digits
@@ -188,3 +190,12 @@ def test_a_table_that_cannot_be_filled_is_refused(marker: str, message: str, tmp
 def test_an_unknown_grid_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "accuracy", "colapse"]) == 2
     assert "did you mean collapse" in capsys.readouterr().err
+
+
+def test_the_clock_counts_epochs_that_end_without_validation() -> None:
+    clock = Clock()
+    for _ in range(2):
+        clock.on_train_epoch_start(None, None)
+        time.sleep(0.02)
+    clock.stop()
+    assert clock.seconds >= 0.04

@@ -30,7 +30,8 @@ class Clock(Callback):
         self._started = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start counting."""
+        """Start counting; the epoch before may have ended without a validation."""
+        self.stop()
         self._started = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
