@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pws.cli.quiet import quiet_lightning
+from pws.training.quiet import quiet_lightning
 from pws.gain import PAPER_GAIN
 from pws.training import load_recipe, train
 from pws.training.module import NonFiniteLossError

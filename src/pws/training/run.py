@@ -109,8 +109,8 @@ def _fit(
     return failure, metrics
 
 
-def model_for(config: ModelConfig, splits: Splits) -> nn.Module:
-    """The recipe's network for this data, checked on one image.
+def model_for(config: ModelConfig, splits: Splits, method: Method | None = None) -> nn.Module:
+    """The recipe's network for this data, checked on one image; `method` replaces the recipe's.
 
     Raises:
         PwsError: another number of classes, an unknown name, an option of another method, or images of a size or with
@@ -122,7 +122,7 @@ def model_for(config: ModelConfig, splits: Splits) -> nn.Module:
             f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
             f"({', '.join(splits.classes[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
         )
-    method = method_for(config)
+    method = method or method_for(config)
     image, _ = splits.test.get([0])
     model = build_model(config.name, method, in_channels=image.shape[1], num_classes=classes, width=config.width)
     if config.dropout:

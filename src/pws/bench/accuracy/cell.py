@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pws.bench.accuracy.grid import Cell
 from pws.bench.result import commit
+from pws.methods import Method
 from pws.training.callbacks import Clock
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
@@ -38,13 +39,14 @@ class Outcome:
     """Steps done, accuracy on the first test images."""
 
 
-def train_cell(cell: Cell, evaluations: int, evaluation_images: int) -> Outcome:
-    """Train the cell on one thread."""
+def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Method | None = None) -> Outcome:
+    """Train the cell on one thread; `method` replaces the recipe's."""
     torch.set_num_threads(1)
     recipe = cell.recipe
     data = ImageData(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    model, method = model_for(recipe.model, data.splits), method_for(recipe.model)
+    method = method or method_for(recipe.model)
+    model = model_for(recipe.model, data.splits, method)
     module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate, method)
     clock, watch = Clock(), _Curve(data, evaluations, evaluation_images)
     trainer = Trainer(
