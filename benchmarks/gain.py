@@ -11,10 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pws.training.quiet import quiet_lightning
 from pws.gain import PAPER_GAIN
 from pws.training import load_recipe, train
 from pws.training.module import NonFiniteLossError
+from pws.training.quiet import quiet_lightning
 
 RESULT = Path(__file__).with_suffix(".json")
 ROWS: dict[str, tuple[str, ...]] = {
