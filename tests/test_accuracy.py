@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -199,3 +203,19 @@ def test_the_clock_counts_epochs_that_end_without_validation() -> None:
         time.sleep(0.02)
     clock.stop()
     assert clock.seconds >= 0.04
+
+
+def test_an_interrupted_grid_keeps_its_cells(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "import sys; from pws.cli import main; sys.exit(main())"]
+    arguments = ["bench", "accuracy", "collapse", "--quick", "--jobs=1", f"--out={out}"]
+    process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (out / "collapse.json").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; `pws bench accuracy`" in said
+    kept = json.loads((out / "collapse.json").read_text())["cells"]
+    assert 0 < len(kept) < 30

@@ -16,6 +16,10 @@ COMMANDS: Final = {
     "bench": "the measurements behind the theory, each a result file and a picture: pws bench shift",
     "evaluate": "top-1, top-5, loss and accuracy by class of a run: pws evaluate runs/NAME",
 }
+GOES_ON: Final = {
+    "train": "; `pws train runs/NAME --resume` goes on",
+    "bench": "; `pws bench accuracy` and `forecast` go on when the same command is given again",
+}
 USAGE: Final = "\n".join(
     [
         "usage: pws COMMAND [options]     (pws COMMAND --help tells a command's options)",
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error}. Check the path, its permissions and the space on the disk.", 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; `pws train runs/NAME --resume` goes on", 130)
+        return _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", 130)
 
 
 def _run(command: str, arguments: list[str]) -> int:

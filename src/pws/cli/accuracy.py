@@ -45,6 +45,7 @@ def run(arguments: list[str]) -> int:
     grid = load_grid(parsed.grid, quick=parsed.quick)
     out = Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks/accuracy"))
     console = Console()
+    console.print(grid.title, highlight=False)
     command = f"pws bench accuracy {parsed.grid}{' --quick' if parsed.quick else ''}"
     with _Progress(grid, parsed.jobs, console) as progress:
         result = run_grid(grid, out / f"{grid.name}.json", command, parsed.jobs, progress)
@@ -101,7 +102,9 @@ class _Progress:
     def _table(self) -> Table:
         result = {"cells": list(self.done.values()), "target": self.grid.target}
         summaries = summarize(result)
-        table = Table(title=f"{self.grid.title}\n{len(self.done)} of {len(self.grid.cells)} cells, {self._left()}")
+        table = Table(
+            caption=f"{len(self.done)} of {len(self.grid.cells)} cells, {self._left()}", caption_justify="left"
+        )
         table.add_column("method")
         for column in self.grid.columns:
             table.add_column(column, justify="right")

@@ -90,7 +90,7 @@ def load_grid(name: str, *, quick: bool = False) -> Grid:
                 cells.append(_cell(path, row, column, {**chosen, **_quick(chosen)} if quick else chosen))
     return Grid(
         name=path.stem,
-        title=content["title"],
+        title=f"quick look, not a measurement: digits, {QUICK_STEPS} steps" if quick else content["title"],
         rows=tuple(rows),
         columns=tuple(columns),
         cells=tuple(sorted(cells, key=lambda cell: cell.recipe.seed)),
