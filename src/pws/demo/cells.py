@@ -16,6 +16,7 @@ from pws.diagnosis import CollapseWarning, Monitor
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback
+from pws.training.quiet import bare_trainer
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.run import model_for
 
@@ -96,18 +97,11 @@ def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> t
     recipe = recipe_of(cell, epochs)
     data, module = prepare(recipe)
     watch, monitoring = _Watch(progress), MonitorCallback(every=22)
-    trainer = Trainer(
+    trainer = bare_trainer(
         accelerator="cpu",
-        devices=1,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
         callbacks=[watch, monitoring],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
     )
     failure: NonFiniteLossError | None = None
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning.pytorch import Trainer
 from torch import nn
 
 from pws.errors import PwsError
 from pws.training.data import ImageData
 from pws.training.module import Classifier
+from pws.training.quiet import bare_trainer
 from pws.training.recipe_file import load_recipe
 from pws.training.run import model_for
 from pws.training.run_folder import read_checkpoint
@@ -44,14 +44,7 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
     if checkpoint == "best" and not path.is_file():  # the run ended before it was validated
         path = path.with_name("last.ckpt")
     load_weights(module, path)
-    trainer = Trainer(
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        devices=1,
-    )
+    trainer = bare_trainer()
     results = trainer.validate(module, datamodule=data, verbose=False)[0]
     return Evaluation(
         checkpoint=str(path),

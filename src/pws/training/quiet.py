@@ -1,9 +1,12 @@
-"""Silence what Lightning says about itself; what a run has to say, pws says."""
+"""Silence what Lightning says about itself; what a run has to say, pws says. A Trainer that only trains."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
+
+from lightning.pytorch import Trainer
 
 
 def quiet_lightning() -> None:
@@ -12,3 +15,17 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+def bare_trainer(**settings: Any) -> Trainer:
+    """A Trainer of one device that logs, stores and shows nothing."""
+    return Trainer(
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **settings,
+    )

@@ -6,6 +6,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -52,12 +53,17 @@ def _build(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, An
 def recipe_of(settings: Mapping[str, Any]) -> Recipe:
     """The recipe of dotted settings (`{"optim.lr": 0.1}`), the defaults for the rest."""
     flags = [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
-    return _build(recipe_parser("pws", "", ""), flags)[0]
+    return _build(_plain_parser(), flags)[0]
 
 
 def load_recipe(path: str | Path, *flags: str) -> Recipe:
     """A recipe file (or a shipped recipe's name) with `--part.key=value` flags over it."""
-    return parse_recipe(recipe_parser("pws", "", ""), find_recipe(str(path)), flags)[0]
+    return parse_recipe(_plain_parser(), find_recipe(str(path)), flags)[0]
+
+
+@cache
+def _plain_parser() -> ArgumentParser:
+    return recipe_parser("pws", "", "")
 
 
 def find_recipe(name: str) -> Path:

@@ -18,6 +18,7 @@ from pws.methods import Method
 from pws.training.callbacks import Clock
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.quiet import bare_trainer
 from pws.training.run import method_for, model_for
 
 
@@ -49,22 +50,14 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
     model = model_for(recipe.model, data.splits, method)
     module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate, method)
     clock, watch = Clock(), _Curve(data, evaluations, evaluation_images)
-    trainer = Trainer(
+    trainer = bare_trainer(
         accelerator="cpu",
-        devices=1,
         max_epochs=-1 if recipe.trainer.max_steps else recipe.trainer.epochs,
         max_steps=recipe.trainer.max_steps or -1,
-        limit_val_batches=1.0,
         check_val_every_n_epoch=None,
         val_check_interval=10**9,
         gradient_clip_val=recipe.optim.clip_norm,
         callbacks=[clock, watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
     )
     failure: NonFiniteLossError | None = None
     accuracy = None
