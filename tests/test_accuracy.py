@@ -219,3 +219,11 @@ def test_an_interrupted_grid_keeps_its_cells(tmp_path: Path) -> None:
     assert "interrupted; `pws bench accuracy`" in said
     kept = json.loads((out / "collapse.json").read_text())["cells"]
     assert 0 < len(kept) < 30
+
+
+def test_a_shipped_grid_of_several_networks_runs(tmp_path: Path) -> None:
+    assert main(["bench", "accuracy", "residual", "--quick", f"--out={tmp_path}"]) == 0
+    result = json.loads((tmp_path / "residual.json").read_text())
+    assert {cell["settings"]["model.name"] for cell in result["cells"]} == {"cifar-resnet18", "preact"}
+    assert result["command"] == "pws bench accuracy residual --quick"
+    assert all(cell["steps"] == 4 for cell in result["cells"] if cell["non_finite_step"] is None)
