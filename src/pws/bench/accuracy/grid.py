@@ -130,7 +130,7 @@ def _columns(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _quick(settings: dict[str, Any]) -> dict[str, Any]:
     batch_size = min(int(settings.get("data.batch_size", 128)), 32)
     smaller = {"data.name": "digits", "data.image_size": 16, "data.train_images": 128, "data.batch_size": batch_size}
-    return {**smaller, "model.width": 0.08, "trainer.max_steps": QUICK_STEPS, "trainer.epochs": 1}
+    return {**smaller, "model.width": 0.125, "trainer.max_steps": QUICK_STEPS, "trainer.epochs": 1}
 
 
 def _cell(path: Path, row: str, column: str, settings: dict[str, Any]) -> Cell:
