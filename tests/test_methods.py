@@ -72,7 +72,7 @@ ROWS: dict[str, tuple[type[nn.Module], Kernel, Kernel, Kind, Kind]] = {
     "nf": (ScaledStdConv2d, normalizer_free, plain, None, None),
     "skipinit": (nn.Conv2d, plain, plain, None, None),
     "pws-paper": (pws.Conv2d, as_published, plain, None, nn.GroupNorm),
-    "pws": (pws.Conv2d, parametric, parametric, None, nn.GroupNorm),
+    "pws": (pws.Conv2d, parametric, parametric, None, None),
 }
 
 

@@ -72,7 +72,7 @@ def test_convolutions_have_as_many_weights_as_torchvisions(name: str) -> None:
 def test_resnet50_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
         theirs = torchvision.models.resnet50()
-    ours = on_meta("resnet50", "pws")
+    ours = on_meta("resnet50", "pws-paper")
     without_head = [
         sum(p.numel() for key, p in net.named_parameters() if not key.startswith(("fc.", "head.")))
         for net in (ours, theirs)
@@ -114,8 +114,41 @@ def test_preact_is_the_published_structure() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pws_keeps_two_one_group_norms_in_resnets_and_none_elsewhere(name: str) -> None:
+def test_pws_has_no_norm_and_standardizes_every_layer(name: str) -> None:
     net = on_meta(name, "pws")
+    assert not [m for m in net.modules() if "norm" in type(m).__name__.lower()]
+    standardized = of_kind(net, *PWS_LAYERS)
+    assert len(standardized) == len(of_kind(net, nn.Conv2d, nn.Linear)) >= 5
+    assert all(layer.bias is not None for layer in standardized)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("preact", 18), ("preact101", 33), ("cifar-resnet18", 8), ("resnet50", 16)]
+)
+def test_the_branches_of_pws_share_the_variance(name: str, blocks: int) -> None:
+    net = build_model(name, build_method("pws"), width=0.125)
+    assert len(net.blocks) == blocks
+    for block in net.blocks:
+        *others, last = [conv.alpha.unique().item() for conv in block.convs]
+        assert others == [1.0] * len(others)
+        assert_close(last, blocks**-0.5, "float32")
+
+
+@pytest.mark.parametrize("name", ["preact", "preact101", "cifar-resnet18"])
+def test_the_stream_of_pws_keeps_its_variance_over_the_depth(name: str) -> None:
+    """From the stem's variance to about twice that, whatever the depth."""
+    net = build_model(name, build_method("pws"), width=1.0)
+    seen: list[Tensor] = []
+    for module in (net.stem, net.blocks):
+        module.register_forward_hook(lambda layer, inputs, output: seen.append(output.var()))
+    with torch.no_grad():
+        net(torch.randn(8, 3, 32, 32))
+    assert 0.25 < float(seen[1] / seen[0]) / 2 < 4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_published_pws_keeps_two_one_group_norms_in_resnets_and_none_elsewhere(name: str) -> None:
+    net = on_meta(name, "pws-paper")
     norms = [m for m in net.modules() if "norm" in type(m).__name__.lower()]
     if name.startswith(("allconv", "preact", "stack")):
         assert not norms
@@ -123,9 +156,6 @@ def test_pws_keeps_two_one_group_norms_in_resnets_and_none_elsewhere(name: str) 
         assert [type(norm) for norm in norms] == [nn.GroupNorm] * 2
         assert [norm.num_groups for norm in norms] == [1, 1]
         assert norms == [net.stem_norm, net.head_norm]
-    standardized = of_kind(net, *PWS_LAYERS)
-    assert len(standardized) == len(of_kind(net, nn.Conv2d, nn.Linear)) >= 5
-    assert all(layer.bias is not None for layer in standardized)
 
 
 @pytest.mark.parametrize("method", ["bn", "gn", "ws"])
@@ -141,7 +171,7 @@ def test_a_normalized_network_norms_every_convolution_and_leaves_out_its_bias(na
 
 @pytest.mark.parametrize("name", ["preact", "cifar-resnet18", "resnet50"])
 def test_pws_blocks_start_with_relu_and_nothing_follows_the_addition(name: str) -> None:
-    net = build_model(name, build_method("pws"), width=0.125)
+    net = build_model(name, build_method("pws-paper"), width=0.125)
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
     for module in net.modules():
         module.register_forward_hook(lambda layer, inputs, output: seen.append((layer, inputs[0], output)))
@@ -161,14 +191,17 @@ def test_pws_blocks_start_with_relu_and_nothing_follows_the_addition(name: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("preact", "none"), ("preact", "pws"), ("preact", "wn"), ("resnet18", "none")]
+    ("name", "method"), [("preact", "none"), ("preact", "pws-paper"), ("preact", "wn"), ("resnet18", "none")]
 )
 def test_methods_without_norm_divide_the_stream_by_the_root_of_two(name: str, method: str) -> None:
     assert {block.scale for block in on_meta(name, method).blocks} == {2**-0.5}
 
 
-@pytest.mark.parametrize(("name", "method"), [("preact", "bn"), ("resnet18", "pws"), ("cifar-resnet18", "gn")])
-def test_methods_with_norm_do_not_divide_the_stream(name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("preact", "bn"), ("resnet18", "pws"), ("preact", "pws"), ("preact", "nf"), ("cifar-resnet18", "gn")],
+)
+def test_other_methods_do_not_divide_the_stream(name: str, method: str) -> None:
     assert {block.scale for block in on_meta(name, method).blocks} == {1.0}
 
 

@@ -139,7 +139,10 @@ def pws_paper(*, gamma: float = 1e-3) -> Method:
 def pws_default(
     *, gain: float | str = "relu", gamma: float = 1e-3, relative_gamma: bool = False, standardize_head: bool = True
 ) -> Method:
-    """PWS as this library has it: all layers' defaults, the head standardized too, the step bounded."""
+    """PWS as this library has it: all layers' defaults, the head standardized too, the step bounded, no norm anywhere.
+
+    In a residual network the last layer of each of `B` branches starts with alpha `1 / sqrt(B)`.
+    """
     ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma}
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
@@ -151,4 +154,11 @@ def pws_default(
         return pws.Linear(in_features, num_classes, **ours)
 
     source = "Parametric Weights Standardization: Liu et al. 2021, with this library's defaults"
-    return Method("pws", source, conv, head, end_norm=one_group, step_bound=STEP_BOUND)
+    return Method("pws", source, conv, head, end_branch=_share_variance, step_bound=STEP_BOUND)
+
+
+def _share_variance(conv: nn.Module, blocks: int) -> nn.Module:
+    """Alpha at `1 / sqrt(blocks)`: the branches together add as much variance to the stream as the stem gave it."""
+    assert isinstance(conv, pws.Conv2d)
+    nn.init.constant_(conv.alpha, blocks**-0.5)
+    return conv
