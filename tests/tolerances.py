@@ -20,7 +20,11 @@ TOLERANCES: Final = {
     "exact": Tolerance(0, 0, "the same operations on the same numbers, or a value that is only stored"),
     "float64": Tolerance(1e-11, 1e-12, "sums of up to a few hundred terms of order 1 at 1e-16 each, in another order"),
     "float32": Tolerance(1e-5, 2e-6, "the same sums at 6e-8 each"),
+    "kernel float32": Tolerance(
+        1e-5, 1e-5, "sums of up to 25,088 terms at 6e-8 each, and gradients by their largest entry"
+    ),
     "bfloat16": Tolerance(2**-8, 1e-5, "computed in float32, rounded once to 8 bits: half a unit is 2^-9, doubled"),
+    "bfloat16 cut": Tolerance(2**-7, 1e-5, "Triton's interpreter cuts bits off where a GPU rounds: a whole unit"),
     "float16": Tolerance(2**-11, 1e-5, "computed in float32, rounded once to 11 bits: half a unit is 2^-12, doubled"),
     "large mean": Tolerance(0, 1e-3, "a mean of 1000 deviations rounds to 1e-4 deviations; one pass would lose 5 %"),
     "quadrature": Tolerance(1e-9, 0, "Simpson's rule at 1/128: h^4 / 180 = 2e-11 times the fourth derivatives"),

@@ -1,4 +1,4 @@
-"""Parametric Weights Standardization of one weight: the maths, with its analytic backward.
+"""Parametric Weights Standardization of one weight: what it is; `pws.kernels` computes it.
 
 Shape letters: O filters (output channels), K entries of a filter (the fan-in n).
 Source: Liu, Ge, Li, Gui, "Delving into Variance Transmission and Normalization", AAAI 2021 (arXiv 2103.11590).
@@ -7,13 +7,13 @@ We differ in one place: the constant c is `gain / sqrt(fan_in)` with any gain, n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pws.errors import PwsError, ShapeError
 from pws.gain import resolve_gain
+from pws.kernels import aten
+from pws.kernels.operators import Standardize
 
 
 def standardize(
@@ -69,7 +69,9 @@ def standardize(
     eps = gamma * 2 / fan_in if relative_gamma else gamma
     order = _memory_order(weight)
     flat_OK = weight.permute(order).reshape(weight.shape[0], fan_in)
-    kernel_OK: Tensor = _Standardize.apply(flat_OK, alpha, c, eps, _result_dtype(weight))[0]
+    # A compiler fuses stock operators with what stands around them; an operator of ours it could only call.
+    rows = aten.forward if torch.compiler.is_compiling() else Standardize.apply
+    kernel_OK: Tensor = rows(flat_OK, alpha, c, eps, _result_dtype(weight))[0]
     inverse = [order.index(d) for d in range(weight.dim())]
     return kernel_OK.reshape([weight.shape[d] for d in order]).permute(inverse)
 
@@ -104,51 +106,3 @@ def _result_dtype(weight: Tensor) -> torch.dtype:
     if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return weight.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-
-
-def _statistics(weight_OK: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """Mean `(O, 1)` and reciprocal root `1 / sqrt(v + gamma)` `(O, 1)`; two passes, so a large mean costs no digits."""
-    mean_O1 = weight_OK.mean(1, keepdim=True)
-    variance_O1 = (weight_OK - mean_O1).square().mean(1, keepdim=True)
-    return mean_O1, (variance_O1 + gamma).rsqrt()
-
-
-class _Standardize(torch.autograd.Function):
-    """`kernel = c alpha h`, `h = (w - m) / sqrt(v + gamma)`, with the gradients of paper section 2."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        weight_OK: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        wide_OK = _widen(weight_OK)
-        mean_O1, rstd_O1 = _statistics(wide_OK, gamma)
-        scale_O1 = rstd_O1 * c if alpha_O is None else rstd_O1 * (c * alpha_O.to(wide_OK.dtype)[:, None])
-        return ((wide_OK - mean_O1) * scale_O1).to(dtype), mean_O1, rstd_O1
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        weight_OK, alpha_O, ctx.c, ctx.gamma, _ = inputs
-        _, mean_O1, rstd_O1 = output
-        ctx.mark_non_differentiable(mean_O1, rstd_O1)
-        ctx.save_for_backward(weight_OK, alpha_O, mean_O1, rstd_O1)
-
-    @staticmethod
-    def backward(ctx: Any, grad_OK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        weight_OK, alpha_O, mean_O1, rstd_O1 = ctx.saved_tensors
-        wide_OK, g_OK = _widen(weight_OK), grad_OK.to(mean_O1.dtype)
-        if torch.is_grad_enabled():  # a second derivative is wanted: the saved statistics would be constants to it
-            mean_O1, rstd_O1 = _statistics(wide_OK, ctx.gamma)
-        h_OK = (wide_OK - mean_O1) * rstd_O1
-        along_O1 = (g_OK * h_OK).mean(1, keepdim=True)
-        grad_alpha_O, scale_O1 = None, ctx.c * rstd_O1
-        if alpha_O is not None:
-            grad_alpha_O = (along_O1[:, 0] * (ctx.c * weight_OK.shape[1])).to(alpha_O.dtype)
-            scale_O1 = scale_O1 * alpha_O.to(rstd_O1.dtype)[:, None]
-        grad_weight_OK = scale_O1 * (g_OK - g_OK.mean(1, keepdim=True) - h_OK * along_O1)
-        return grad_weight_OK.to(weight_OK.dtype), grad_alpha_O, None, None, None
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,42 @@
+"""What a backend is: the standardization of a weight `(O, K)`, forward and backward, for the tensors it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Forward(Protocol):
+    """From a weight to its kernel."""
+
+    def __call__(
+        self, weight_OK: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The kernel `(O, K)` in `dtype`, the mean `(O,)` and `1 / sqrt(v + gamma)` `(O,)` of each filter.
+
+        The last two are float32, or float64 for a float64 weight.
+        """
+
+
+class Backward(Protocol):
+    """From the gradient of the kernel to those of the weight and of alpha."""
+
+    def __call__(
+        self, grad_OK: Tensor, weight_OK: Tensor, alpha_O: Tensor | None, mean_O: Tensor, rstd_O: Tensor, c: float
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of the weight, in its dtype, and that of an alpha `(O,)`, in the statistics' dtype."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation."""
+
+    name: str
+    forward: Forward
+    backward: Backward
+    refusal: Callable[[Tensor], str | None]
+    """Why it can't serve this weight; None if it can."""
