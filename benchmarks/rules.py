@@ -38,9 +38,19 @@ def weights_of(optimizer: Optimizer) -> list[tuple[nn.Parameter, Tensor, float]]
 
 
 def each_tensor(_: nn.Module, optimizer: Optimizer) -> None:
-    """Every tensor's step is at most 0.03 long."""
+    """Every tensor's step is at most 0.02 long."""
     for _, gradient, lr in weights_of(optimizer):
-        gradient.mul_((0.03 / (lr * gradient.norm())).clamp(max=1))
+        gradient.mul_((0.02 / (lr * gradient.norm())).clamp(max=1))
+
+
+def all_together(_: nn.Module, optimizer: Optimizer) -> None:
+    """The step of the whole network is at most 0.1 long."""
+    scale_all(optimizer, 0.1 / optimizer.param_groups[0]["initial_lr"])
+
+
+def scale_all(optimizer: Optimizer, norm: float) -> None:
+    """Clip to a global norm."""
+    torch.nn.utils.clip_grad_norm_([p for p, _, _ in weights_of(optimizer)], norm)
 
 
 def relative(_: nn.Module, optimizer: Optimizer) -> None:
@@ -51,11 +61,8 @@ def relative(_: nn.Module, optimizer: Optimizer) -> None:
 
 
 def present_rate(_: nn.Module, optimizer: Optimizer) -> None:
-    """The bound on the step with the scheduled rate of the moment in place of the largest."""
-    norm = torch.nn.utils.get_total_norm([gradient for _, gradient, _ in weights_of(optimizer)])
-    factor = (0.1 / (optimizer.param_groups[0]["lr"] * norm)).clamp(max=1)
-    for _, gradient, _ in weights_of(optimizer):
-        gradient.mul_(factor)
+    """The step of the whole network is at most 0.1 long at the scheduled rate of the moment, not at the largest."""
+    scale_all(optimizer, 0.1 / optimizer.param_groups[0]["lr"])
 
 
 class Quantile:
@@ -67,11 +74,8 @@ class Quantile:
     def __call__(self, _: nn.Module, optimizer: Optimizer) -> None:
         """Clip."""
         gradients = [gradient for _, gradient, _ in weights_of(optimizer)]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        self.norms = [*self.norms[-99:], norm]
-        factor = min(1.0, sorted(self.norms)[len(self.norms) // 10] / max(norm, 1e-12))
-        for gradient in gradients:
-            gradient.mul_(factor)
+        self.norms = [*self.norms[-99:], float(torch.nn.utils.get_total_norm(gradients))]
+        scale_all(optimizer, sorted(self.norms)[len(self.norms) // 10])
 
 
 def by_unit(model: nn.Module, _: Optimizer) -> None:
@@ -122,9 +126,10 @@ def with_rule(rule: Any) -> Method:
 
 
 ROWS: dict[str, Callable[[], Method]] = {
-    "each tensor's step at most 0.03": lambda: with_rule(each_tensor),
+    "the whole step at most 0.1": lambda: with_rule(all_together),
+    "the whole step at most 0.1 at the rate of the moment": lambda: with_rule(present_rate),
+    "each tensor's step at most 0.02": lambda: with_rule(each_tensor),
     "each tensor's step at most 1 % of it": lambda: with_rule(relative),
-    "bound by the rate of the moment": lambda: with_rule(present_rate),
     "10th percentile of past norms": lambda: with_rule(Quantile()),
     "AGC 0.05": lambda: with_rule(by_unit),
     "alpha = exp(a)": lambda: with_alpha(Exp),

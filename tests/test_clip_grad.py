@@ -16,37 +16,56 @@ import pws
 from pws.training import ClipGrad
 
 
-def parameters_with(*gradients: list[float]) -> list[nn.Parameter]:
-    parameters = []
-    for gradient in gradients:
-        parameters.append(nn.Parameter(torch.zeros(len(gradient))))
-        parameters[-1].grad = torch.tensor(gradient)
-    return parameters
+class Layers(nn.Module):
+    """A module a list of gradients; a parameter a gradient."""
+
+    def __init__(self, *layers: list[list[float]]) -> None:
+        super().__init__()
+        for i, gradients in enumerate(layers):
+            layer = nn.Module()
+            for j, gradient in enumerate(gradients):
+                parameter = nn.Parameter(torch.zeros(len(gradient)))
+                parameter.grad = torch.tensor(gradient)
+                layer.register_parameter(f"p{j}", parameter)
+            self.add_module(f"layer{i}", layer)
+
+
+def sgd(model: nn.Module, lr: float = 1.0) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=lr)
 
 
 @pytest.mark.parametrize("lr", [0.01, 0.1, 2.0])
-def test_a_step_is_at_most_the_bound_long(lr: float) -> None:
-    parameters = parameters_with([3.0, 4.0], [12.0])
-    sgd = torch.optim.SGD(parameters, lr=lr)
-    length = pws.clip_grad(sgd, 0.5)
-    assert_close(length, lr * 13, "float32")
-    sgd.step()
-    moved = torch.cat([p.detach() for p in parameters])
+def test_a_layers_step_is_at_most_the_bound_long(lr: float) -> None:
+    model = Layers([[3.0, 4.0], [12.0]], [[0.1]])
+    optimizer = sgd(model, lr)
+    assert_close(pws.clip_grad(model, optimizer, 0.5), lr * 13, "float32")
+    optimizer.step()
+    moved = torch.cat([p.detach() for p in model.layer0.parameters()])
     assert_close(moved.norm(), min(0.5, lr * 13), "float32")
     assert_close(moved / moved.norm(), -torch.tensor([3.0, 4.0, 12.0]) / 13, "float32")
+    assert_close(model.layer1.p0.item(), -lr * 0.1, "float32")
 
 
 def test_a_short_step_is_left_alone_to_the_bit() -> None:
-    parameters = parameters_with([0.3, 0.4])
-    pws.clip_grad(torch.optim.SGD(parameters, lr=0.1))
-    assert torch.equal(parameters[0].grad, torch.tensor([0.3, 0.4]))
+    model = Layers([[0.03, 0.04]])
+    pws.clip_grad(model, sgd(model, 0.1))
+    assert torch.equal(model.layer0.p0.grad, torch.tensor([0.03, 0.04]))
 
 
-def test_groups_count_with_their_own_rates() -> None:
-    a, b = parameters_with([3.0], [4.0])
-    sgd = torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.1}])
-    assert_close(pws.clip_grad(sgd, 1.0), math.hypot(3, 0.4), "float32")
-    sgd.step()
+def test_the_usual_bound() -> None:
+    model = Layers([[5.0]])
+    optimizer = sgd(model)
+    pws.clip_grad(model, optimizer)
+    optimizer.step()
+    assert_close(model.layer0.p0.item(), -0.03, "float32")
+
+
+def test_parameters_count_with_their_own_rates() -> None:
+    model = Layers([[3.0], [4.0]])
+    a, b = model.parameters()
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.1}])
+    assert_close(pws.clip_grad(model, optimizer, 1.0), math.hypot(3, 0.4), "float32")
+    optimizer.step()
     assert_close(math.hypot(a.item(), b.item()), 1.0, "float32")
 
 
@@ -58,39 +77,55 @@ def test_groups_count_with_their_own_rates() -> None:
     ],
 )
 def test_the_rate_is_the_schedules_largest(scheduler: Any) -> None:
-    parameters = parameters_with([2.0])
-    sgd = torch.optim.SGD(parameters, lr=0.5)
-    schedule = scheduler(sgd)
+    model = Layers([[2.0]])
+    optimizer = sgd(model, 0.5)
+    schedule = scheduler(optimizer)
     for _ in range(3):
-        sgd.step()
+        optimizer.step()
         schedule.step()
-        assert_close(pws.clip_grad(sgd, 10.0), 1.0, "float32")
+        assert_close(pws.clip_grad(model, optimizer, 10.0), 1.0, "float32")
 
 
-def test_parameters_without_gradient_are_passed_over() -> None:
-    frozen, used = nn.Parameter(torch.ones(2)), parameters_with([5.0])[0]
-    assert_close(pws.clip_grad(torch.optim.SGD([frozen, used], lr=1.0)), 5.0, "float32")
-    assert frozen.grad is None
-    assert float(pws.clip_grad(torch.optim.SGD([frozen], lr=1.0))) == 0
+def test_what_the_optimizer_does_not_hold_or_has_no_gradient_is_passed_over() -> None:
+    model = Layers([[5.0], [7.0]], [[1.0]])
+    model.layer1.p0.grad = None
+    assert_close(pws.clip_grad(model, torch.optim.SGD([model.layer0.p0, model.layer1.p0], lr=1.0)), 5.0, "float32")
+    assert model.layer0.p1.grad.item() == 7.0
+    assert model.layer1.p0.grad is None
+    model.layer0.p0.grad = None
+    assert float(pws.clip_grad(model, torch.optim.SGD([model.layer0.p0], lr=1.0))) == 0
+
+
+def test_a_shared_parameter_is_shortened_once() -> None:
+    model = Layers([[3.0]], [[4.0]])
+    model.layer1.register_parameter("shared", model.layer0.p0)
+    pws.clip_grad(model, sgd(model), 1.0)
+    assert [model.layer0.p0.grad.item(), model.layer1.p0.grad.item()] == pytest.approx([1.0, 1.0])
 
 
 def test_zero_gradients_stay_zero() -> None:
-    parameters = parameters_with([0.0, 0.0])
-    pws.clip_grad(torch.optim.SGD(parameters, lr=1.0))
-    assert torch.equal(parameters[0].grad, torch.zeros(2))
+    model = Layers([[0.0, 0.0]])
+    pws.clip_grad(model, sgd(model))
+    assert torch.equal(model.layer0.p0.grad, torch.zeros(2))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_shows(bad: float) -> None:
-    parameters = parameters_with([bad, 1.0])
-    assert not pws.clip_grad(torch.optim.SGD(parameters, lr=1.0)).isfinite()
-    assert parameters[0].grad.isnan().any()
+    model = Layers([[bad, 1.0]], [[1.0]])
+    assert not pws.clip_grad(model, sgd(model)).isfinite()
+    assert model.layer0.p0.grad.isnan().any()
 
 
 @pytest.mark.parametrize("bound", [0, -1.0, math.nan, math.inf])
 def test_a_bound_that_is_not_positive_is_refused(bound: float) -> None:
+    model = Layers([[1.0]])
     with pytest.raises(pws.PwsError, match="must be positive and finite; got"):
-        pws.clip_grad(torch.optim.SGD(parameters_with([1.0]), lr=1.0), bound)
+        pws.clip_grad(model, sgd(model), bound)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(pws.PwsError, match="holds no parameter of the model"):
+        pws.clip_grad(Layers([[1.0]]), sgd(Layers([[1.0]])))
 
 
 class Slope(LightningModule):

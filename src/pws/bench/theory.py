@@ -113,7 +113,7 @@ def train_watched(method: str, lr: float, steps: int, every: int, dataset: str =
             sgd.zero_grad()
             torch.autograd.backward(loss)
             if chosen.step_bound is not None:
-                clip_grad(sgd, chosen.step_bound)
+                clip_grad(model, sgd, chosen.step_bound)
             sgd.step()
     unhealthy = monitor.first_unhealthy
     verdict = str(monitor.verdict)

@@ -71,7 +71,7 @@ class ClipGrad(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Shorten the gradients."""
-        clip_grad(optimizer, self.bound)
+        clip_grad(module, optimizer, self.bound)
 
 
 class StepBar(RichProgressBar):

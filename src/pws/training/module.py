@@ -30,7 +30,7 @@ class NonFiniteLossError(ArithmeticError):
     """
 
     ADVICE: Final = (
-        "Lower --optim.lr, or bound the step with --optim.step_bound 0.1; of the methods, bn and pws stand the largest "
+        "Lower --optim.lr, or bound the step with --optim.step_bound 0.03; of the methods, bn and pws stand the largest "
         "rates. --monitor tells why."
     )
 

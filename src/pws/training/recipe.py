@@ -79,8 +79,8 @@ class OptimConfig:
         decay: (step) factor at each milestone.
         warmup_epochs: epochs over which the learning rate rises linearly from 0, a part of an epoch too.
         clip_norm: clip the gradient to this global norm, in place of the method's own step bound.
-        step_bound: shorten gradients so that no step is longer than this before momentum (pws.clip_grad); "method" is the
-            method's own, 0.1 for pws and none for the others, null is none.
+        step_bound: shorten gradients so that no layer's step is longer than this before momentum (pws.clip_grad); "method"
+            is the method's own, 0.03 for pws and none for the others, null is none.
         label_smoothing: the part of each label that is spread over all classes.
     """
 
