@@ -92,7 +92,7 @@ def _table(shown: dict[Cell, str], seconds: float | None = None) -> Table:
     table = Table(title=f"Test accuracy on real digits, 9 convolutions, batch 64{clock}", title_justify="left")
     table.caption = (
         "NaN: the loss went non-finite at that step. stuck: no better than a guess from that step on. "
-        f"pws: its step is bounded, the gradient clipped to norm {STEP_BOUND:g} / LR. Last row: the bound without pws."
+        f"pws: each layer's step is at most {STEP_BOUND:g} long. Last row: this bound without pws."
     )
     table.caption_justify = "left"
     table.add_column("method")

@@ -52,6 +52,6 @@ def _control(results: Results) -> str:
     rate = LEARNING_RATES["very large"]
     pws, control = (_at(results, row, "very large") for row in ("pws", CONTROL))
     return (
-        f"The step of pws was bounded to length {STEP_BOUND:g}, its default; to tell the two apart, "
+        f"Each layer's step of pws was bounded to length {STEP_BOUND:g}, its default; to tell the two apart, "
         f"none with the same bound gave {control} at learning rate {rate:g}, pws {pws}."
     )
