@@ -23,10 +23,11 @@ def write_report(result: Mapping[str, Any], stem: Path) -> list[Path]:
 def markdown(result: Mapping[str, Any]) -> str:
     """All tables of a result, with what was measured, where and by what."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    commits = ", ".join(dict.fromkeys(cell["commit"] for cell in result["cells"]))
     ranges = range_table(result)
     parts = [
         f"# {result['title']}",
-        f"Made by `{result['command']}` at commit {result['commit']} on {result['device']}, one thread a cell; {versions}.",
+        f"Made by `{result['command']}`, cells at commit {commits}, on {result['device']}, one thread a cell; {versions}.",
         "Test accuracy in %, mean over the seeds and their deviation; nan@k: the loss went non-finite at step k.",
         accuracy_table(result),
         f"Steps until {100 * result['target']:g} % of the first test images were right, median over the seeds; - if half "
