@@ -29,23 +29,25 @@ FAST: Final = {"reassoc", "contract", "arcp", "nsz"}
 def _forward_rows(
     first: int, last: int, weight_OK: Any, scale_O: Any, gamma: Any, kernel_OK: Any, mean_O: Any, rstd_O: Any
 ) -> None:
-    count = np.float32(weight_OK.shape[1])
+    entries = weight_OK.shape[1]
+    count = np.float32(entries)
     for o in range(first, last):
         row, out = weight_OK[o], kernel_OK[o]
         total = np.float32(0)
-        for value in row:
-            total += value
+        for k in range(entries):
+            total += row[k]
         mean = total / count
         squares = np.float32(0)
         drift = np.float32(0)  # what rounding has left of the sum: a constant filter would not be 0 without it
-        for value in row:
-            squares += (value - mean) * (value - mean)
-            drift += value - mean
+        for k in range(entries):
+            centred = row[k] - mean
+            squares += centred * centred
+            drift += centred
         drift /= count
         mean += drift
         rstd = np.float32(1) / np.sqrt(squares / count - drift * drift + gamma)
         scale = rstd * scale_O[o]
-        for k in range(row.shape[0]):
+        for k in range(entries):
             out[k] = (row[k] - mean) * scale
         mean_O[o], rstd_O[o] = mean, rstd
 
@@ -62,18 +64,19 @@ def _backward_rows(
     grad_weight_OK: Any,
     along_O: Any,
 ) -> None:
-    count = np.float32(weight_OK.shape[1])
+    entries = weight_OK.shape[1]
+    count = np.float32(entries)
     for o in range(first, last):
         g, row, out = grad_OK[o], weight_OK[o], grad_weight_OK[o]
         mean, rstd = mean_O[o], rstd_O[o]
         total = np.float32(0)
         product = np.float32(0)
-        for k in range(row.shape[0]):
+        for k in range(entries):
             total += g[k]
             product += g[k] * (row[k] - mean)
         along = product * rstd
         scale, centre, slope = scale_O[o] * rstd, total / count, along / count * rstd
-        for k in range(row.shape[0]):
+        for k in range(entries):
             out[k] = scale * (g[k] - centre - (row[k] - mean) * slope)
         along_O[o] = along
 
