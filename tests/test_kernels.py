@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import reference
@@ -15,6 +16,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 from torch.autograd import grad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pws
 from pws import kernels
@@ -171,9 +173,49 @@ def test_many_threads_at_once() -> None:
 
 
 def _in_a_child(queue: multiprocessing.Queue[float]) -> None:
-    torch.set_num_threads(1)  # torch's own threads do not survive a fork
-    torch.get_num_threads = lambda: 2
+    torch.set_num_threads(1)  # as a data loader's worker does: OpenMP's threads do not survive a fork, torch's or ours
     queue.put(float(pws.standardize(torch.ones(64, 4608).cumsum(1)).square().sum()))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="for the backend with threads")
+def test_memory_is_used_again_and_only_when_nobody_holds_it() -> None:
+    with kernels.use("cpu"):
+        kernels.empty_cache()
+        weight = torch.randn(64, 1024)
+        first = pws.standardize(weight)
+        address, values = first.data_ptr(), first.clone()
+        view = first[1:]
+        del first
+        second = pws.standardize(weight * -1)
+        assert second.data_ptr() != address
+        assert torch.equal(view, values[1:])
+        del view
+        assert pws.standardize(weight).data_ptr() == address
+        kernels.empty_cache()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="for the backend with threads")
+@pytest.mark.parametrize("entries", [4608, 4609])
+def test_a_filter_whose_first_entries_are_outliers(entries: int) -> None:
+    """The pass starts from a guess at the mean, made from them."""
+    weight = torch.randn(64, entries) * 1e-2
+    weight[:, :8] += torch.tensor([1.0, 30.0, -30.0, 1000.0])[torch.arange(64) % 4, None]
+    with kernels.use("cpu"):
+        check(weight, None, torch.randn(64, entries), "kernel float32")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="for the backend with threads")
+def test_dispatch_modes_see_the_operator() -> None:
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        pws.standardize(torch.randn(4, 5))
+    assert "pws.standardize.default" in seen
 
 
 @pytest.mark.skipif(INTERPRETED, reason="for the backend with threads")

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from pws.errors import PwsError, ShapeError
 from pws.gain import resolve_gain
-from pws.kernels import aten
-from pws.kernels.operators import Standardize
+from pws.kernels.apply import kernel_of
 
 
 def standardize(
@@ -67,13 +66,14 @@ def standardize(
     check_gamma(gamma)
     c = resolve_gain(gain) * fan_in**-0.5
     eps = gamma * 2 / fan_in if relative_gamma else gamma
-    order = _memory_order(weight)
-    flat_OK = weight.permute(order).reshape(weight.shape[0], fan_in)
-    # A compiler fuses stock operators with what stands around them; an operator of ours it could only call.
-    rows = aten.forward if torch.compiler.is_compiling() else Standardize.apply
-    kernel_OK: Tensor = rows(flat_OK, alpha, c, eps, _result_dtype(weight))[0]
-    inverse = [order.index(d) for d in range(weight.dim())]
-    return kernel_OK.reshape([weight.shape[d] for d in order]).permute(inverse)
+    dtype = _result_dtype(weight)
+    if weight.is_contiguous():
+        return kernel_of(weight, alpha, c, eps, dtype)
+    # Any other dense layout (channels_last) is contiguous in the order of its memory, and keeps that order in the result; the
+    # statistics of a filter do not care about the order of its entries.
+    order = [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
+    kernel = kernel_of(weight.permute(order).contiguous(), alpha, c, eps, dtype)
+    return kernel.permute([order.index(d) for d in range(weight.dim())])
 
 
 def check_fan_in(weight: Tensor) -> int:
@@ -92,12 +92,6 @@ def check_gamma(gamma: float) -> None:
     """Raise `PwsError` unless gamma can stand inside the root."""
     if not 0 <= gamma < float("inf"):
         raise PwsError(f"gamma is added to a variance and must be finite and at least 0; got {gamma!r}. Usual: 1e-3.")
-
-
-def _memory_order(weight: Tensor) -> list[int]:
-    # Flattening in the order of memory is a view for every dense layout (channels_last too), and keeps that layout in
-    # the result; the statistics of a filter do not care about the order of its entries.
-    return [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
 
 
 def _result_dtype(weight: Tensor) -> torch.dtype:

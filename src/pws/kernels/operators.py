@@ -53,12 +53,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 def _backward(ctx: Any, grad_OK: Tensor, *_: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
     weight_OK, alpha_O, mean_O, rstd_O = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a second derivative is wanted: through operators that have one, statistics included
-        mean_O, rstd_O = aten.statistics(weight_OK, ctx.gamma)
-        grad_weight_OK, grad_alpha_O = aten.backward(grad_OK, weight_OK, alpha_O, mean_O, rstd_O, ctx.c)
-    else:
-        grad_weight_OK, grad_alpha_O = standardize_rows_backward(grad_OK, weight_OK, alpha_O, mean_O, rstd_O, ctx.c)
-    return grad_weight_OK, None if alpha_O is None else grad_alpha_O.to(alpha_O.dtype), None, None, None
+    rows = (weight_OK, alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
+    return *gradients(standardize_rows_backward, grad_OK, *rows), None, None, None
+
+
+def gradients(
+    backward: Any,
+    grad_OK: Tensor,
+    weight_OK: Tensor,
+    alpha_O: Tensor | None,
+    mean_O: Tensor,
+    rstd_O: Tensor,
+    c: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Of the weight and of alpha, by `backward` unless they are to be differentiated again."""
+    if torch.is_grad_enabled():  # through operators that have a derivative, statistics included
+        mean_O, rstd_O = aten.statistics(weight_OK, gamma)
+        backward = aten.backward
+    grad_weight_OK, grad_alpha_O = backward(grad_OK, weight_OK, alpha_O, mean_O, rstd_O, c)
+    return grad_weight_OK, None if alpha_O is None else grad_alpha_O.to(alpha_O.dtype)
 
 
 standardize_rows.register_autograd(_backward, setup_context=_setup_context)

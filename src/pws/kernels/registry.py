@@ -85,3 +85,10 @@ def _load(name: str) -> Backend | ImportError:
 def installed() -> list[str]:
     """The names of the backends that can be imported here; triton's runs where there is a GPU."""
     return [name for name in BACKENDS if not isinstance(_load(name), ImportError)]
+
+
+def empty_cache() -> None:
+    """Give memory that the CPU's backend keeps for kernels and gradients to come, and no tensor uses, back to the system, as
+    `torch.cuda.empty_cache` does for GPUs. It is as much as a training step uses, and the next step takes it anew."""
+    if "cpu" in installed():
+        importlib.import_module("pws.kernels.buffers").empty_cache()

@@ -1,0 +1,63 @@
+"""The kernel of a weight by the shortest way that the circumstances allow.
+
+In a training step each layer's Python runs with cold caches: an operator of torch written in Python then costs a third of a
+millisecond, ten times what it costs in a loop, and more than the standardization of most layers. So plain tensors go to the
+backend directly; the operator serves whoever has to see it: transforms of torch.func, tracers and other dispatch modes, and
+subclasses of Tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pws.kernels import aten
+from pws.kernels.operators import Standardize, gradients
+from pws.kernels.registry import choose
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def kernel_of(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
+    """The kernel of a contiguous weight `(O, ...)`, in its shape."""
+    if torch.compiler.is_compiling():
+        # A compiler fuses stock operators with what stands around them; an operator of ours it could only call.
+        return aten.forward(weight.flatten(1), alpha_O, c, gamma, dtype)[0].reshape(weight.shape)
+    if _is_observed(weight) or (alpha_O is not None and _is_observed(alpha_O)):
+        rows_OK: Tensor = Standardize.apply(weight.reshape(weight.shape[0], -1), alpha_O, c, gamma, dtype)[0]
+        return rows_OK.reshape(weight.shape)
+    direct: Callable[..., Tensor] = _Direct.apply
+    return direct(weight, alpha_O, c, gamma, dtype)
+
+
+def _is_observed(tensor: Tensor) -> bool:
+    return (
+        type(tensor) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """`Standardize` with nothing between autograd and the backend."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
+        weight_OK = weight.view(weight.shape[0], -1)
+        kernel_OK, mean_O, rstd_O = choose(weight_OK).forward(weight_OK, alpha_O, c, gamma, dtype)
+        ctx.c, ctx.gamma = c, gamma
+        ctx.save_for_backward(weight, alpha_O, mean_O, rstd_O)
+        return kernel_OK.view(weight.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        weight, alpha_O, mean_O, rstd_O = ctx.saved_tensors
+        weight_OK = weight.view(weight.shape[0], -1)
+        grad_OK = grad.reshape(weight_OK.shape)
+        rows = (weight_OK, alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
+        grad_weight_OK, grad_alpha_O = gradients(choose(weight_OK).backward, grad_OK, *rows)
+        return grad_weight_OK.view(weight.shape), grad_alpha_O, None, None, None
