@@ -7,7 +7,7 @@ from pws.gain import PAPER_GAIN, variance_preserving_gain
 from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
 from pws.param_groups import param_groups
 from pws.standardize import standardize
-from pws.surgery import calibrate
+from pws.surgery import calibrate, fold
 
 __all__ = [
     "PAPER_GAIN",
@@ -26,6 +26,7 @@ __all__ = [
     "calibrate",
     "clip_grad",
     "diagnose",
+    "fold",
     "forecast",
     "param_groups",
     "standardize",

@@ -1,0 +1,1 @@
+"""`pws bench speed`: what each method costs, beside the same network without normalization."""

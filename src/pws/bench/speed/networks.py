@@ -1,0 +1,84 @@
+"""The compared networks: one architecture with each method, and the paper's formula as its authors compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pws import kernels
+from pws.errors import UnknownNameError
+from pws.methods import METHODS, Method, build_method
+from pws.models import MODELS, build_model, model_of
+
+FORMULA: Final = "formula"
+BACKENDS: Final = {f"pws {name}": name for name in kernels.BACKENDS}
+"""Rows that are `pws` with one kernel backend."""
+
+
+def check_row(row: str) -> None:
+    """Raise `UnknownNameError` unless `row` names a method, the formula or pws with a backend."""
+    if row not in METHODS and row != FORMULA and row not in BACKENDS:
+        raise UnknownNameError("row of a suite", row, [*METHODS, FORMULA, *BACKENDS])
+
+
+@contextmanager
+def backend_of(row: str) -> Iterator[None]:
+    """The row's kernel backend, the automatic one for `pws`."""
+    with kernels.use(BACKENDS.get(row)):
+        yield
+
+
+def network(model: str, row: str, width: float = 1.0) -> nn.Module:
+    """The architecture `model` with the method of `row`, 1000 classes."""
+    torch.manual_seed(0)
+    method = _formula() if row == FORMULA else build_method("pws" if row in BACKENDS else row)
+    if model in MODELS:
+        return build_model(model, method, num_classes=1000, width=width)
+    return _swap(model_of(model), method)
+
+
+class FormulaConv2d(nn.Conv2d):
+    """The paper's formula in stock operators, as its authors' code has it: layer norm over each filter, then two products."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.alpha = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve with the standardized weight."""
+        shape = self.weight.shape[1:]
+        kernel = F.layer_norm(self.weight, shape, eps=1e-3) * self.alpha * (2 / shape.numel()) ** 0.5
+        output: Tensor = self._conv_forward(input, kernel, self.bias)
+        return output
+
+
+def _formula() -> Method:
+    return Method(FORMULA, "Liu et al. 2021, as published code computes it", FormulaConv2d)
+
+
+def _swap(model: nn.Module, method: Method) -> nn.Module:
+    """Each BatchNorm, convolution and linear layer of a model of others replaced by the method's: the same computation beside
+    the normalization, which is what is timed. (For a network to train, its plan has to be looked at: `pws.convert`.)"""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d) and method.norm is not nn.BatchNorm2d:
+                activation = getattr(child, "act", nn.Identity())  # timm's BatchNormAct2d
+                norm = method.norm(child.num_features) if method.norm else nn.Identity()
+                setattr(parent, name, nn.Sequential(norm, activation))
+            elif type(child) is nn.Conv2d and child.weight[0].numel() > 1:
+                setattr(parent, name, _conv(child, method))
+            elif type(child) is nn.Linear:
+                setattr(parent, name, method.head(child.in_features, child.out_features))
+    return model
+
+
+def _conv(conv: nn.Conv2d, method: Method) -> nn.Module:
+    size: Any = conv.kernel_size
+    settings: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+    bias = method.norm is None or conv.bias is not None
+    return method.conv(conv.in_channels, conv.out_channels, size, groups=conv.groups, bias=bias, **settings)  # type: ignore[call-arg]

@@ -1,0 +1,91 @@
+"""`pws bench speed`: what each method costs in time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pws.bench.speed.pictures import quartiles
+from pws.bench.speed.report import ratio_text, write_report
+from pws.bench.speed.run import run_suite
+from pws.bench.speed.suite import Suite, load_suite, shipped_suites
+from pws.cli.arguments import command_parser, parse
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, measure what is missing, write the tables and the picture."""
+    parser = command_parser(
+        "bench speed",
+        "Time methods side by side, round by round in one run, as ratios to the same network without normalization, after "
+        "checking that the kernels are right; write NAME.json (all samples), NAME.md and NAME.png. Every case is stored when "
+        f"it is done: the same command goes on where it was interrupted. Shipped suites: {', '.join(shipped_suites())}.",
+        "pws bench speed resnet50",
+    )
+    parser.add_argument("suite", type=str, help="a shipped suite, or a YAML file with title, rows, cases, seconds")
+    parser.add_argument("--out", type=str, help="folder of the files; benchmarks/speed, or benchmarks/quick")
+    parser.add_argument("--quick", action="store_true", help="two small cases: to see that it works, not to measure")
+    parsed = parse(parser, arguments)
+    suite = load_suite(parsed.suite, quick=parsed.quick)
+    out = Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks/speed"))
+    console = Console()
+    console.print(suite.title, highlight=False)
+    with _Progress(suite, console) as progress:
+        command = f"pws bench speed {parsed.suite}{' --quick' if parsed.quick else ''}"
+        path = out / f"{suite.name}.json"
+        result = run_suite(suite, path, command, progress.take, progress.say)
+    files = write_report(result, out / suite.name)
+    console.print(f"Files: {path}, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    return 0
+
+
+class _Progress:
+    """A live table with what is going on below on a terminal; a line a case elsewhere."""
+
+    def __init__(self, suite: Suite, console: Console) -> None:
+        self.suite, self.console = suite, console
+        self.cases: list[Mapping[str, Any]] = []
+        self.doing = ""
+        self.live = Live(console=console, refresh_per_second=2, get_renderable=self._shown)
+        self.context = self.live if console.is_terminal else nullcontext()
+
+    def __enter__(self) -> _Progress:
+        self.context.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self.doing = ""
+        self.context.__exit__(*raised)
+        if not self.console.is_terminal:
+            self.console.print(self._table())
+
+    def say(self, text: str) -> None:
+        """Take note of what is going on."""
+        self.doing = text
+
+    def take(self, content: Mapping[str, Any]) -> None:
+        """Take note of what is done."""
+        self.cases = list(content["cases"])
+        if not self.console.is_terminal:
+            case = self.cases[-1]
+            texts = ", ".join(f"{row} {ratio_text(case, row)}" for row in case["rows"] if row != "none")
+            line = f"{len(self.cases)}/{len(self.suite.cases)}  {case['case']}: {texts}"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _shown(self) -> Group:
+        return Group(self._table(), Text(f"{len(self.cases)} of {len(self.suite.cases)} cases. {self.doing}"))
+
+    def _table(self) -> Table:
+        table = Table(caption="time, ratio to no normalization: median", caption_justify="left")
+        table.add_column("")
+        for case in self.cases:
+            table.add_column(case["case"], justify="right")
+        for row in self.suite.rows[1:]:
+            table.add_row(row, *(f"{quartiles(c, row)[1]:.2f}" if row in c["rows"] else "-" for c in self.cases))
+        return table

@@ -1,0 +1,128 @@
+"""`pws bench speed`: suites, what is timed, and the files. Times themselves are never asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import pws
+from pws.bench.speed import standardization
+from pws.bench.speed.measure import measure_case
+from pws.bench.speed.networks import FormulaConv2d, network
+from pws.bench.speed.pictures import quartiles
+from pws.bench.speed.suite import Case, load_suite, shipped_suites
+from pws.cli import main
+from pws.errors import PwsError
+
+TINY = """
+title: tiny
+rows: [none, bn, pws aten, pws]
+seconds: 0.1
+cases:
+  - {model: stack4, batch: [1, 2], pixels: 16, width: 0.125}
+  - {model: stack4, batch: 2, pixels: 16, width: 0.125, task: inference}
+"""
+
+
+def test_the_shipped_suites() -> None:
+    assert list(shipped_suites()) == ["gpu", "models", "modes", "resnet50", "scaling"]
+    assert [len(load_suite(name).cases) for name in shipped_suites()] == [6, 6, 3, 4, 20]
+    for name in shipped_suites():
+        assert 1 <= len(load_suite(name, quick=True).cases) <= 2
+
+
+@pytest.mark.parametrize("row", ["none", "bn", "gn", "wn", "nf", "formula", "pws"])
+@pytest.mark.parametrize("model", ["torchvision:resnet18", "timm:regnety_002"])
+def test_a_network_of_others_with_each_method(model: str, row: str) -> None:
+    built = network(model, row)
+    count = sum(isinstance(m, nn.BatchNorm2d) for m in built.modules())
+    assert (count > 0) == (row == "bn")
+    assert any(isinstance(m, pws.Conv2d) for m in built.modules()) == (row == "pws")
+    assert built(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
+
+
+def test_the_formula_is_the_papers() -> None:
+    layer, ours = FormulaConv2d(4, 6, 3), pws.Conv2d(4, 6, 3, gain=pws.PAPER_GAIN)
+    ours.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(layer(x), ours(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_kept_for_the_backward_pass() -> None:
+    case = Case("stack4", batch=4, pixels=16, width=0.25)
+    measured = measure_case(case, ["none", "bn", "pws"], 0.01, lambda _: None)
+    outputs = 0
+
+    def count(_: nn.Module, __: object, output: torch.Tensor) -> None:
+        nonlocal outputs
+        outputs += output.numel() * output.element_size()
+
+    plain = network("stack4", "none", 0.25)
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(count)
+    images = torch.randn(4, 3, 16, 16)
+    plain(images)
+    kept = outputs + 4 * images.numel()
+    assert kept <= measured["none"].memory < 1.2 * kept  # and the features, the logits, their softmax
+    assert measured["bn"].memory == pytest.approx(measured["none"].memory + outputs, rel=0.02)  # its inputs too
+    kernels = 4 * sum(p.numel() for p in plain.parameters() if p.dim() > 1)
+    assert measured["pws"].memory == pytest.approx(measured["none"].memory + kernels, rel=0.02)
+
+
+def test_a_suite_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    arguments = ["bench", "speed", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    first = json.loads((tmp_path / "tiny.json").read_text())
+    assert [case["case"] for case in first["cases"]] == [
+        "stack4 x 0.125, batch 1, 16 px",
+        "stack4 x 0.125, batch 2, 16 px",
+        "stack4 x 0.125, batch 2, 16 px, inference",
+    ]
+    assert list(first["cases"][2]["rows"]) == ["none", "bn", "pws"]
+    assert quartiles(first["cases"][0], "none") == [1, 1, 1]
+    (tmp_path / "tiny.json").write_text(json.dumps({**first, "cases": first["cases"][1:]}))
+    assert main(arguments) == 0
+    second = json.loads((tmp_path / "tiny.json").read_text())
+    assert second["cases"][1:] == first["cases"][1:]
+    assert second["cases"][0] != first["cases"][0]
+    assert "3/3" in capsys.readouterr().out
+    assert "inference" in (tmp_path / "tiny.md").read_text()
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = standardization.load
+
+    def wrong(name: str) -> object:
+        backend = load(name)
+        return type(backend)(
+            backend.name, lambda w, *rest: backend.forward(w * w.cos(), *rest), backend.backward, backend.refusal
+        )
+
+    monkeypatch.setattr(standardization, "load", wrong)
+    with pytest.raises(PwsError, match="deviates from float64"):
+        standardization.standardization_alone("stack4", 0.125, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rows: [none]", "cases must be a list"),
+        ("rows: [bn]\ncases: [{model: stack4, batch: 1, pixels: 8}]", "the first row must be none"),
+        ("rows: [none, bnn]\ncases: [{model: stack4, batch: 1, pixels: 8}]", "did you mean bn"),
+        ("rows: [none]\ncases: [{model: stack4, batch: 1, pixel: 8}]", "did you mean pixels"),
+        ("rows: [none]\ncases: [{model: stack4, batch: 1}]", "a case needs model, batch and pixels"),
+        ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, task: trian}]", "did you mean train"),
+        ("rows: [", "is not a YAML file"),
+    ],
+)
+def test_a_wrong_suite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
+    (tmp_path / "wrong.yaml").write_text(text)
+    assert main(["bench", "speed", str(tmp_path / "wrong.yaml")]) == 2
+    assert words in capsys.readouterr().err
