@@ -117,7 +117,8 @@ def _kept() -> Iterator[dict[int, int]]:
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        owner = tensor if tensor._base is None else tensor._base  # a linear layer keeps its weight transposed
+        if not isinstance(owner, nn.Parameter):
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
