@@ -19,7 +19,14 @@ from pws.surgery import fold
 ROUNDS: Final = (5, 200)
 """At least and at most, whatever the time."""
 CLASSES: Final = 1000
-Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed."""
+
+    run: Callable[[], None]
+    model: nn.Module
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,6 @@ def measure_case(case: Case, rows: Sequence[str], seconds: float, say: Callable[
 
 
 def _step(case: Case, row: str, images: Tensor, labels: Tensor) -> Step:
-    """What is timed."""
     model = network(case.model, row, case.width).to(images.device)
     if case.channels_last:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
@@ -71,7 +77,7 @@ def _step(case: Case, row: str, images: Tensor, labels: Tensor) -> Step:
             with torch.inference_mode(), precision:
                 run(images)
 
-        return infer
+        return Step(infer, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     run = torch.compile(model) if case.compile else model
 
@@ -82,14 +88,14 @@ def _step(case: Case, row: str, images: Tensor, labels: Tensor) -> Step:
         torch.autograd.backward(loss)
         optimizer.step()
 
-    return train
+    return Step(train, model)
 
 
 def _timed(row: str, step: Step) -> float:
     with backend_of(row):
         _wait()
         started = time.perf_counter()
-        step()
+        step.run()
         _wait()
         return time.perf_counter() - started
 
@@ -104,22 +110,22 @@ def _memory(row: str, step: Step, device: torch.device) -> int:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            step()
+            step.run()
             return torch.cuda.max_memory_allocated() - before
-        with _kept() as kept:
-            step()
+        with _kept(step.model) as kept:
+            step.run()
         return sum(kept.values())
 
 
 @contextmanager
-def _kept() -> Iterator[dict[int, int]]:
+def _kept(model: nn.Module) -> Iterator[dict[int, int]]:
     """Address to bytes of what autograd keeps, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        owner = tensor if tensor._base is None else tensor._base  # a linear layer keeps its weight transposed
-        if not isinstance(owner, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
