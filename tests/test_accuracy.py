@@ -16,8 +16,8 @@ import pytest
 import pws
 from pws.bench.accuracy import load_grid, shipped_grids
 from pws.bench.accuracy.cell import train_cell
-from pws.bench.accuracy.fill import fill_tables
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table, summarize
+from pws.bench.fill import fill_tables
 from pws.cli import main
 from pws.training.callbacks import Clock
 
@@ -114,6 +114,7 @@ def stored_cell(row: str, lr: float, seed: int, accuracy: float | None, curve: l
 
 
 RESULT = {
+    "grid": "small",
     "target": 0.8,
     "rows": ["a", "b"],
     "columns": ["LR 0.1", "LR 0.2", "LR 0.4"],
@@ -165,8 +166,8 @@ def test_a_grid_that_is_wrong_is_refused(
 def test_the_documents_tables_are_those_of_the_result_files(document: str) -> None:
     root = Path(__file__).parents[1]
     text = (root / document).read_text()
-    assert "<!-- table collapse" in text
-    assert fill_tables(text, root / "benchmarks" / "accuracy") == text
+    assert "<!-- table accuracy/collapse" in text
+    assert fill_tables(text, root / "benchmarks") == text
 
 
 def test_tables_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +185,10 @@ def test_tables_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "up to date" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("marker", "message"), [("small: c", "no row 'c'; it has: a; b"), ("other", "is missing")])
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [("small: c", "no row 'c'; it has: a; b"), ("other", "is missing"), ("small stepps", "did you mean steps")],
+)
 def test_a_table_that_cannot_be_filled_is_refused(marker: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "small.json").write_text(json.dumps(RESULT))
     with pytest.raises(pws.PwsError, match=message):

@@ -21,9 +21,29 @@ def ratio_text(case: Stored, row: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def ratio_table(result: Stored, rows: Sequence[str] | None = None) -> str:
+def ratio_table(result: Stored) -> str:
     """Time of each row in each case, as a ratio to no normalization."""
-    return _table(result, rows, ratio_text)
+    return _table(result, ratio_text)
+
+
+def images_table(result: Stored) -> str:
+    """Images a second, median."""
+
+    def text(case: Stored, row: str) -> str:
+        measured = case["rows"].get(row)
+        return f"{case['settings']['batch'] / statistics.median(measured['seconds']):.1f}" if measured else "-"
+
+    return _table(result, text)
+
+
+def memory_table(result: Stored) -> str:
+    """MiB of a training step."""
+
+    def text(case: Stored, row: str) -> str:
+        measured = case["rows"].get(row)
+        return f"{measured['memory'] / MIB:.0f}" if measured and measured["memory"] else "-"
+
+    return _table(result, text)
 
 
 def write_report(result: Stored, stem: Path) -> list[Path]:
@@ -40,24 +60,15 @@ def markdown(result: Stored) -> str:
     """All tables, with what was measured, where and by what."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     commits = ", ".join(dict.fromkeys(case["commit"] for case in result["cases"]))
-
-    def images(case: Stored, row: str) -> str:
-        measured = case["rows"].get(row)
-        return f"{case['settings']['batch'] / statistics.median(measured['seconds']):.1f}" if measured else "-"
-
-    def memory(case: Stored, row: str) -> str:
-        measured = case["rows"].get(row)
-        return f"{measured['memory'] / MIB:.0f}" if measured and measured["memory"] else "-"
-
     parts = [
         f"# {result['title']}",
         f"Made by `{result['command']}`, at commit {commits}, on {result['device']}; {versions}.",
         "Time, as a ratio to the same network without normalization in the same round: median (quartiles).",
         ratio_table(result),
         "Images a second, median:",
-        _table(result, None, images),
+        images_table(result),
         "Memory in MiB: on a GPU the peak of a step, on a CPU the tensors kept for the backward pass.",
-        _table(result, None, memory),
+        memory_table(result),
         "The standardization of all kernels alone, beside a copy of the same bytes; the deviation is from float64, in units of "
         "the largest entry.",
         standardization_table(result),
@@ -95,9 +106,9 @@ def _head(titles: Iterable[str]) -> list[str]:
     return ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
 
 
-def _table(result: Stored, rows: Sequence[str] | None, text: Callable[[Stored, str], str]) -> str:
+def _table(result: Stored, text: Callable[[Stored, str], str]) -> str:
     """Cases down, rows across: there are more cases than methods."""
-    shown = list(rows or result["rows"])
-    lines = _head(["", *shown])
-    lines += ["| " + " | ".join([case["case"], *(text(case, row) for row in shown)]) + " |" for case in result["cases"]]
+    rows = result["rows"]
+    lines = _head(["", *rows])
+    lines += ["| " + " | ".join([case["case"], *(text(case, row) for row in rows)]) + " |" for case in result["cases"]]
     return "\n".join(lines) + "\n"

@@ -1,0 +1,71 @@
+"""Tables in documents, filled from result files.
+
+A document says where a table goes: of which result, which of its tables if not the main one, and which rows if not all:
+
+    <!-- table accuracy/collapse: bn; pws -->
+    <!-- end -->
+    <!-- table accuracy/rates range -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from pws.bench.accuracy.table import accuracy_table, range_table, steps_table
+from pws.bench.speed.report import images_table, memory_table, ratio_table, standardization_table
+from pws.errors import PwsError, UnknownNameError
+
+MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+Result = dict[str, Any]
+TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
+    "grid": {"accuracy": accuracy_table, "steps": steps_table, "range": range_table},
+    "suite": {
+        "ratio": ratio_table,
+        "images": images_table,
+        "memory": memory_table,
+        "standardization": standardization_table,
+    },
+}
+"""By the key that a result of `pws bench accuracy` or `speed` has, its tables; the first is the main one."""
+
+
+def fill_tables(text: str, results: Path) -> str:
+    """`text` with its tables made anew from `results/NAME.json`.
+
+    Raises:
+        PwsError: a table's result file or one of its rows is missing.
+        UnknownNameError: the result has no such table.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        start, name, kind, rows, end = found.groups()
+        path = results / f"{name}.json"
+        result = _result(path, rows)
+        tables = next(tables for key, tables in TABLES.items() if key in result)
+        if kind is not None and kind not in tables:
+            raise UnknownNameError(f"table of {path}:", kind, tables)
+        return f"{start}\n{tables[kind or next(iter(tables))](result)}\n{end}"
+
+    return MARKED.sub(table, text)
+
+
+def _result(path: Path, rows: str | None) -> Result:
+    if not path.is_file():
+        raise PwsError(
+            f"a table wants {path}, which is missing. Make it with `pws bench {path.parent.name} {path.stem}`."
+        )
+    result: Result = json.loads(path.read_text())
+    if rows is None:
+        return result
+    chosen = [row.strip() for row in rows.split(";")]
+    for row in chosen:
+        if row not in result["rows"]:
+            raise PwsError(f"{path} has no row {row!r}; it has: {'; '.join(result['rows'])}.")
+    if "suite" in result:
+        return {**result, "rows": chosen}
+    return {**result, "rows": chosen, "cells": [cell for cell in result["cells"] if cell["row"] in chosen]}
