@@ -82,7 +82,9 @@ class StandardizedLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Kaiming normal weights for ReLU (deviation `sqrt(2 / fan_in)`), alpha 1, bias 0."""
-        init.normal_(self.weight, std=(2 / check_fan_in(self.filters())) ** 0.5)
+        raw = self._parameters["weight"]
+        assert raw is not None
+        init.normal_(raw, std=(2 / check_fan_in(self.filters())) ** 0.5)
         if self.bias is not None:
             init.zeros_(self.bias)
         if "alpha" in self._parameters:  # the parent's constructor calls this before alpha exists

@@ -1,6 +1,7 @@
-"""Changes to a model as a whole: calibration from data, folding."""
+"""Changes to a model as a whole: conversion, calibration from data, folding."""
 
 from pws.surgery.calibrate import Calibrated, calibrate
 from pws.surgery.fold import fold
+from pws.surgery.plan import Plan, Step, convert, plan
 
-__all__ = ["Calibrated", "calibrate", "fold"]
+__all__ = ["Calibrated", "Plan", "Step", "calibrate", "convert", "fold", "plan"]
