@@ -7,7 +7,7 @@ from pws.gain import PAPER_GAIN, variance_preserving_gain
 from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
 from pws.param_groups import param_groups
 from pws.standardize import standardize
-from pws.surgery import calibrate, fold
+from pws.surgery import Plan, calibrate, convert, fold, plan
 
 __all__ = [
     "PAPER_GAIN",
@@ -21,14 +21,17 @@ __all__ = [
     "Diagnosis",
     "Linear",
     "Monitor",
+    "Plan",
     "PwsError",
     "ShapeError",
     "calibrate",
     "clip_grad",
+    "convert",
     "diagnose",
     "fold",
     "forecast",
     "param_groups",
+    "plan",
     "standardize",
     "variance_preserving_gain",
 ]

@@ -1,10 +1,10 @@
-"""Data-dependent alpha: the paper's `initalpha` as an explicit call."""
+"""Data-dependent alpha and bias: the paper's `initalpha` as an explicit call, for any model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from pws.errors import PwsError
 from pws.layers import StandardizedLayer
+from pws.surgery.branches import branch_ends
 
 Batch = Tensor | tuple[Any, ...] | list[Any]
 
@@ -34,19 +35,22 @@ def calibrate(
     *,
     target: float = 1.0,
     per_channel: bool = False,
+    mean: float | None = None,
+    share_branches: bool = False,
     only: Callable[[str, nn.Module], bool] | None = None,
 ) -> list[Calibrated]:
-    """Scale alpha, layer by layer in execution order, so that each layer's output has variance `target`.
+    """Scale alpha, layer by layer in execution order, so that each layer's output has variance `target`; on request shift the
+    bias too, and keep residual streams in bounds.
 
         alpha <- alpha * sqrt(target / Var(y - bias)),      Var biased, over all entries of the output
 
     One forward pass over all batches joined: each layer sees inputs that come from layers already calibrated. A layer
-    called more than once is set by its first call. The result is stored in alpha alone, so a checkpoint carries it and
-    a resumed run must not call this again. With `torch.distributed` initialized, the statistics are pooled over all
+    called more than once is set by its first call. The result is stored in alpha and bias alone, so a checkpoint carries it
+    and a resumed run must not call this again. With `torch.distributed` initialized, the statistics are pooled over all
     ranks, and every rank (all must hold the same model) sets the same alpha.
 
     The model runs in eval mode without gradient (BatchNorm then uses its running statistics); its modes, buffers and
-    every parameter but alpha are left as they were.
+    every other parameter are left as they were.
 
     Args:
         model: any module that holds pws layers.
@@ -55,49 +59,81 @@ def calibrate(
             pass has memory for.
         target: the output variance wanted; the paper uses 2.
         per_channel: a factor a channel, from that channel's own variance, instead of one a layer.
+        mean: shift each bias so that its channel's output has this mean (BatchNorm's is 0), and take the variance about the
+            channels' means; layers without a bias, and all biases if left out, stay.
+        share_branches: the last layers of the residual branches, which are found by following one run of the model, get
+            `target / B` for `B` additions: together they add as much variance to the stream as it started with.
         only: calibrate the layers for which `only(name, layer)` is true; all pws layers if left out.
 
     Returns:
         What was found and done, in execution order.
 
     Raises:
-        PwsError: no pws layer ran, or an output's variance is zero or not finite; alpha is then as it was.
+        PwsError: no pws layer ran, or an output's variance is zero or not finite; alpha and bias are then as they were.
 
     Source: paper section 4, `initalpha`: target 2, on the stem and the first convolution of each residual block.
     """
     if not 0 < target < float("inf"):
         raise PwsError(f"calibrate needs a positive finite target variance; got {target!r}. Usual: 1; the paper: 2.")
     names = {m: n for n, m in model.named_modules() if isinstance(m, StandardizedLayer) and (not only or only(n, m))}
-    done: dict[nn.Module, Calibrated] = {}
-
-    def scale(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        assert isinstance(layer, StandardizedLayer)
-        if layer in done:
-            return output
-        channel_last = output.movedim(1 - layer.weight.dim(), -1)
-        centred = channel_last if layer.bias is None else channel_last - layer.bias
-        variance = _variance(centred, per_channel)
-        _check_variance(variance, _rounding(layer, inputs[0]), names[layer])
-        factor = (target / variance).sqrt()
-        done[layer] = Calibrated(names[layer], float(variance.mean()), float(factor.mean()))
-        layer.alpha.mul_(factor)
-        scaled = centred * factor.to(centred.dtype)
-        return (scaled if layer.bias is None else scaled + layer.bias).movedim(-1, 1 - layer.weight.dim())
-
+    setting = Setting(names, target, per_channel, mean)
     if names:
         images = _join(batches).to(next(iter(names)).weight.device)
-        with _alpha_restored_on_error(list(names)), _eval_mode(model), _hooks(list(names), scale):
-            model(images)
-    if not done:
+        setting.shares = branch_ends(model, images) if share_branches else {}
+        setting.run(model, lambda: model(images))
+    if not setting.done:
         raise PwsError(
             f"calibrate found no pws layer that ran in {type(model).__name__}. Build the model with "
             "pws.Conv2d and its kin, or check the `only` argument."
         )
-    return list(done.values())
+    return list(setting.done.values())
 
 
-def _variance(output: Tensor, per_channel: bool) -> Tensor:
-    """Biased variance over all entries, or over all but the last dimension; pooled over the ranks, in float64."""
+@dataclass
+class Setting:
+    """Layers being set, each when it is called."""
+
+    names: Mapping[StandardizedLayer, str]
+    target: float
+    per_channel: bool
+    mean: float | None
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the target, for the layers that end residual branches."""
+    done: dict[nn.Module, Calibrated] = field(default_factory=dict)
+
+    def run(self, model: nn.Module, forward: Callable[[], object]) -> None:
+        """Set all layers that `forward` calls; none if it fails."""
+        layers = list(self.names)
+        with torch.no_grad(), _restored_on_error(layers), _eval_mode(model), _hooks(layers, self._set):
+            forward()
+
+    def _set(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        assert isinstance(layer, StandardizedLayer)
+        if layer in self.done:
+            return output
+        name = self.names[layer]
+        channel_last = output.movedim(1 - layer.weight.dim(), -1)
+        centred = channel_last if layer.bias is None else channel_last - layer.bias
+        shift = None if self.mean is None or layer.bias is None else -_moments(centred, True)[0]
+        if shift is not None:
+            centred = centred + shift.to(centred.dtype)
+        variance = _moments(centred, self.per_channel)[1]
+        _check_variance(variance, _rounding(layer, inputs[0]), name)
+        factor = (self.target * self.shares.get(name, 1.0) / variance).sqrt()
+        self.done[layer] = Calibrated(name, float(variance.mean()), float(factor.mean()))
+        layer.alpha.mul_(factor)
+        result = centred * factor.to(centred.dtype)
+        if layer.bias is not None:
+            if self.mean is not None and shift is not None:
+                layer.bias.copy_(self.mean + shift * factor)
+                result = result + self.mean
+            else:
+                result = result + layer.bias
+        return result.movedim(-1, 1 - layer.weight.dim())
+
+
+def _moments(output: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all entries, or over all but the last dimension; pooled over the ranks, in float64."""
     rows = output.double().reshape(-1, output.shape[-1] if per_channel else 1)
     moments = torch.stack([torch.full_like(rows[0], rows.shape[0]), rows.sum(0), rows.square().sum(0)])
     if distributed.is_available() and distributed.is_initialized():
@@ -106,8 +142,8 @@ def _variance(output: Tensor, per_channel: bool) -> Tensor:
         distributed.all_gather(gathered, moments)
         moments = torch.stack(gathered).sum(0)
     count, total, squares = moments
-    variance: Tensor = squares / count - (total / count).square()
-    return variance
+    mean: Tensor = total / count
+    return mean, squares / count - mean.square()
 
 
 def _rounding(layer: StandardizedLayer, inputs: Tensor) -> float:
@@ -142,13 +178,14 @@ def _join(batches: Tensor | Iterable[Batch]) -> Tensor:
 
 
 @contextmanager
-def _alpha_restored_on_error(layers: list[StandardizedLayer]) -> Iterator[None]:
-    before = [layer.alpha.clone() for layer in layers]
+def _restored_on_error(layers: list[StandardizedLayer]) -> Iterator[None]:
+    parameters = [p for layer in layers for p in (layer.alpha, layer.bias) if p is not None]
+    before = [parameter.clone() for parameter in parameters]
     try:
         yield
     except BaseException:
-        for layer, alpha in zip(layers, before, strict=True):
-            layer.alpha.copy_(alpha)
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
         raise
 
 

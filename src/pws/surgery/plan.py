@@ -12,10 +12,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from pws.diagnosis.batch import batch_of
 from pws.errors import PwsError, ShapeError, UnknownNameError
 from pws.gain import variance_preserving_gain
 from pws.layers import StandardizedLayer
 from pws.standardize import check_fan_in, check_gamma
+from pws.surgery.branches import branch_ends
+from pws.surgery.calibrate import Setting
 from pws.surgery.standardized import parent_of, standardize_layer
 from pws.surgery.trace import INPUT, Trace, Value, trace
 
@@ -67,6 +70,7 @@ class Plan:
     biases: frozenset[str]
     gamma: float
     relative_gamma: bool
+    example: Any
 
     def named(self, action: str) -> list[str]:
         """The layers and norms with which this happens."""
@@ -87,8 +91,24 @@ class Plan:
         changed = sum(step.parameters_after - step.parameters for step in self.steps)
         return sum(p.numel() for p in self.model.parameters()) + changed
 
-    def apply(self) -> nn.Module:
-        """A converted copy; the model is left alone."""
+    def apply(self, *, calibrate: bool = True) -> nn.Module:
+        """A converted copy; the model is left alone.
+
+        With `calibrate`, alpha is set on the example, in the order of execution, so that each standardized layer's output has
+        variance 1, and those of all residual branches together as much: what the norms saw to. (`pws.calibrate` does it
+        again on better data.)
+
+        Raises:
+            PwsError: a layer's output does not vary on the example.
+        """
+        result = self._converted()
+        if calibrate and self.named("standardize"):
+            names = {m: n for n, m in result.named_modules() if isinstance(m, StandardizedLayer)}
+            setting = Setting(names, 1.0, False, None, branch_ends(result, self.example))
+            setting.run(result, lambda: batch_of((self.example,)).outputs(result))
+        return result
+
+    def _converted(self) -> nn.Module:
         result = deepcopy(self.model)
         modules = dict(result.named_modules())
         for name in self.named("standardize"):
@@ -152,23 +172,29 @@ def plan(
         )
     run = trace(model, example, is_norm)
     kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
-    return _Planner(model, run, is_norm, kept).plan(gamma, relative_gamma)
+    return _Planner(model, run, is_norm, kept).plan(gamma, relative_gamma, example)
 
 
-def convert(model: nn.Module, example: Any, **settings: Any) -> nn.Module:
-    """A copy of `model` that trains without its norms: `plan(model, example, **settings).apply()`.
+def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **settings: Any) -> nn.Module:
+    """A copy of `model` that trains without its norms: `plan(model, example, **settings).apply(calibrate=calibrate)`.
+
+    Args:
+        model: any module. It is left alone.
+        example: what its forward takes; a batch of real data, if alpha is calibrated on it.
+        calibrate: set alpha on the example, so that each layer keeps the variance that its norm saw to.
+        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`.
 
     Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         >>> convert(model, torch.randn(2, 3, 8, 8))
         Sequential(
-          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), bias=False, gamma=0.001, gain=1)
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), gamma=0.001, gain=1)
           (1): Identity()
           (2): ReLU()
         )
     """
-    return plan(model, example, **settings).apply()
+    return plan(model, example, **settings).apply(calibrate=calibrate)
 
 
 class _Planner:
@@ -188,7 +214,7 @@ class _Planner:
         self.gates = self._gates()
         self.removed: set[str] = set()
 
-    def plan(self, gamma: float, relative_gamma: bool) -> Plan:
+    def plan(self, gamma: float, relative_gamma: bool, example: Any) -> Plan:
         norms = {name: self._norm(name) for name in self.norms}
         self.removed = {name for name, (action, _) in norms.items() if action == "remove"}
         layers = {name: self._layer(name) for name in self.layers}
@@ -202,7 +228,7 @@ class _Planner:
             if self.is_norm(module) and name not in norms
         ]
         gains = {name: self._gain(name) for name in chosen}
-        return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma)
+        return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, example)
 
     def _refusal(self, name: str) -> tuple[str, str] | None:
         """Action and reason for a layer that can't or must not be standardized."""

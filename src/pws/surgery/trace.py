@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedBuffer
 from torch.overrides import TorchFunctionMode
 
 from pws.diagnosis.batch import REJECTIONS, batch_of, tensors_in
@@ -85,7 +86,10 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
     Raises:
         PwsError: the model can't be run on the example.
     """
-    copy = deepcopy(model).train()
+    # Buffers of lazy modules have no copy of their own.
+    lazy = [buffer for buffer in model.buffers() if isinstance(buffer, UninitializedBuffer)]
+    memo = {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in lazy}
+    copy = deepcopy(model, memo).train()
     for module in copy.modules():
         if isinstance(module, _BatchNorm):
             module.eval()

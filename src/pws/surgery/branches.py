@@ -1,0 +1,26 @@
+"""Residual branches, found by following one run of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pws.surgery.trace import INPUT, Trace, trace
+
+
+def branch_ends(model: nn.Module, example: Any) -> dict[str, float]:
+    """Name of each layer that ends a residual branch, to its share of the variance: 1 over the number of additions."""
+    run = trace(model, example, lambda _: False)
+    ends = [found for found in _ends(run) if found]
+    return {name: 1 / len(ends) for found in ends for name in found}
+
+
+def _ends(run: Trace) -> list[set[str]]:
+    """For each addition, the sources of its operand behind the most layers that are not those of another operand too."""
+    found = []
+    for addition in run.sums:
+        branch = max(addition.operands, key=lambda value: value.depth)
+        others = [value for value in addition.operands if value is not branch]
+        found.append(set(branch.sources).difference(*(value.sources for value in others)) - {INPUT})
+    return found
