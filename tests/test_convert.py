@@ -326,3 +326,55 @@ def test_every_layer_transmits_its_variance_after_conversion(name: str) -> None:
     for layer in diagnosis.layers:
         if isinstance(converted.get_submodule(layer.name), StandardizedLayer):
             assert 0.25 < layer.output.variance / ends.get(layer.name, 1.0) < 4, layer.name
+
+
+def trained(model: nn.Module, example: Tensor, *, centred: bool = False) -> nn.Module:
+    """With running statistics and affines as after training; with `centred`, filters that the conversion can keep exactly."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(-1.5, 1.5)
+                module.bias.normal_()
+                module.momentum = None
+            elif centred and isinstance(module, nn.Conv2d | nn.Linear):
+                module.weight.sub_(module.weight.mean(tuple(range(1, module.weight.dim())), keepdim=True))
+        model.train()
+        for _ in range(3):
+            model(example)
+    return model.eval()
+
+
+def test_a_warm_start_is_exact_where_filters_have_no_mean() -> None:
+    example = images(16, 3, 16, 16)
+    for build in (
+        lambda: torchvision.models.resnet18(num_classes=7),
+        lambda: timm.create_model("resnetv2_18", num_classes=7),
+    ):
+        model = trained(build(), example, centred=True)
+        plan = pws.plan(model, example, warm_start=True)
+        assert plan.output_error is not None
+        assert plan.output_error < 1e-4
+        converted = plan.apply().eval()
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+        assert sum(p.numel() for p in converted.parameters()) == plan.parameters_after
+        scale = model(example).std()
+        assert_close(converted(example) / scale, model(example) / scale, "identity float32")
+
+
+def test_a_warm_start_states_its_error_and_is_nearer_than_its_parts() -> None:
+    example = images(32, 3, 16, 16).abs()  # inputs of one sign: the means of filters count
+    model = trained(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)), example)
+    plan = pws.plan(model, example, warm_start=True)
+    converted = plan.apply().eval()
+    wanted, found = model(example), converted(example)
+    error = float((found - wanted).double().square().mean().sqrt() / wanted.double().std())
+    assert plan.output_error == pytest.approx(error, rel=1e-3)
+    assert 0.01 < error < 1
+    assert f"warm start: outputs differ by {100 * error:.3g} %" in str(plan)
+    for parameter in (converted[0].alpha, converted[0].bias):  # least squares: no other scale or shift is nearer
+        for step in (0.01, -0.01):
+            with torch.no_grad():
+                parameter.add_(step)
+                assert (converted(example) - wanted).square().mean() > (found - wanted).square().mean()
+                parameter.sub_(step)

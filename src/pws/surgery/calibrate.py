@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +104,7 @@ class Setting:
     def run(self, model: nn.Module, forward: Callable[[], object]) -> None:
         """Set all layers that `forward` calls; none if it fails."""
         layers = list(self.names)
-        with torch.no_grad(), _restored_on_error(layers), _eval_mode(model), _hooks(layers, self._set):
+        with torch.no_grad(), _restored_on_error(layers), evaluated(model), hooked(layers, self._set):
             forward()
 
     def _set(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -190,7 +190,8 @@ def _restored_on_error(layers: list[StandardizedLayer]) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, then each module as it was."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -201,7 +202,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooks(layers: list[StandardizedLayer], hook: Callable[..., Tensor]) -> Iterator[None]:
+def hooked(layers: Sequence[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """The layers with a forward hook."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -21,6 +22,7 @@ from pws.surgery.branches import branch_ends
 from pws.surgery.calibrate import Setting
 from pws.surgery.standardized import parent_of, standardize_layer
 from pws.surgery.trace import INPUT, Trace, Value, trace
+from pws.surgery.warm_start import affine_layer, affine_of, match, output_error, scale_alpha
 
 Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -71,6 +73,13 @@ class Plan:
     gamma: float
     relative_gamma: bool
     example: Any
+    pairs: dict[str, str]
+    """Each norm that is taken out right behind a layer, to the layer."""
+    dims: dict[str, int]
+    """Of the inputs of norms."""
+    warm_start: bool
+    output_error: float | None = None
+    """With a warm start: root mean square of the outputs' difference on the example, in units of the outputs' deviation."""
 
     def named(self, action: str) -> list[str]:
         """The layers and norms with which this happens."""
@@ -83,7 +92,12 @@ class Plan:
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
         counts = ", ".join(f"{action} {len(self.named(action))}" for action in ACTIONS)
         before = sum(p.numel() for p in self.model.parameters())
-        return "\n".join([*lines, "", f"{counts}; parameters {before:,} before, {self.parameters_after:,} after"])
+        lines += ["", f"{counts}; parameters {before:,} before, {self.parameters_after:,} after"]
+        if self.output_error is not None:
+            lines.append(
+                f"warm start: outputs differ by {100 * self.output_error:.3g} % of their deviation on the example"
+            )
+        return "\n".join(lines)
 
     @property
     def parameters_after(self) -> int:
@@ -94,19 +108,31 @@ class Plan:
     def apply(self, *, calibrate: bool = True) -> nn.Module:
         """A converted copy; the model is left alone.
 
-        With `calibrate`, alpha is set on the example, in the order of execution, so that each standardized layer's output has
-        variance 1, and those of all residual branches together as much: what the norms saw to. (`pws.calibrate` does it
-        again on better data.)
+        With a warm start, alpha and bias take over the norms' statistics and affine. Else, with `calibrate`, alpha is set on
+        the example, in the order of execution, so that each standardized layer's output has variance 1, and those of all
+        residual branches together as much: what the norms saw to. (`pws.calibrate` does it again on better data.)
 
         Raises:
             PwsError: a layer's output does not vary on the example.
         """
         result = self._converted()
-        if calibrate and self.named("standardize"):
+        if self.warm_start:
+            layers = self.named("standardize")
+            norms = {layer: self.model.get_submodule(norm) for norm, layer in self.pairs.items()}
+            affines = {name: affine_of(norms[name]) if name in norms else None for name in layers}
+            for name, affine in affines.items():
+                layer = result.get_submodule(name)
+                assert isinstance(layer, StandardizedLayer)
+                scale_alpha(layer, torch.ones_like(layer.alpha) if affine is None else affine[0])
+            match(self.model, result, affines, self._run)
+        elif calibrate and self.named("standardize"):
             names = {m: n for n, m in result.named_modules() if isinstance(m, StandardizedLayer)}
             setting = Setting(names, 1.0, False, None, branch_ends(result, self.example))
-            setting.run(result, lambda: batch_of((self.example,)).outputs(result))
+            setting.run(result, lambda: self._run(result))
         return result
+
+    def _run(self, model: nn.Module) -> Any:
+        return batch_of((self.example,)).outputs(model)
 
     def _converted(self) -> nn.Module:
         result = deepcopy(self.model)
@@ -119,12 +145,21 @@ class Plan:
                 relative_gamma=self.relative_gamma,
                 bias=name in self.biases,
             )
-        without = {modules[name]: _without_norm(modules[name]) for name in self.named("remove")}
+        without = {modules[name]: self._without_norm(name, modules[name]) for name in self.named("remove")}
         for parent in list(result.modules()):
             for name, child in parent._modules.items():
                 if child in without:
                     parent._modules[name] = without[child]
         return without.get(result, result)
+
+    def _without_norm(self, name: str, norm: nn.Module) -> nn.Module:
+        """What is left of a norm: nothing, or the activation of a module that holds one (timm's BatchNormAct2d); with a warm
+        start its scale and shift too, where no layer takes them over."""
+        held = [getattr(norm, part, None) for part in ("drop", "act")]
+        rest = [module for module in held if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)]
+        affine = affine_layer(norm, self.dims[name] - 2) if self.warm_start and name not in self.pairs else None
+        rest = [affine, *rest] if affine is not None else rest
+        return nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())
 
 
 def plan(
@@ -135,6 +170,7 @@ def plan(
     keep: Keep | Collection[Keep] = (),
     gamma: float = 1e-3,
     relative_gamma: bool = False,
+    warm_start: bool = False,
 ) -> Plan:
     """What converting `model` to PWS would do, found by running a copy of it once on `example`.
 
@@ -151,6 +187,9 @@ def plan(
         keep: layers and norms to leave alone: names or patterns (`layer4.*`), classes, or a predicate of name and module.
         gamma: of the pws layers.
         relative_gamma: of the pws layers.
+        warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: alpha and
+            bias are fitted to its outputs on the example, which should then be some hundred real images. The plan states the
+            error that is left; a short fine-tuning takes it away.
 
     Raises:
         PwsError: the model can't be run on the example, or has no norm of these families.
@@ -172,7 +211,10 @@ def plan(
         )
     run = trace(model, example, is_norm)
     kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
-    return _Planner(model, run, is_norm, kept).plan(gamma, relative_gamma, example)
+    made = _Planner(model, run, is_norm, kept).plan(gamma, relative_gamma, example, warm_start=warm_start)
+    if not warm_start:
+        return made
+    return replace(made, output_error=output_error(made.model, made.apply(), made._run))
 
 
 def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **settings: Any) -> nn.Module:
@@ -182,7 +224,7 @@ def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **setting
         model: any module. It is left alone.
         example: what its forward takes; a batch of real data, if alpha is calibrated on it.
         calibrate: set alpha on the example, so that each layer keeps the variance that its norm saw to.
-        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`.
+        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`, `warm_start`.
 
     Examples:
         >>> import torch
@@ -214,21 +256,33 @@ class _Planner:
         self.gates = self._gates()
         self.removed: set[str] = set()
 
-    def plan(self, gamma: float, relative_gamma: bool, example: Any) -> Plan:
-        norms = {name: self._norm(name) for name in self.norms}
+    def plan(self, gamma: float, relative_gamma: bool, example: Any, *, warm_start: bool) -> Plan:
+        norms = {name: self._norm(name, warm_start=warm_start) for name in self.norms}
         self.removed = {name for name, (action, _) in norms.items() if action == "remove"}
         layers = {name: self._layer(name) for name in self.layers}
         chosen = [name for name, (action, _) in layers.items() if action == "standardize"]
-        biases = frozenset(name for name in chosen if self._gets_bias(name))
+        biases = frozenset(n for n in chosen if self._gets_bias(n) or (warm_start and self.modules[n].bias is None))
+        pairs = {name: layer for name in self.removed if (layer := self._right_before(name)) in chosen}
         decided = norms | layers
-        steps = [self._step(name, *decided[name], bias=name in biases) for name in self.inputs]
+        affine = self.removed - set(pairs) if warm_start else set()
+        steps = [self._step(n, *decided[n], bias=n in biases, affine=n in affine) for n in self.inputs]
         steps += [
             self._step(name, "keep", "it did not run on the example")
             for name, module in self.modules.items()
             if self.is_norm(module) and name not in norms
         ]
         gains = {name: self._gain(name) for name in chosen}
-        return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, example)
+        rest = (example, pairs, self.run.dims, warm_start)
+        return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, *rest)
+
+    def _right_before(self, norm: str) -> str:
+        """The layer whose output only this norm takes, and nothing else; "" if there is none."""
+        value = self.inputs[norm][0]
+        if len(self.inputs[norm]) > 1 or len(value.sources) != 1 or value.steps:
+            return ""
+        (layer,) = value.sources
+        alone = self.run.takers.get(layer) == {norm} and len(self.inputs.get(layer, ())) == 1
+        return layer if alone else ""
 
     def _refusal(self, name: str) -> tuple[str, str] | None:
         """Action and reason for a layer that can't or must not be standardized."""
@@ -268,9 +322,11 @@ class _Planner:
                 return gates
             gates |= more
 
-    def _norm(self, name: str) -> tuple[str, str]:
+    def _norm(self, name: str, *, warm_start: bool) -> tuple[str, str]:
         if self._is_kept(name):
             return "keep", "asked for"
+        if warm_start and affine_of(self.modules[name]) is None:
+            return "keep", "it has no running statistics that a layer could take over"
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
         behind = sorted(sources - set(self.norms) - {INPUT})
         refused = [layer for layer in behind if self.refusals[layer] not in (None, ("keep", "it is a pws layer"))]
@@ -304,23 +360,18 @@ class _Planner:
             return variance_preserving_gain(value.activation)
         return variance_preserving_gain("linear")
 
-    def _step(self, name: str, action: str, reason: str, *, bias: bool = False) -> Step:
+    def _step(self, name: str, action: str, reason: str, *, bias: bool = False, affine: bool = False) -> Step:
         module = self.modules[name]
         before = sum(p.numel() for p in module.parameters(recurse=False))
         after = 0 if action == "remove" else before
+        left = affine_layer(module, self.run.dims[name] - 2) if affine else None
+        after += 0 if left is None else sum(p.numel() for p in left.parameters())
         if action == "standardize":
             weight: Any = module.weight
             transposed = getattr(module, "transposed", False)
             channels: Any = module.out_channels if transposed else len(weight)
             after += int(channels) * (1 + bias)
         return Step(name, type(module).__name__, action, reason, before, after)
-
-
-def _without_norm(norm: nn.Module) -> nn.Module:
-    """What is left of a norm: nothing, or the activation of a module that holds one (timm's BatchNormAct2d)."""
-    held = [getattr(norm, name, None) for name in ("drop", "act")]
-    rest = [module for module in held if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)]
-    return nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())
 
 
 def _list(names: Collection[str], most: int = 2) -> str:

@@ -30,6 +30,7 @@ OUTPUT: Final = "output"
 _SUMS: Final = ("add", "sub", "rsub")
 _JOINS: Final = ("cat", "concat", "concatenate", "stack", "hstack")
 _PRODUCTS: Final = ("mul", "multiply", "matmul", "bmm", "einsum", "baddbmm")
+_NOTHING: Final = ("clone", "contiguous", "detach", "dropout", "to", "float", "type")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Trace:
     """Sources that only scale another tensor."""
     takers: dict[str, set[str]] = field(default_factory=dict)
     """Source to what took it: names of layers and norms, `OUTPUT`."""
+    dims: dict[str, int] = field(default_factory=dict)
+    """Of the inputs of layers and norms."""
     foreign: set[str] = field(default_factory=set)
     """Layers that did not convolve with their own weight."""
 
@@ -88,7 +91,7 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
     """
     # Buffers of lazy modules have no copy of their own.
     lazy = [buffer for buffer in model.buffers() if isinstance(buffer, UninitializedBuffer)]
-    memo = {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in lazy}
+    memo = {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in lazy}  # type: ignore[call-arg]
     copy = deepcopy(model, memo).train()
     for module in copy.modules():
         if isinstance(module, _BatchNorm):
@@ -153,6 +156,7 @@ class _Follower(TorchFunctionMode):
         self.used_own_weight = False
         name, value = self.names[module], self.value(inputs[0])
         self.trace.uses.append(Use(name, self.is_norm(module), value))
+        self.trace.dims[name] = inputs[0].dim()
         self.take(name, value)
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -202,7 +206,7 @@ class _Follower(TorchFunctionMode):
         activation = next((value.activation for value in values if value.activation), None)
         if name in ACTIVATIONS:
             return Value(sources, steps | {"activation"}, name, depth)
-        return Value(sources, steps if len(values) == 1 else steps | {"other"}, activation, depth)
+        return Value(sources, steps if name in _NOTHING else steps | {"other"}, activation, depth)
 
 
 def _activation_of(module: nn.Module) -> str | None:
