@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,8 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 import pws
+from pws.bench.conversion.models import SPECS
+from pws.cli import main
 from pws.layers import StandardizedLayer
 
 
@@ -378,3 +383,47 @@ def test_a_warm_start_states_its_error_and_is_nearer_than_its_parts() -> None:
                 parameter.add_(step)
                 assert (converted(example) - wanted).square().mean() > (found - wanted).square().mean()
                 parameter.sub_(step)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "converted"
+    arguments = ["convert", "--model", "timm:resnet10t", "--image-size", "64", "--batch-size", "4", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "standardize 15, remove 14" in capsys.readouterr().out
+    assert "conv1.1" in (out / "plan.txt").read_text()
+    code = "from load import model, example; print(model.eval()(example).shape, sum(p.numel() for p in model.parameters()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True, timeout=120
+    )
+    parameters = sum(tensor.numel() for tensor in torch.load(out / "weights.pt").values())
+    assert done.stdout == f"torch.Size([2, 1000]) {parameters}\n"
+    assert main(arguments) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_command_with_a_warm_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained(timm.create_model("resnet10t"), images(8, 3, 28, 28))
+    torch.save(model.state_dict(), tmp_path / "trained.pt")
+    out = tmp_path / "converted"
+    arguments = ["convert", "--model", "timm:resnet10t", "--out", str(out), "--warm-start"]
+    assert main(arguments) == 2
+    assert "without --weights there is none" in capsys.readouterr().err
+    arguments += ["--weights", str(tmp_path / "trained.pt")]
+    assert main(arguments) == 2
+    assert "--data is random" in capsys.readouterr().err
+    assert main([*arguments, "--data", "digits"]) == 0
+    assert "warm start: outputs differ by" in capsys.readouterr().out
+    torch.save({"nothing": torch.ones(1)}, tmp_path / "other.pt")
+    assert main([*arguments[:-1], str(tmp_path / "other.pt"), "--data", "digits", "--out", str(tmp_path / "b")]) == 2
+    assert "must be a state dict of the model" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "convert", "--only", "timm:mobilenetv3_small_100", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "1 of 1 models passed all checks" in capsys.readouterr().out
+    assert "| timm:mobilenetv3_small_100 | 2.54 M | 35 | 34 | 0 |" in (tmp_path / "convert.md").read_text()
+    assert len(SPECS) == len(set(SPECS))
+    assert sum(spec.startswith("timm:") for spec in SPECS) >= 60
+    assert main(["bench", "convert", "--only", "nothing"]) == 2

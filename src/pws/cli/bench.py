@@ -12,7 +12,7 @@ from pws.bench.cost import run_cost
 from pws.bench.experiments import run_centred, run_depth, run_shift
 from pws.bench.forecasts import run_forecast
 from pws.bench.initial import run_initial
-from pws.cli import accuracy, speed, tables
+from pws.cli import accuracy, conversion, speed, tables
 from pws.cli.arguments import command_parser, parse
 from pws.errors import UnknownNameError
 
@@ -28,7 +28,7 @@ BENCHES: Final[dict[str, tuple[Bench, str]]] = {
     ),
     "cost": (run_cost, "what a diagnosis and a monitor cost, in training steps (two minutes)"),
 }
-COMMANDS: Final = {"accuracy": accuracy.run, "speed": speed.run, "tables": tables.run}
+COMMANDS: Final = {"accuracy": accuracy.run, "convert": conversion.run, "speed": speed.run, "tables": tables.run}
 """Those with options of their own."""
 
 
@@ -40,7 +40,7 @@ def run(arguments: list[str]) -> int:
     parser = command_parser(
         "bench",
         f"Measure on Fashion-MNIST and write NAME.json and NAME.png. {lines}. With a --help of their own: accuracy GRID (all "
-        "methods side by side), speed SUITE (what they cost), tables (the documents' tables from the result files).",
+        "methods side by side), speed SUITE (what they cost), convert (real models converted), tables (those of documents).",
         "pws bench shift",
     )
     parser.add_argument("name", type=str, help=f"one of {', '.join(BENCHES)}")

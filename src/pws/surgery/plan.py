@@ -110,13 +110,14 @@ class Plan:
 
         With a warm start, alpha and bias take over the norms' statistics and affine. Else, with `calibrate`, alpha is set on
         the example, in the order of execution, so that each standardized layer's output has variance 1, and those of all
-        residual branches together as much: what the norms saw to. (`pws.calibrate` does it again on better data.)
+        residual branches together as much: what the norms saw to. (`pws.calibrate` does it again on better data.) Without
+        `calibrate` alpha is 1: the model is to be loaded from a checkpoint.
 
         Raises:
             PwsError: a layer's output does not vary on the example.
         """
         result = self._converted()
-        if self.warm_start:
+        if self.warm_start and calibrate:
             layers = self.named("standardize")
             norms = {layer: self.model.get_submodule(norm) for norm, layer in self.pairs.items()}
             affines = {name: affine_of(norms[name]) if name in norms else None for name in layers}

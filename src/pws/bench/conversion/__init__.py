@@ -1,0 +1,1 @@
+"""`pws bench convert`: conversion of real models that nobody here wrote."""

@@ -1,0 +1,72 @@
+"""All models, in parallel processes, each stored when it is done."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pws.bench.conversion.check import LR, STEPS, check_model
+from pws.bench.result import write_result
+
+Stored = dict[str, Any]
+
+
+def run_conversions(
+    specs: Sequence[str], path: Path, command: str, jobs: int, listen: Callable[[str, Stored, int], None]
+) -> Stored:
+    """Check what `path` does not hold yet; returns the content of `path`.
+
+    `listen` is given a model's name, what became of it, and how many are done.
+    """
+    known: dict[str, Stored] = json.loads(path.read_text())["models"] if path.is_file() else {}
+    done = {spec: known[spec] for spec in specs if spec in known}
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        futures = {pool.submit(check_model, spec): spec for spec in specs if spec not in done}
+        for future in as_completed(futures):
+            spec = futures[future]
+            done[spec] = asdict(future.result())
+            _write(specs, path, command, done)
+            listen(spec, done[spec], len(done))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return _write(specs, path, command, done)
+
+
+def _write(specs: Sequence[str], path: Path, command: str, done: dict[str, Stored]) -> Stored:
+    models = {spec: done[spec] for spec in specs if spec in done}
+    run = [model for model in models.values() if not model["not_run"]]
+    passed = sum(not model["failures"] for model in run)
+    content = {"steps": STEPS, "lr": LR, "run": len(run), "passed": passed, "models": models}
+    partial = path.with_suffix(".partial")
+    write_result(partial, command, content)
+    partial.replace(path)
+    result: Stored = json.loads(path.read_text())
+    return result
+
+
+def conversions_table(result: Stored) -> str:
+    """Markdown: a line a model."""
+    lines = [
+        "| model | parameters | standardized | norms removed | kept | loss, first and last step | fold differs by | failures |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for spec, model in result["models"].items():
+        losses, fold = model["losses"], model["fold_difference"]
+        cells = [
+            spec,
+            f"{model['parameters'] / 1e6:.2f} M",
+            str(model["standardized"]),
+            str(model["removed"]),
+            str(len(model["kept_norms"])),
+            f"{losses[0]:.3g}, {losses[-1]:.3g}" if losses else "-",
+            "-" if fold is None else f"{fold:.0e}",
+            "; ".join(model["failures"]) or (f"not run: {model['not_run']}" if model["not_run"] else "none"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,46 @@
+"""`pws bench convert`: conversion of real models, checked."""
+
+from __future__ import annotations
+
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pws.bench.conversion.models import SPECS
+from pws.bench.conversion.run import conversions_table, run_conversions
+from pws.cli.arguments import command_parser, parse
+from pws.errors import PwsError
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, check the models, write the table."""
+    parser = command_parser(
+        "bench convert",
+        f"Convert {len(SPECS)} models of torchvision and timm, and check of each that no norm is left which the plan does not "
+        "list, that outputs are finite, that five steps at learning rate 0.1 are, that the fold and copies are equal. Each "
+        "model is stored when it is done: the same command goes on where it was interrupted.",
+        "pws bench convert --only 'timm:resnet*'",
+    )
+    parser.add_argument("--only", type=str, default="*", help="pattern of the models' names")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models at a time; all cores")
+    parser.add_argument("--out", type=str, default="benchmarks", help="folder of convert.json and convert.md")
+    parsed = parse(parser, arguments)
+    specs = [spec for spec in SPECS if fnmatchcase(spec, parsed.only)]
+    if not specs or parsed.jobs < 1:
+        raise PwsError(f"--only must match a model, and --jobs be at least 1; got {parsed.only!r} and {parsed.jobs}.")
+    console, path = Console(), Path(parsed.out) / "convert.json"
+
+    def line(spec: str, model: dict[str, Any], done: int) -> None:
+        outcome = "; ".join(model["failures"]) or model["not_run"] or f"passed, {model['seconds']:.0f} s"
+        console.print(f"{done}/{len(specs)}  {spec}: {outcome}", highlight=False, markup=False, soft_wrap=True)
+
+    command = "pws bench convert" + ("" if parsed.only == "*" else f" --only '{parsed.only}'")
+    result = run_conversions(specs, path, command, parsed.jobs, line)
+    table = path.with_suffix(".md")
+    share = f"{result['passed']} of {result['run']} models passed all checks"
+    table.write_text(f"# Conversion of real models\n\n{share} (`{command}`).\n\n{conversions_table(result)}")
+    console.print(f"{share}. Files: {path}, {table}", highlight=False, soft_wrap=True)
+    return 0

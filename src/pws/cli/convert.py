@@ -1,0 +1,113 @@
+"""`pws convert`: take the norms out of a model of anybody's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pws.cli.arguments import command_parser, parse
+from pws.errors import PwsError, one_line
+from pws.surgery import plan
+from pws.training.datasets import DATASETS
+from pws.training.subject import RANDOM, subject_of_model
+
+LOAD = '''"""The converted model: `from load import model`, in this folder."""
+
+from pathlib import Path
+
+import torch
+
+import pws
+from pws.models import model_of
+
+example = torch.randn{shape}
+plan = pws.plan(model_of({spec!r}), example, norms={norms!r}, keep={keep!r}, warm_start={warm_start!r})
+model = plan.apply(calibrate=False)
+model.load_state_dict(torch.load(Path(__file__).with_name("weights.pt")))
+'''
+
+
+def run(arguments: list[str]) -> int:
+    """Parse, plan, print, convert, write."""
+    parser = command_parser(
+        "convert",
+        "Take the norms out of a model: print what happens to each layer and why, and write weights.pt, load.py (how to load "
+        "them) and plan.txt. Alpha is set on the images of --data, so that each layer keeps the variance that its norm saw to; "
+        "with --warm-start alpha and bias are fitted to what the trained model computes.",
+        "pws convert --model timm:resnet18 --weights resnet18.pt --warm-start --data fashion-mnist --out converted",
+    )
+    parser.add_argument(
+        "--model", type=str, required=True, help="torchvision:NAME, timm:NAME or package.module:factory"
+    )
+    parser.add_argument("--weights", type=str, help="a state dict to start from, as torch.save or safetensors wrote it")
+    parser.add_argument(
+        "--data", type=str, default=RANDOM, help=f"images of the example: {RANDOM}, {', '.join(DATASETS)}"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="images of the example")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels a side; 224 for random images, the data's own if left out"
+    )
+    parser.add_argument(
+        "--warm-start", action="store_true", help="keep what the trained model computes, as far as possible"
+    )
+    parser.add_argument(
+        "--keep", type=str, nargs="+", default=[], help="names or patterns of layers to leave alone: 'layer4.*'"
+    )
+    parser.add_argument(
+        "--norms", type=str, nargs="+", default=["batch"], help="families to take out: batch group layer instance"
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder to write; it must not hold anything yet")
+    parsed = parse(parser, arguments)
+    out = Path(parsed.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PwsError(f"--out {out} exists already, and nothing is overwritten. Name another folder, or remove it.")
+    if parsed.warm_start and not parsed.weights:
+        raise PwsError("--warm-start keeps what a trained model computes; without --weights there is none. Give both.")
+    if parsed.data == RANDOM and parsed.warm_start:
+        raise PwsError(
+            "--warm-start fits the layers to real images; --data is random. Name a dataset: --data fashion-mnist."
+        )
+    size: dict[str, Any] = {"batch_size": parsed.batch_size, "image_size": parsed.image_size}
+    subject = subject_of_model(parsed.model, parsed.data, **size)
+    if parsed.weights:
+        load_weights(subject.model, Path(parsed.weights))
+    made = plan(subject.model, subject.images, norms=parsed.norms, keep=parsed.keep, warm_start=parsed.warm_start)
+    print(made)
+    converted = made.apply()
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(converted.state_dict(), out / "weights.pt")
+    (out / "plan.txt").write_text(f"{made}\n")
+    shape = (2, *subject.images.shape[1:])
+    settings = {"norms": tuple(parsed.norms), "keep": parsed.keep, "warm_start": parsed.warm_start}
+    (out / "load.py").write_text(LOAD.format(shape=shape, spec=parsed.model, **settings))
+    print(f"Files: {out / 'weights.pt'}, {out / 'load.py'}, {out / 'plan.txt'}")
+    return 0
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict.
+
+    Raises:
+        PwsError: the file holds none, or not of this model.
+    """
+    try:
+        state: Any = _read(path)
+        model.load_state_dict(state)
+    except OSError:
+        raise
+    except Exception as error:  # a file may hold anything
+        raise PwsError(
+            f"--weights {path} must be a state dict of the model: {type(error).__name__}: {one_line(error)}. Write it with "
+            "torch.save(model.state_dict(), FILE), and build the same model (the same number of classes)."
+        ) from error
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    from safetensors.torch import load_file
+
+    return load_file(path)
