@@ -13,6 +13,7 @@ COMMANDS: Final = {
     "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",
     "train": "train a recipe: pws train fashion-mnist-allconv-pws --optim.lr 0.5",
     "diagnose": "why a network collapses, layer by layer: pws diagnose runs/NAME --out report.html",
+    "export": "a run's network, folded, for other programs: pws export runs/NAME --format onnx",
     "convert": "take BatchNorm out of any model: pws convert --model timm:resnet18 --out converted",
     "bench": "the measurements behind the theory, each a result file and a picture: pws bench shift",
     "evaluate": "top-1, top-5, loss and accuracy by class of a run: pws evaluate runs/NAME",
