@@ -153,7 +153,8 @@ def main() -> None:
         waiting = [(row, c) for c in plain for row in ROWS if (row, c.column, c.recipe.seed) not in done]
         for future in as_completed([pool.submit(run, row, cell) for row, cell in waiting]):
             cells.append(future.result())
-            title = grid.title.replace("one setting changed, two seeds", "another rule for the gradient or form of alpha, one seed")
+            changed = ("one setting changed, two seeds", "another rule for the gradient or form of alpha, one seed")
+            title = grid.title.replace(*changed)
             head = {"grid": "rules", "title": title, "target": grid.target, "rows": list(ROWS), "columns": grid.columns}
             write_result(FILE, "python benchmarks/rules.py", {**head, "cells": cells})
             print(len(cells), {key: cells[-1][key] for key in ("row", "column", "seed", "accuracy", "non_finite_step")})

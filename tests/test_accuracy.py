@@ -17,10 +17,11 @@ import pws
 from pws.bench.accuracy import load_grid, shipped_grids
 from pws.bench.accuracy.cell import train_cell
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table, summarize
-from pws.bench.fill import fill_tables
+from pws.bench.fill import MARKED, fill_tables
 from pws.cli import main
 from pws.training.callbacks import Clock
 
+DOCS = Path(__file__).parents[1] / "docs"
 GRID = """
 title: two methods on digits
 target: 0.1
@@ -162,12 +163,16 @@ def test_a_grid_that_is_wrong_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/methods.md"])
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))])
 def test_the_documents_tables_are_those_of_the_result_files(document: str) -> None:
     root = Path(__file__).parents[1]
     text = (root / document).read_text()
-    assert "<!-- table accuracy/collapse" in text
     assert fill_tables(text, root / "benchmarks") == text
+
+
+def test_the_documents_have_tables() -> None:
+    assert len(MARKED.findall((DOCS.parent / "README.md").read_text())) >= 2
+    assert len(MARKED.findall((DOCS / "methods.md").read_text())) >= 6
 
 
 def test_tables_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
