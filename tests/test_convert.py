@@ -24,6 +24,10 @@ import pws
 from pws.bench.conversion.models import SPECS
 from pws.cli import main
 from pws.layers import StandardizedLayer
+from pws.training import train
+from pws.training.data import ImageData
+from pws.training.recipe_file import recipe_of
+from pws.training.run import model_for
 
 
 def images(*shape: int) -> Tensor:
@@ -427,3 +431,25 @@ def test_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(SPECS) == len(set(SPECS))
     assert sum(spec.startswith("timm:") for spec in SPECS) >= 60
     assert main(["bench", "convert", "--only", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("method", ["bn", "pws"])
+@pytest.mark.parametrize(
+    "name", ["timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small", "pws.models.small:resnet18"]
+)
+def test_a_model_of_others_trains_from_a_recipe(name: str, method: str, tmp_path: Path) -> None:
+    settings = {"model.name": name, "model.method": method, "data.name": "digits", "data.image_size": 32}
+    settings |= {"data.train_images": 64, "data.batch_size": 8, "trainer.max_steps": 2, "trainer.accelerator": "cpu"}
+    recipe = recipe_of(settings)
+    summary = train(recipe, tmp_path / "run", quiet=True)
+    assert summary.status == "finished"
+    model = model_for(recipe.model, ImageData(recipe.data, 0).splits)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert bool(norms) == (method == "bn")
+    assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 10)
+
+
+def test_a_model_of_others_has_no_other_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model.name=timm:resnet10t", "--data.name=digits", "--data.image_size=32", f"--runs={tmp_path}"]
+    assert main(["train", "fashion-mnist-allconv-pws", "--model.method=gn", *arguments]) == 2
+    assert "trains as it is (model.method: bn) or converted (pws)" in capsys.readouterr().err

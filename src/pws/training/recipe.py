@@ -12,7 +12,8 @@ class ModelConfig:
 
     Args:
         name: allconv; preact (56 layers), preact11, 29, 101; cifar-resnet18, 34; resnet18, 34, 50, 101, 152; stack4, 8, 10,
-            16, 20, 32, 100.
+            16, 20, 32, 100. Or a model of others, torchvision:NAME, timm:NAME, package.module:factory, with method bn (as
+            it is) or pws (converted).
         method: none, bn, gn, ln, in, sn, frn, wn, ws, centred, gc, nf, skipinit, pws-paper or pws.
         width: factor on every number of channels.
         num_classes: what the data must have; taken from the data if left out.

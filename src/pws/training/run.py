@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,18 +16,22 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from pws import convert
 from pws.errors import PwsError
 from pws.methods import Method, build_method
-from pws.models import build_model
+from pws.models import build_model, model_of
 from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process
 from pws.training.check import check_calibration, check_recipe
-from pws.training.data import ImageData, check_shares
+from pws.training.data import ImageBatches, ImageData, check_shares
 from pws.training.datasets import Splits
 from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback, leave_report, watcher
 from pws.training.recipe import ModelConfig, Recipe
 from pws.training.run_folder import claim, metrics_logger, read_checkpoint, resume_from
 from pws.training.summary import Summary, summarize
+
+CONVERTED_ON: Final = 64
+"""Training images that alpha is set on when a model of others is converted."""
 
 
 def train(
@@ -124,7 +128,10 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
         )
     method = method or method_for(config)
     image, _ = splits.test.get([0])
-    model = build_model(config.name, method, in_channels=image.shape[1], num_classes=classes, width=config.width)
+    if ":" in config.name:
+        model = _model_of_others(config, splits)
+    else:
+        model = build_model(config.name, method, in_channels=image.shape[1], num_classes=classes, width=config.width)
     if config.dropout:
         model.head = nn.Sequential(nn.Dropout(config.dropout), model.get_submodule("head"))
     try:
@@ -138,6 +145,22 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
     # Convolutions run faster in this layout, on the CPU (a training step of allconv takes 0.6 to 0.93 of the time) and on
     # GPUs with tensor cores alike; ImageBatches yields the images in it.
     return model.train().to(memory_format=torch.channels_last)
+
+
+def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
+    """As it is, or converted on training images."""
+    if config.method not in ("bn", "pws") or config.dropout or config.width != 1:
+        raise PwsError(
+            f"a model of others ({config.name}) trains as it is (model.method: bn) or converted (pws), without model.width "
+            f"and model.dropout; got method {config.method}, width {config.width:g}, dropout {config.dropout:g}."
+        )
+    every = max(1, len(splits.train) // CONVERTED_ON)  # folders hold their images class by class
+    images, _ = ImageBatches(splits.train, splits, seed=0)[0, list(range(0, len(splits.train), every))[:CONVERTED_ON]]
+    model = model_of(config.name, num_classes=len(splits.classes), in_channels=images.shape[1])
+    if config.method == "bn":
+        return model
+    settings = {key: getattr(config, key) for key in ("gamma", "relative_gamma")}
+    return convert(model, images, **{key: value for key, value in settings.items() if value is not None})
 
 
 def method_for(config: ModelConfig) -> Method:
