@@ -69,7 +69,7 @@ def draw_lines(result: Result, path: Path) -> None:
             axes.set_xticks(
                 [x for x, _ in points], [column for _, column in points], fontsize=7, rotation=30, ha="right"
             )
-    axes_list[0].set_ylabel("test accuracy, %")
+    axes_list[0].set_ylabel("test accuracy, % (0: non-finite)")
     _legend(figure, axes_list[0])
     _save(figure, path)
 
