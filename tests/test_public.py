@@ -98,9 +98,12 @@ def test_a_change_of_global_state_would_be_seen() -> None:
     assert changed == {"warnings", "random"}
 
 
-def test_the_readme_example_runs() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    [example] = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+README = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_readme_examples_run(example: str) -> None:
     scope: dict[str, object] = {}
     exec(example, scope)
     model = scope["model"]
