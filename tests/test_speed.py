@@ -92,6 +92,12 @@ def test_a_suite_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Capture
     second = json.loads((tmp_path / "tiny.json").read_text())
     assert second["cases"][1:] == first["cases"][1:]
     assert second["cases"][0] != first["cases"][0]
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("[none, bn,", "[none, bn, gn,"))
+    assert main(arguments) == 0
+    third = json.loads((tmp_path / "tiny.json").read_text())
+    assert all(
+        "gn" in case["rows"] for case in third["cases"]
+    )  # a row that is new is measured, with all that it stands beside
     assert "3/3" in capsys.readouterr().out
     assert "inference" in (tmp_path / "tiny.md").read_text()
     assert (tmp_path / "tiny.png").stat().st_size > 10_000

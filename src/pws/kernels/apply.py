@@ -1,6 +1,6 @@
 """The kernel of a weight by the shortest way that the circumstances allow.
 
-In a training step each layer's Python runs with cold caches: an operator of torch written in Python then costs a third of a
+In a training step each layer's Python runs with cold caches: an operator of torch written in Python then costs half a
 millisecond, ten times what it costs in a loop, and more than the standardization of most layers. So plain tensors go to the
 backend directly; the operator serves whoever has to see it: transforms of torch.func, tracers and other dispatch modes, and
 subclasses of Tensor.

@@ -39,9 +39,14 @@ class Measured:
     """Bytes: on a GPU the peak of a step above what was there before it; on a CPU the tensors kept for the backward pass."""
 
 
+def rows_of(case: Case, rows: Sequence[str]) -> list[str]:
+    """Those of `rows` that differ in this case: a compiled or folded network does not use the kernel backends."""
+    return [row for row in rows if row not in BACKENDS or not (case.compile or case.task == "inference")]
+
+
 def measure_case(case: Case, rows: Sequence[str], seconds: float, say: Callable[[str], None]) -> dict[str, Measured]:
-    """Time `rows` for about `seconds`; those that a compiled or folded network makes equal are timed once."""
-    rows = [row for row in rows if row not in BACKENDS or not (case.compile or case.task == "inference")]
+    """Time `rows`, those that `rows_of` leaves, for about `seconds`."""
+    rows = rows_of(case, rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=device)
     labels = torch.randint(CLASSES, (case.batch,), device=device)

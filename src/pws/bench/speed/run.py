@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pws.bench.result import commit, write_result
-from pws.bench.speed.measure import measure_case
+from pws.bench.speed.measure import measure_case, rows_of
 from pws.bench.speed.standardization import standardization_alone
 from pws.bench.speed.suite import Suite
 
@@ -23,7 +23,7 @@ def run_suite(
 
     Args:
         suite: rows and cases.
-        path: the result file. Cases in it with the suite's settings are kept.
+        path: the result file. Cases in it with the suite's settings and rows are kept.
         command: what the file says that made it.
         listen: called with the content after each case.
         say: called with what is going on.
@@ -45,8 +45,8 @@ def run_suite(
         kept = old["standardization"].get(name)
         content["standardization"][name] = kept or standardization_alone(model, width, 30 if suite.seconds > 5 else 5)
     for case in suite.cases:
-        settings = asdict(case)
-        kept = next((c for c in old["cases"] if c["settings"] == settings and set(suite.rows) >= set(c["rows"])), None)
+        settings, wanted = asdict(case), rows_of(case, suite.rows)
+        kept = next((c for c in old["cases"] if c["settings"] == settings and list(c["rows"]) == wanted), None)
         rows = {} if kept else measure_case(case, suite.rows, suite.seconds, say)
         measured = {row: asdict(m) for row, m in rows.items()}
         content["cases"].append(kept or {"case": str(case), "settings": settings, "commit": commit(), "rows": measured})
