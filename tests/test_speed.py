@@ -11,6 +11,7 @@ from torch import nn
 
 import pws
 from pws.bench.speed import standardization
+from pws.bench.speed.contestants import Here
 from pws.bench.speed.measure import measure_case
 from pws.bench.speed.networks import FormulaConv2d, network
 from pws.bench.speed.pictures import quartiles
@@ -54,7 +55,7 @@ def test_the_formula_is_the_papers() -> None:
 
 def test_what_is_kept_for_the_backward_pass() -> None:
     case = Case("stack4", batch=4, pixels=16, width=0.25)
-    measured = measure_case(case, ["none", "bn", "pws"], 0.01, lambda _: None)
+    measured = measure_case(case, {row: Here(row) for row in ("none", "bn", "pws")}, 0.01, lambda _: None)
     outputs = 0
 
     def count(_: nn.Module, __: object, output: torch.Tensor) -> None:

@@ -47,17 +47,16 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
-        weight_OK = weight.view(weight.shape[0], -1)
-        kernel_OK, mean_O, rstd_O = choose(weight_OK).forward(weight_OK, alpha_O, c, gamma, dtype)
-        ctx.c, ctx.gamma = c, gamma
+        weight_OK = weight.flatten(1)
+        backend = choose(weight_OK)
+        kernel_OK, mean_O, rstd_O = backend.forward(weight_OK, alpha_O, c, gamma, dtype)
+        ctx.backend, ctx.c, ctx.gamma = backend, c, gamma
         ctx.save_for_backward(weight, alpha_O, mean_O, rstd_O)
-        return kernel_OK.view(weight.shape)
+        return kernel_OK.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         weight, alpha_O, mean_O, rstd_O = ctx.saved_tensors
-        weight_OK = weight.view(weight.shape[0], -1)
-        grad_OK = grad.reshape(weight_OK.shape)
-        rows = (weight_OK, alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
-        grad_weight_OK, grad_alpha_O = gradients(choose(weight_OK).backward, grad_OK, *rows)
-        return grad_weight_OK.view(weight.shape), grad_alpha_O, None, None, None
+        rows = (weight.flatten(1), alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
+        grad_weight_OK, grad_alpha_O = gradients(ctx.backend.backward, grad.flatten(1), *rows)
+        return grad_weight_OK.view_as(weight), grad_alpha_O, None, None, None

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from pws.bench.speed.networks import BACKENDS, backend_of, network
+from pws.bench.speed.contestants import Contestant
+from pws.bench.speed.networks import BACKENDS
 from pws.bench.speed.suite import Case
-from pws.surgery import fold
 
 ROUNDS: Final = (5, 200)
 """At least and at most, whatever the time."""
-CLASSES: Final = 1000
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is timed."""
-
-    run: Callable[[], None]
-    model: nn.Module
+TURN: Final = 0.1
+"""Seconds that a row's turn in a round takes at least: several steps where one is shorter."""
 
 
 @dataclass(frozen=True)
@@ -44,95 +31,23 @@ def rows_of(case: Case, rows: Sequence[str]) -> list[str]:
     return [row for row in rows if row not in BACKENDS or not (case.compile or case.task == "inference")]
 
 
-def measure_case(case: Case, rows: Sequence[str], seconds: float, say: Callable[[str], None]) -> dict[str, Measured]:
-    """Time `rows`, those that `rows_of` leaves, for about `seconds`."""
-    rows = rows_of(case, rows)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=device)
-    labels = torch.randint(CLASSES, (case.batch,), device=device)
-    steps = {}
+def measure_case(
+    case: Case, contestants: Mapping[str, Contestant], seconds: float, say: Callable[[str], None]
+) -> dict[str, Measured]:
+    """Time `contestants`, those that `rows_of` leaves, for about `seconds`."""
+    rows = rows_of(case, list(contestants))
+    repeats = {}
+    one_round = 0.0
     for row in rows:
         say(f"{case}: {row} warms up")
-        steps[row] = _step(case, row, images, labels)
-        for _ in range(2):
-            _timed(row, steps[row])
-    one_round = sum(_timed(row, step) for row, step in steps.items())
+        step = contestants[row].prepare(case)
+        repeats[row] = max(1, round(TURN / step))
+        one_round += step * repeats[row]
     rounds = min(max(round(seconds / one_round), ROUNDS[0]), ROUNDS[1])
     taken: dict[str, list[float]] = {row: [] for row in rows}
     for number in range(rounds):
         say(f"{case}: round {number + 1} of {rounds}")
         for i in range(len(rows)):
-            row = rows[
-                (number + i) % len(rows)
-            ]  # each follows each other one: caches and allocators are left differently
-            taken[row].append(_timed(row, steps[row]))
-    return {row: Measured(tuple(taken[row]), _memory(row, steps[row], device)) for row in rows}
-
-
-def _step(case: Case, row: str, images: Tensor, labels: Tensor) -> Step:
-    model = network(case.model, row, case.width).to(images.device)
-    if case.channels_last:
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    precision = torch.autocast(images.device.type, torch.bfloat16, enabled=case.autocast)
-    if case.task == "inference":
-        model = fold(model).eval()
-        run: Any = torch.compile(model) if case.compile else model
-
-        def infer() -> None:
-            with torch.inference_mode(), precision:
-                run(images)
-
-        return Step(infer, model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-    run = torch.compile(model) if case.compile else model
-
-    def train() -> None:
-        optimizer.zero_grad()
-        with precision:
-            loss = F.cross_entropy(run(images), labels)
-        torch.autograd.backward(loss)
-        optimizer.step()
-
-    return Step(train, model)
-
-
-def _timed(row: str, step: Step) -> float:
-    with backend_of(row):
-        _wait()
-        started = time.perf_counter()
-        step.run()
-        _wait()
-        return time.perf_counter() - started
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _memory(row: str, step: Step, device: torch.device) -> int:
-    with backend_of(row):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step.run()
-            return torch.cuda.max_memory_allocated() - before
-        with _kept(step.model) as kept:
-            step.run()
-        return sum(kept.values())
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Address to bytes of what autograd keeps, without the parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+            row = rows[(number + i) % len(rows)]  # each follows each other one: caches are left differently
+            taken[row].append(contestants[row].time(repeats[row]))
+    return {row: Measured(tuple(taken[row]), contestants[row].memory()) for row in rows}
