@@ -93,3 +93,18 @@ def test_wrong_arguments(run: Path, arguments: list[str], words: str, capsys: py
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_an_exporter_that_fails_leaves_no_file(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halfway(program: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(torch.export, "save", halfway)
+    assert main(["export", str(run), "--format", "torch-export", "--out", str(tmp_path / "model.pt2")]) == 2
+    error = capsys.readouterr().err
+    assert "RuntimeError: no such operator" in error
+    assert "Another --format may" in error
+    assert not list(tmp_path.iterdir())

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pws.bench.divergence import Network, prepare
+from pws.bench.figure import new_figure, save_figure
 from pws.bench.result import write_result
 from pws.diagnosis import Monitor, diagnose
 
@@ -94,8 +93,7 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def _draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(10, 0.5 * len(rows) + 1.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 0.5 * len(rows) + 1.4)
     left, right = figure.subplots(1, 2, sharey=True)
     names = list(rows)[::-1]
     left.barh(names, [rows[name]["diagnosis"] for name in names], color="#2471a3")
@@ -104,4 +102,4 @@ def _draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     right.barh(names, [100 * rows[name]["monitor"] for name in names], color="#1e8449")
     right.axvline(5, color="black", linestyle=":")
     right.set_xlabel(f"Monitor(every={EVERY}), % of training time (goal: 5)")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

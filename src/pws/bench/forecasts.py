@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from pws.bench import pictures
 from pws.bench.divergence import NETWORKS, Network, diverges, prepare, smallest_diverging_lr
+from pws.bench.figure import new_figure, save_figure
 from pws.bench.result import commit, write_result
 from pws.diagnosis import diagnose, forecast
 
@@ -120,15 +119,14 @@ def _agreement(cells: Sequence[dict[str, Any]], way: Callable[[dict[str, Any]], 
 
 
 def _draw(cells: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 5)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     _scatter(left, cells, "One-step critical rate at initialization", lambda cell: [cell["one_step"] or 30.0])
     _scatter(right, cells, "Forecast (bars: three pairs of batches)", lambda cell: cell["forecasts"])
     left.set_ylabel("predicted (top edge: no step can shift a filter)")
     if right.lines[1:]:
         right.legend(loc="lower right", ncols=2)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def _scatter(axes: Axes, cells: dict[str, Any], title: str, way: Callable[[dict[str, Any]], list[float]]) -> None:

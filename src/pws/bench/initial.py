@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
 from pws.bench.divergence import Network, prepare
+from pws.bench.figure import new_figure, save_figure
 from pws.bench.pictures import COLOURS
 from pws.bench.result import write_result
 from pws.diagnosis import Diagnosis, diagnose
@@ -69,8 +68,7 @@ def span(found: list[Diagnosis]) -> dict[str, Any]:
 
 
 def _draw(drawn: dict[str, Diagnosis], path: Path) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.2)
     left, right = figure.subplots(1, 2)
     for method, diagnosis in drawn.items():
         x = range(1, len(diagnosis.layers) + 1)
@@ -84,4 +82,4 @@ def _draw(drawn: dict[str, Diagnosis], path: Path) -> None:
     right.set(xlabel="layer", ylabel="share of the squared average gradient", ylim=(-0.03, 1.03))
     right.set_title("Its part due to N E[delta] E[xbar] (behind a norm: 0)")
     right.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

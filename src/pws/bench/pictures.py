@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from pws.bench.figure import new_figure, save_figure
 from pws.bench.theory import BACKWARD_CENTRED, OUTPUT_CENTRED, Run
 
 COLOURS = {
@@ -21,7 +20,7 @@ COLOURS = {
 
 def draw_shift(runs: Sequence[Run], path: Path) -> None:
     """Loss, and the shift share of the middle layer that rose most in any run, over the steps."""
-    figure = _figure(12, 4.4)
+    figure = new_figure(12, 4.4)
     left, right = figure.subplots(1, 2)
     for run in runs:
         _losses(left, run)
@@ -37,24 +36,24 @@ def draw_shift(runs: Sequence[Run], path: Path) -> None:
     right.set_ylabel("shift share, mean of the inner layers")
     right.set_title("How much of the outputs' variance the filters' means make")
     right.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_centred(runs: Sequence[Run], path: Path) -> None:
     """Losses of wn, wn with centred output gradients and bn, a panel a learning rate."""
     rates = sorted({run.lr for run in runs})
-    figure = _figure(6 * len(rates), 4.4)
+    figure = new_figure(6 * len(rates), 4.4)
     for axes, lr in zip(figure.subplots(1, len(rates), squeeze=False)[0], rates, strict=True):
         chosen = [run for run in runs if run.lr == lr]
         for run in chosen:
             _losses(axes, run)
         _loss_axes(axes, chosen)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_depth(runs: Sequence[Run], path: Path) -> None:
     """Variance of each layer's output before the first step and after five, a panel a method."""
-    figure = _figure(3.4 * len(runs), 4)
+    figure = new_figure(3.4 * len(runs), 4)
     for axes, run in zip(figure.subplots(1, len(runs), sharey=True), runs, strict=True):
         for diagnosis, style in ((run.diagnoses[0], "o--"), (run.diagnoses[-1], "o-")):
             values = [layer.output.variance for layer in diagnosis.layers]
@@ -66,7 +65,7 @@ def draw_depth(runs: Sequence[Run], path: Path) -> None:
         axes.set_xlabel("layer")
         axes.legend()
     figure.axes[0].set_ylabel("variance of the layer's output")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _losses(axes: Axes, run: Run) -> None:
@@ -95,14 +94,3 @@ def _smoothed(values: Sequence[float], over: int = 10) -> list[float]:
 def _mean(values: Sequence[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from pws.errors import PwsError, UnknownNameError
+from pws.errors import PwsError, UnknownNameError, one_line
 from pws.surgery import fold
 from pws.training.subject import subject_of_run
 
@@ -40,7 +40,8 @@ def export(run: str, kind: str, out: Path | None = None, checkpoint: str = "best
 
     Raises:
         UnknownNameError: no such format.
-        PwsError: there is no such run, the file exists already, a library is missing, or the outputs differ.
+        PwsError: there is no such run, the file exists already, a library is missing, the exporter fails, or the outputs
+            differ. Then no file is left.
     """
     if kind not in FORMATS:
         raise UnknownNameError("export format", kind, FORMATS)
@@ -54,16 +55,26 @@ def export(run: str, kind: str, out: Path | None = None, checkpoint: str = "best
     subject = subject_of_run(run, checkpoint)
     folded, images = fold(subject.model).eval(), subject.images
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_stem(f"{path.stem}.partial")  # the suffix stays: exporters look at it
     try:
-        found = write(folded, images, path)
+        found = write(folded, images, partial)
+        difference = float((found - subject.model.eval()(images)).abs().max())
+        if not difference <= TOLERANCE:
+            raise PwsError(
+                f"the exported file's logits differ from the network's by {difference:.1e}, more than {TOLERANCE:g}; it was "
+                "removed. Another version of the exporter may do better."
+            )
+        partial.rename(path)
     except ImportError as error:
         raise PwsError(f"the format {kind} needs {error.name}: pip install 'pws-torch[export]'.") from error
-    difference = float((found - subject.model.eval()(images)).abs().max())
-    if not difference <= TOLERANCE:
+    except PwsError:
+        raise
+    except Exception as error:  # exporters fail in ways of their own
         raise PwsError(
-            f"{path} gives logits that differ from the network's by {difference:.1e}, more than {TOLERANCE:g}. Do not use it; "
-            "another version of the exporter may do better."
-        )
+            f"the {kind} exporter can't write this network: {type(error).__name__}: {one_line(error)}. Another --format may."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
     return Exported(path, difference)
 
 

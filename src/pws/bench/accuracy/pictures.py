@@ -10,10 +10,10 @@ from typing import Any, Final
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pws.bench.accuracy.table import Summary, rates_of, summarize
+from pws.bench.figure import new_figure, save_figure
 from pws.bench.pictures import COLOURS
 
 Result = Mapping[str, Any]
@@ -43,7 +43,7 @@ def draw_heat(result: Result, path: Path) -> None:
         axes.set_yticks(range(len(groups)), list(groups), fontsize=7)
         axes.set_title(row, fontsize=10)
     figure.supxlabel("learning rate", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_lines(result: Result, path: Path) -> None:
@@ -71,7 +71,7 @@ def draw_lines(result: Result, path: Path) -> None:
             )
     axes_list[0].set_ylabel("test accuracy, % (0: non-finite)")
     _legend(figure, axes_list[0])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(result: Result, path: Path) -> None:
@@ -92,7 +92,7 @@ def draw_curves(result: Result, path: Path) -> None:
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("accuracy on the first test images, %", fontsize=9)
     _legend(figure, panels[0])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _accuracies(axes: Axes, result: Result, points: Sequence[tuple[float, str]]) -> None:
@@ -139,8 +139,7 @@ def _style(row: str, number: int) -> dict[str, Any]:
 def _panels(count: int, size: tuple[float, float], columns: int = 4) -> tuple[Figure, list[Axes]]:
     across = min(count, columns)
     down = math.ceil(count / across)
-    figure = Figure(figsize=(size[0] * across, size[1] * down + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(size[0] * across, size[1] * down + 0.5)
     panels = list(figure.subplots(down, across, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_visible(False)
@@ -150,7 +149,3 @@ def _panels(count: int, size: tuple[float, float], columns: int = 4) -> tuple[Fi
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110)

@@ -17,7 +17,7 @@ from pws.bench.conversion.models import shape_of
 from pws.diagnosis.batch import tensors_in
 from pws.layers import StandardizedLayer
 from pws.models import model_of
-from pws.surgery.plan import NORMS
+from pws.surgery.convert import NORMS
 
 STEPS: Final = 5
 LR: Final = 0.1

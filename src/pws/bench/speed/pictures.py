@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from pws.bench.figure import new_figure, save_figure
 from pws.bench.pictures import COLOURS
 
 Stored = Mapping[str, Any]
@@ -21,7 +20,7 @@ def draw_cases(result: Stored, path: Path) -> None:
     cases = result["cases"]
     across = min(3, len(cases))
     down = -(-len(cases) // across)
-    figure = _figure(4.6 * across, 0.32 * len(result["rows"]) * down + 0.9 * down)
+    figure = new_figure(4.6 * across, 0.32 * len(result["rows"]) * down + 0.9 * down)
     panels = figure.subplots(down, across, squeeze=False, sharex=True)
     for axes, case in zip(panels.flat, cases, strict=False):
         rows = [row for row in result["rows"] if row in case["rows"] and row != "none"][::-1]
@@ -39,13 +38,13 @@ def draw_cases(result: Stored, path: Path) -> None:
     figure.supxlabel(
         "time, ratio to the same network without normalization; black: quartiles of the rounds", fontsize=9
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_scaling(result: Stored, path: Path) -> None:
     """A panel a varied setting: what each row costs beyond none, in percent of none."""
     settings = list(dict.fromkeys(case["settings"]["vary"] for case in result["cases"] if case["settings"]["vary"]))
-    figure = _figure(4.2 * len(settings), 3.9)
+    figure = new_figure(4.2 * len(settings), 3.9)
     panels = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     for axes, setting in zip(panels, settings, strict=True):
         cases = [case for case in result["cases"] if case["settings"]["vary"] == setting]
@@ -62,7 +61,7 @@ def draw_scaling(result: Stored, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("cost beside no normalization, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def quartiles(case: Stored, row: str) -> list[float]:
@@ -73,14 +72,3 @@ def quartiles(case: Stored, row: str) -> list[float]:
 
 def _colour(row: str, number: int) -> Any:
     return COLOURS.get(row) or matplotlib.colormaps["tab20"](number % 20)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)

@@ -1,0 +1,112 @@
+"""`pws.plan` and `pws.convert`: a model of anybody's, without its norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any, Final
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from pws.errors import PwsError, UnknownNameError
+from pws.standardize import check_gamma
+from pws.surgery.plan import Plan
+from pws.surgery.planner import Keep, Planner
+from pws.surgery.trace import trace
+from pws.surgery.warm_start import output_error
+
+
+def _named(name: str) -> Callable[[nn.Module], bool]:
+    """Classes that several libraries have, without a common base."""
+    return lambda module: any(cls.__name__ == name for cls in type(module).__mro__)
+
+
+NORMS: Final[dict[str, tuple[Callable[[nn.Module], bool], ...]]] = {
+    "batch": (
+        lambda m: isinstance(m, _BatchNorm) and not isinstance(m, _InstanceNorm),
+        *(_named(name) for name in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")),
+    ),
+    "group": (lambda m: isinstance(m, nn.GroupNorm) and m.num_groups > 1,),
+    "layer": (_named("LayerNorm2d"), lambda m: isinstance(m, nn.GroupNorm) and m.num_groups == 1),
+    "instance": (lambda m: isinstance(m, _InstanceNorm),),
+}
+"""The families of norms that can be taken out."""
+
+
+def plan(
+    model: nn.Module,
+    example: Any,
+    *,
+    norms: Collection[str] = ("batch",),
+    keep: Keep | Collection[Keep] = (),
+    gamma: float = 1e-3,
+    relative_gamma: bool = False,
+    warm_start: bool = False,
+) -> Plan:
+    """What converting `model` to PWS would do, found by running a copy of it once on `example`.
+
+    A layer is standardized if its output goes into a norm that is taken out, whatever stands between them (an activation, an
+    addition, a concatenation), or if it takes such a norm's output (pre-activation networks, heads), unless all that it does
+    is to scale another tensor (squeeze and excitation). A norm stays if it was asked for, did not run, or normalizes a layer
+    that can't be standardized.
+
+    Args:
+        model: any module. It is left alone.
+        example: what its forward takes: a tensor, or a tuple or dict of all arguments. Any batch size.
+        norms: which families are taken out: "batch" (BatchNorm of all dimensions, synchronized, frozen, with activation),
+            "group", "layer" (of images), "instance".
+        keep: layers and norms to leave alone: names or patterns (`layer4.*`), classes, or a predicate of name and module.
+        gamma: of the pws layers.
+        relative_gamma: of the pws layers.
+        warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: alpha and
+            bias are fitted to its outputs on the example, which should then be some hundred real images. The plan states the
+            error that is left; a short fine-tuning takes it away.
+
+    Raises:
+        PwsError: the model can't be run on the example, or has no norm of these families.
+        UnknownNameError: no such family of norms.
+    """
+    check_gamma(gamma)
+    for family in norms:
+        if family not in NORMS:
+            raise UnknownNameError("family of norms", family, NORMS)
+    tests = [test for family in norms for test in NORMS[family]]
+
+    def is_norm(module: nn.Module) -> bool:
+        return any(test(module) for test in tests)
+
+    if not any(map(is_norm, model.modules())):
+        raise PwsError(
+            f"{type(model).__name__} has no norm to take out: none of the families {', '.join(norms)}. "
+            "Others are chosen by norms=: " + ", ".join(NORMS) + "."
+        )
+    run = trace(model, example, is_norm)
+    kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
+    made = Planner(model, run, is_norm, kept).plan(gamma, relative_gamma, example, warm_start=warm_start)
+    if not warm_start:
+        return made
+    return replace(made, output_error=output_error(made.model, made.apply(), made.run_example))
+
+
+def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **settings: Any) -> nn.Module:
+    """A copy of `model` that trains without its norms: `plan(model, example, **settings).apply(calibrate=calibrate)`.
+
+    Args:
+        model: any module. It is left alone.
+        example: what its forward takes; a batch of real data, if alpha is calibrated on it.
+        calibrate: set alpha on the example, so that each layer keeps the variance that its norm saw to.
+        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`, `warm_start`.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert(model, torch.randn(2, 3, 8, 8))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), gamma=0.001, gain=1)
+          (1): Identity()
+          (2): ReLU()
+        )
+    """
+    return plan(model, example, **settings).apply(calibrate=calibrate)

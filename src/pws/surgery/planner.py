@@ -1,0 +1,168 @@
+"""Which layers and norms of a traced model are standardized, taken out or left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from pws.errors import ShapeError
+from pws.gain import variance_preserving_gain
+from pws.layers import StandardizedLayer
+from pws.standardize import check_fan_in
+from pws.surgery.plan import Plan, Step
+from pws.surgery.standardized import parent_of
+from pws.surgery.trace import INPUT, Trace, Value
+from pws.surgery.warm_start import affine_layer, affine_of
+
+Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+
+
+class Planner:
+    """Decides about each module of a traced model."""
+
+    def __init__(self, model: nn.Module, run: Trace, is_norm: Callable[[nn.Module], bool], keep: list[Keep]) -> None:
+        self.run, self.is_norm, self.keep = run, is_norm, keep
+        self.modules = dict(run.model.named_modules())
+        lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules())
+        self.model = run.model if lazy else model
+        self.inputs: dict[str, list[Value]] = {}
+        for use in run.uses:
+            self.inputs.setdefault(use.name, []).append(use.input)
+        self.layers = list(dict.fromkeys(use.name for use in run.uses if not use.is_norm))
+        self.norms = list(dict.fromkeys(use.name for use in run.uses if use.is_norm))
+        self.refusals = {name: self._refusal(name) for name in self.layers}
+        self.gates = self._gates()
+        self.removed: set[str] = set()
+
+    def plan(self, gamma: float, relative_gamma: bool, example: Any, *, warm_start: bool) -> Plan:
+        """The plan; arguments as those of `pws.plan`."""
+        norms = {name: self._norm(name, warm_start=warm_start) for name in self.norms}
+        self.removed = {name for name, (action, _) in norms.items() if action == "remove"}
+        layers = {name: self._layer(name) for name in self.layers}
+        chosen = [name for name, (action, _) in layers.items() if action == "standardize"]
+        biases = frozenset(n for n in chosen if self._gets_bias(n) or (warm_start and self.modules[n].bias is None))
+        pairs = {name: layer for name in self.removed if (layer := self._right_before(name)) in chosen}
+        decided = norms | layers
+        affine = self.removed - set(pairs) if warm_start else set()
+        steps = [self._step(n, *decided[n], bias=n in biases, affine=n in affine) for n in self.inputs]
+        steps += [
+            self._step(name, "keep", "it did not run on the example")
+            for name, module in self.modules.items()
+            if self.is_norm(module) and name not in norms
+        ]
+        gains = {name: self._gain(name) for name in chosen}
+        rest = (example, pairs, self.run.dims, warm_start)
+        return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, *rest)
+
+    def _right_before(self, norm: str) -> str:
+        """The layer whose output only this norm takes, and nothing else; "" if there is none."""
+        value = self.inputs[norm][0]
+        if len(self.inputs[norm]) > 1 or len(value.sources) != 1 or value.steps:
+            return ""
+        (layer,) = value.sources
+        alone = self.run.takers.get(layer) == {norm} and len(self.inputs.get(layer, ())) == 1
+        return layer if alone else ""
+
+    def _refusal(self, name: str) -> tuple[str, str] | None:
+        """Action and reason for a layer that can't or must not be standardized."""
+        module = self.modules[name]
+        if self._is_kept(name):
+            return "keep", "asked for"
+        if isinstance(module, StandardizedLayer):
+            return "keep", "it is a pws layer"
+        if name in self.run.foreign or parent_of(module) is None:
+            return "skip", "its forward does not convolve with its weight as it is"
+        try:
+            weight: Any = module.weight
+            check_fan_in(weight.transpose(0, 1) if getattr(module, "transposed", False) else weight)
+        except ShapeError:
+            return "skip", "its filters have one entry each: no variance"
+        return None
+
+    def _is_kept(self, name: str) -> bool:
+        module = self.modules[name]
+        for rule in self.keep:
+            if isinstance(rule, str):
+                found = fnmatchcase(name, rule)
+            elif isinstance(rule, type):
+                found = isinstance(module, rule)
+            else:
+                found = bool(rule(name, module))
+            if found:
+                return True
+        return False
+
+    def _gates(self) -> set[str]:
+        """Layers whose output only scales another tensor, themselves or through layers that do."""
+        gates = {name for name in self.run.gates if name in self.layers}
+        while True:
+            more = {name for name in self.layers if self.run.takers.get(name, {"nothing"}) <= gates} - gates
+            if not more:
+                return gates
+            gates |= more
+
+    def _norm(self, name: str, *, warm_start: bool) -> tuple[str, str]:
+        if self._is_kept(name):
+            return "keep", "asked for"
+        if warm_start and affine_of(self.modules[name]) is None:
+            return "keep", "it has no running statistics that a layer could take over"
+        sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
+        behind = sorted(sources - set(self.norms) - {INPUT})
+        refused = [layer for layer in behind if self.refusals[layer] not in (None, ("keep", "it is a pws layer"))]
+        if refused:
+            return "keep", f"it normalizes {refused[0]}, which stays as it is: {(self.refusals[refused[0]] or '')[1]}"
+        steps = frozenset[str]().union(*(value.steps for value in self.inputs[name]))
+        return "remove", f"behind {_list(behind) or 'the input'}{_through(steps)}"
+
+    def _layer(self, name: str) -> tuple[str, str]:
+        refusal = self.refusals[name]
+        if refusal:
+            return refusal
+        norms = sorted(self.run.takers.get(name, set()) & self.removed)
+        if norms:
+            return "standardize", f"its output went to {_list(norms)}"
+        sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
+        if name in self.gates:
+            return "keep", "it makes a gate, which is not normalized"
+        if sources & self.removed:
+            return "standardize", f"its input came from {_list(sorted(sources & self.removed))}"
+        return "keep", "no norm that is taken out stands beside it"
+
+    def _gets_bias(self, name: str) -> bool:
+        takers = self.run.takers.get(name, set()) & self.removed
+        has_bias = any(getattr(self.modules[norm], "bias", None) is not None for norm in takers)
+        return has_bias and self.modules[name].bias is None
+
+    def _gain(self, name: str) -> float:
+        value = self.inputs[name][0]
+        if value.activation:
+            return variance_preserving_gain(value.activation)
+        return variance_preserving_gain("linear")
+
+    def _step(self, name: str, action: str, reason: str, *, bias: bool = False, affine: bool = False) -> Step:
+        module = self.modules[name]
+        before = sum(p.numel() for p in module.parameters(recurse=False))
+        after = 0 if action == "remove" else before
+        left = affine_layer(module, self.run.dims[name] - 2) if affine else None
+        after += 0 if left is None else sum(p.numel() for p in left.parameters())
+        if action == "standardize":
+            weight: Any = module.weight
+            transposed = getattr(module, "transposed", False)
+            channels: Any = module.out_channels if transposed else len(weight)
+            after += int(channels) * (1 + bias)
+        return Step(name, type(module).__name__, action, reason, before, after)
+
+
+def _list(names: Collection[str], most: int = 2) -> str:
+    names = list(names)
+    more = len(names) - most
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:most])} and {more} more"
+
+
+def _through(steps: Collection[str]) -> str:
+    words = {"activation": "an activation", "sum": "an addition", "join": "a concatenation", "product": "a product"}
+    passed = [word for step, word in words.items() if step in steps]
+    return f", through {' and '.join(passed)}" if passed else ""
