@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pws
 from pws import kernels
-from pws.kernels import registry
+from pws.kernels import cpu, registry
 from pws.kernels.operators import standardize_rows, standardize_rows_backward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -291,3 +292,59 @@ def test_the_triton_kernels_in_tritons_interpreter() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def _held_by_a_hook(kernel: Tensor, held: list[Tensor]) -> None:
+    kernel.register_hook(held.append)
+
+
+def _held_as_a_view(kernel: Tensor, held: list[Tensor]) -> None:
+    kernel.register_hook(lambda grad: held.append(grad.detach().flatten()))
+
+
+def _retained(kernel: Tensor, held: list[Tensor]) -> None:
+    kernel.retain_grad()
+
+
+@pytest.mark.parametrize("hold", [None, _held_by_a_hook, _held_as_a_view, _retained])
+def test_a_gradient_is_overwritten_only_if_nobody_holds_it(
+    hold: Callable[[Tensor, list[Tensor]], None] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+
+    def overwriting(*arguments: Any) -> tuple[Tensor, Tensor]:
+        calls.append(arguments[0])
+        return cpu.overwriting(*arguments)
+
+    monkeypatch.setitem(registry._loaded, "cpu", replace(cpu.CPU, overwriting=overwriting))
+    weight = torch.randn(8, 3, 3, 3, requires_grad=True)
+    factor, held = torch.randn(8, 3, 3, 3), []
+    kernel = pws.standardize(weight)
+    if hold is not None:
+        hold(kernel, held)
+    (kernel * factor).sum().backward()
+    assert len(calls) == (
+        hold in (None, _retained)
+    )  # that nobody holds it is recognized too; what is retained is a copy
+    for gradient in [*held, kernel.grad] if hold is _retained else held:
+        assert gradient is not None
+        assert torch.equal(gradient.flatten(), factor.flatten())
+    wide = weight.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad((pws.standardize(wide) * factor.double()).sum(), wide)
+    torch.testing.assert_close(weight.grad, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_that_others_get_too_are_not_overwritten() -> None:
+    weight, factor = torch.randn(8, 3, 3, 3, requires_grad=True), torch.randn(8, 3, 3, 3)
+    kernel = pws.standardize(weight)
+    grad_kernel, grad_weight = torch.autograd.grad((kernel * factor).sum(), [kernel, weight])
+    assert torch.equal(grad_kernel, factor)
+    given = factor.clone()
+    (again,) = torch.autograd.grad(pws.standardize(weight), weight, given)
+    assert torch.equal(given, factor)
+    torch.testing.assert_close(again, grad_weight)
+    # One gradient for two: what the sum hands to both of its terms.
+    other = weight.detach().clone().requires_grad_()
+    (((pws.standardize(weight) + pws.standardize(other)) * factor).sum()).backward()
+    torch.testing.assert_close(weight.grad, grad_weight)
+    torch.testing.assert_close(other.grad, grad_weight)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from pws.gain import resolve_gain
-from pws.standardize import check_fan_in, check_gamma, standardize
+from pws.standardize import check_fan_in, check_gamma, scaled
 
 Layer = TypeVar("Layer", bound=type["StandardizedLayer"])
 
@@ -76,9 +76,7 @@ class StandardizedLayer(nn.Module):
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of `weight`: what the layer convolves with."""
-        return standardize(
-            self.filters(), self.alpha, gain=self.gain, gamma=self.gamma, relative_gamma=self.relative_gamma
-        )
+        return scaled(self.filters(), self.alpha, self.gain, self.gamma, self.relative_gamma)
 
     def reset_parameters(self) -> None:
         """Kaiming normal weights for ReLU (deviation `sqrt(2 / fan_in)`), alpha 1, bias 0."""

@@ -53,7 +53,7 @@ def standardize(
         tensor([[-1.,  1.],
                 [ 1., -1.]])
     """
-    fan_in = check_fan_in(weight)
+    check_fan_in(weight)
     if not weight.is_floating_point():
         raise PwsError(
             f"Only floating-point weights have a standardized kernel; got {weight.dtype}. Convert with .float()."
@@ -64,9 +64,14 @@ def standardize(
             f"got {tuple(alpha.shape)}. Pass alpha.flatten() if it comes from a checkpoint with trailing ones."
         )
     check_gamma(gamma)
-    c = resolve_gain(gain) * fan_in**-0.5
+    return scaled(weight, alpha, resolve_gain(gain), gamma, relative_gamma)
+
+
+def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
+    """`standardize` of arguments that are known to be right."""
+    fan_in = weight.shape[1:].numel()
     eps = gamma * 2 / fan_in if relative_gamma else gamma
-    dtype = _result_dtype(weight)
+    c, dtype = gain * fan_in**-0.5, _result_dtype(weight)
     if weight.is_contiguous():
         return kernel_of(weight, alpha, c, eps, dtype)
     # Any other dense layout (channels_last) is contiguous in the order of its memory, and keeps that order in the result; the

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pws.kernels import aten
+from pws.kernels.backend import Backend
 from pws.kernels.operators import Standardize, gradients
+from pws.kernels.owners import SOLE, owners
 from pws.kernels.registry import choose
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -57,6 +59,10 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         weight, alpha_O, mean_O, rstd_O = ctx.saved_tensors
+        backend: Backend = ctx.backend
+        backward = backend.backward
+        if backend.overwriting is not None and SOLE is not None and owners(grad) == SOLE:
+            backward = backend.overwriting
         rows = (weight.flatten(1), alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
-        grad_weight_OK, grad_alpha_O = gradients(ctx.backend.backward, grad.flatten(1), *rows)
+        grad_weight_OK, grad_alpha_O = gradients(backward, grad.flatten(1), *rows)
         return grad_weight_OK.view_as(weight), grad_alpha_O, None, None, None

@@ -40,3 +40,5 @@ class Backend:
     backward: Backward
     refusal: Callable[[Tensor], str | None]
     """Why it can't serve this weight; None if it can."""
+    overwriting: Backward | None = None
+    """The backward pass for a gradient that nobody needs afterwards: its memory may hold the result."""

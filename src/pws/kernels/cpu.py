@@ -30,10 +30,30 @@ def backward(
     grad_OK: Tensor, weight_OK: Tensor, alpha_O: Tensor | None, mean_O: Tensor, rstd_O: Tensor, c: float
 ) -> tuple[Tensor, Tensor]:
     """`dw = c alpha / sqrt(v + gamma) (g - mean(g) - h mean(g h))`, `dalpha = c sum(g h)` (paper section 2)."""
-    grad_OK, weight_OK, mean_O, rstd_O = map(_dense, (grad_OK, weight_OK, mean_O, rstd_O))
+    return _backward(empty(weight_OK.shape), _dense(grad_OK), weight_OK, alpha_O, mean_O, rstd_O, c)
+
+
+def overwriting(
+    grad_OK: Tensor, weight_OK: Tensor, alpha_O: Tensor | None, mean_O: Tensor, rstd_O: Tensor, c: float
+) -> tuple[Tensor, Tensor]:
+    """`backward` in the memory of `grad_OK`, which the convolution has just left in the cache."""
+    grad_OK = _dense(grad_OK)
+    return _backward(grad_OK, grad_OK, weight_OK, alpha_O, mean_O, rstd_O, c)
+
+
+def _backward(
+    grad_weight_OK: Tensor,
+    grad_OK: Tensor,
+    weight_OK: Tensor,
+    alpha_O: Tensor | None,
+    mean_O: Tensor,
+    rstd_O: Tensor,
+    c: float,
+) -> tuple[Tensor, Tensor]:
+    weight_OK, mean_O, rstd_O = map(_dense, (weight_OK, mean_O, rstd_O))
     alpha_O = None if alpha_O is None else _dense(alpha_O)
     filters, entries = weight_OK.shape
-    grad_weight_OK, grad_alpha_O = empty(weight_OK.shape), torch.empty(filters)
+    grad_alpha_O = torch.empty(filters)
     tensors = (weight_OK, alpha_O, mean_O, rstd_O, grad_weight_OK, grad_OK, grad_alpha_O)
     _run(backward_part, Job(0, filters, entries, c, 0.0, *map(_address, tensors)))
     return grad_weight_OK, grad_alpha_O
@@ -58,4 +78,4 @@ def _refusal(weight_OK: Tensor) -> str | None:
     return None
 
 
-CPU = Backend("cpu", forward, backward, _refusal)
+CPU = Backend("cpu", forward, backward, _refusal, overwriting)

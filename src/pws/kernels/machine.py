@@ -165,6 +165,12 @@ def _stream(source: Any, target: Any) -> None:
         _stream_lanes(source, target, k)
 
 
+@njit
+def _copy(source: Any, target: Any) -> None:
+    for k in range(source.shape[0]):
+        target[k] = source[k]
+
+
 @cfunc(types.void(types.voidptr), cache=True)
 def forward_part(pointer: Any) -> None:
     """A thread's share of the forward pass of a `Job`."""
@@ -192,7 +198,8 @@ def backward_part(pointer: Any) -> None:
     grad_OK, weight_OK, grad_weight_OK = _rows(job.grad, job), _rows(job.weight, job), _rows(job.result, job)
     alpha_O, mean_O, rstd_O = _per_filter(job.alpha, job), _per_filter(job.mean, job), _per_filter(job.rstd, job)
     grad_alpha_O = _per_filter(job.grad_alpha, job)
-    streams, row = _streams(job), np.empty(job.entries, np.float32)
+    in_place, row = job.result == job.grad, np.empty(job.entries, np.float32)
+    streams = _streams(job) and not in_place
     few = max(1, GRAIN // job.entries)
     while True:
         first = _take(pointer, few)
@@ -200,8 +207,11 @@ def backward_part(pointer: Any) -> None:
             break
         for o in range(first, min(first + few, job.filters)):
             scale = job.c * alpha_O[o] if job.alpha != 0 else job.c
-            out = row if streams else grad_weight_OK[o]
+            # Where source and target are one, the compiler's check for overlap would choose the loop without vectors.
+            out = row if streams or in_place else grad_weight_OK[o]
             product = _backward_row(grad_OK[o], weight_OK[o], out, scale, mean_O[o], rstd_O[o])
             grad_alpha_O[o] = job.c * product
             if streams:
                 _stream(row, grad_weight_OK[o])
+            elif in_place:
+                _copy(row, grad_weight_OK[o])
