@@ -14,6 +14,7 @@ from torch import nn
 
 from pws.bench import forecasts
 from pws.bench.divergence import Network, diverges, smallest_diverging_lr
+from pws.bench.fill import fill_tables
 from pws.bench.forecasts import summary
 from pws.bench.initial import diagnose_initial, span
 from pws.bench.theory import CentreGradient
@@ -42,7 +43,7 @@ def bench(name: str, out: Path) -> dict[str, Any]:
 
 
 def test_all_benches_are_tested() -> None:
-    assert sorted(BENCHES) == ["centred", "cost", "depth", "forecast", "initial", "shift"]
+    assert sorted(BENCHES) == ["centred", "cost", "depth", "forecast", "initial", "shift", "warm-start"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,17 @@ def test_cost(tmp_path: Path) -> None:
     steps = [s for s in range(1000) if s % result["every"] == 0 or s & (s - 1) == 0]
     expected = sum(row["measured_step" if s in steps else "watched_step"] - 1 for s in range(1000)) / 1000
     assert row["monitor"] == pytest.approx(expected)
+
+
+def test_warm_start_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = bench("warm-start", tmp_path)
+    (entry,) = result["networks"]
+    assert entry["before"] > 30
+    assert abs(entry["fitted on 1024"] - entry["before"]) < 30
+    assert entry["output error, 1024"] > 0
+    assert "| stack4 | 256 | 2 |" in fill_tables("<!-- table warm-start -->\n<!-- end -->", tmp_path)
+    monkeypatch.setattr("pws.bench.warm_start.convert_trained", lambda *_: pytest.fail("it was trained already"))
+    assert bench("warm-start", tmp_path)["networks"] == result["networks"]
 
 
 def test_the_forecast_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table
+from pws.bench.conversion.run import conversions_summary, conversions_table
 from pws.bench.speed.report import images_table, memory_table, ratio_table, standardization_table
+from pws.bench.warm_start import warm_start_table
 from pws.errors import PwsError, UnknownNameError
 
 MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -30,8 +32,10 @@ TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
         "memory": memory_table,
         "standardization": standardization_table,
     },
+    "networks": {"accuracy": warm_start_table},
+    "models": {"summary": conversions_summary, "all": conversions_table},
 }
-"""By the key that a result of `pws bench accuracy` or `speed` has, its tables; the first is the main one."""
+"""By a key of the result (of `pws bench accuracy`, `speed`, `warm-start`, `convert`), its tables; the first is the main one."""
 
 
 def fill_tables(text: str, results: Path) -> str:
@@ -45,7 +49,7 @@ def fill_tables(text: str, results: Path) -> str:
     def table(found: re.Match[str]) -> str:
         start, name, kind, rows, end = found.groups()
         path = results / f"{name}.json"
-        result = _result(path, rows)
+        result = _result(path, f"pws bench {name.replace('/', ' ')}", rows)
         tables = next(tables for key, tables in TABLES.items() if key in result)
         if kind is not None and kind not in tables:
             raise UnknownNameError(f"table of {path}:", kind, tables)
@@ -54,11 +58,9 @@ def fill_tables(text: str, results: Path) -> str:
     return MARKED.sub(table, text)
 
 
-def _result(path: Path, rows: str | None) -> Result:
+def _result(path: Path, command: str, rows: str | None) -> Result:
     if not path.is_file():
-        raise PwsError(
-            f"a table wants {path}, which is missing. Make it with `pws bench {path.parent.name} {path.stem}`."
-        )
+        raise PwsError(f"a table wants {path}, which is missing. Make it with `{command}`.")
     result: Result = json.loads(path.read_text())
     if rows is None:
         return result

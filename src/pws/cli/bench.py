@@ -12,6 +12,7 @@ from pws.bench.cost import run_cost
 from pws.bench.experiments import run_centred, run_depth, run_shift
 from pws.bench.forecasts import run_forecast
 from pws.bench.initial import run_initial
+from pws.bench.warm_start import run_warm_start
 from pws.cli import accuracy, conversion, speed, tables
 from pws.cli.arguments import command_parser, parse
 from pws.errors import UnknownNameError
@@ -27,6 +28,10 @@ BENCHES: Final[dict[str, tuple[Bench, str]]] = {
         "predicted beside real smallest diverging learning rates (an hour; goes on where it stopped)",
     ),
     "cost": (run_cost, "what a diagnosis and a monitor cost, in training steps (two minutes)"),
+    "warm-start": (
+        run_warm_start,
+        "trained networks converted: accuracy before, after, and fine-tuned (ten minutes; goes on where it stopped)",
+    ),
 }
 COMMANDS: Final = {"accuracy": accuracy.run, "convert": conversion.run, "speed": speed.run, "tables": tables.run}
 """Those with options of their own."""

@@ -70,3 +70,16 @@ def conversions_table(result: Stored) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def conversions_summary(result: Stored) -> str:
+    """Markdown: a line a library, with the models that failed."""
+    lines = ["| library | models | run | passed | failed | not run |", "| --- | ---: | ---: | ---: | --- | --- |"]
+    for library in dict.fromkeys(spec.partition(":")[0] for spec in result["models"]):
+        models = {spec: m for spec, m in result["models"].items() if spec.startswith(f"{library}:")}
+        idle = [spec for spec, model in models.items() if model["not_run"]]
+        failed = [spec for spec, model in models.items() if model["failures"]]
+        run = len(models) - len(idle)
+        names = [", ".join(spec.partition(":")[2] for spec in specs) or "-" for specs in (failed, idle)]
+        lines.append(f"| {library} | {len(models)} | {run} | {run - len(failed)} | {' | '.join(names)} |")
+    return "\n".join(lines) + "\n"

@@ -33,6 +33,7 @@ def draw_cases(result: Stored, path: Path) -> None:
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.set_title(case["case"], fontsize=9)
         axes.margins(x=0.15)
+        axes.tick_params(axis="x", labelbottom=True)
     for axes in list(panels.flat)[len(cases) :]:
         axes.set_visible(False)
     figure.supxlabel(

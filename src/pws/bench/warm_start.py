@@ -1,0 +1,128 @@
+"""Trained BatchNorm networks, converted with a warm start: accuracy before, right after, and after an epoch more."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lightning.pytorch import seed_everything
+from torch import nn
+
+from pws.bench.figure import new_figure, save_figure
+from pws.bench.result import write_result
+from pws.methods import build_method
+from pws.models import build_model, model_of
+from pws.surgery import plan
+from pws.training.data import ImageBatches, ImageData
+from pws.training.module import Classifier
+from pws.training.quiet import bare_trainer
+from pws.training.recipe import DataConfig, OptimConfig
+
+LR: Final = 0.1
+FINE_LR: Final = 0.01
+EXAMPLES: Final = (64, 1024)
+"""Training images that the conversion fits alpha and bias on."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, then converted."""
+
+    network: str
+    train_images: int
+    epochs: int
+    dataset: str = "fashion-mnist"
+    width: float = 1.0
+
+
+NETWORKS: Final = (
+    Trained("allconv", 12_800, 6, width=1 / 3),
+    Trained("pws.models.small:resnet18", 12_800, 3),
+    Trained("timm:mobilenetv3_small_100", 12_800, 6),
+)
+QUICK: Final = (Trained("stack4", 256, 2, "digits", 0.25),)
+
+
+def run_warm_start(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Batch 128; goes on where it stopped."""
+    path, chosen = out / "warm-start.json", QUICK if quick else NETWORKS
+    done = json.loads(path.read_text())["networks"] if path.is_file() else []
+    networks = [entry for entry in done if entry["network"] in {trained.network for trained in chosen}]
+    result: dict[str, Any] = {"batch_size": 128, "lr": LR, "fine_tuning_lr": FINE_LR, "seed": 0, "networks": networks}
+    for trained in chosen:
+        if trained.network in {entry["network"] for entry in networks}:
+            continue
+        networks.append(convert_trained(trained, say))
+        write_result(path, "pws bench warm-start", result)
+    _draw(networks, out / "warm-start.png")
+    return result
+
+
+def convert_trained(trained: Trained, say: Callable[[str], None]) -> dict[str, Any]:
+    """One network through all states; accuracies in percent of the test images."""
+    seed_everything(0, verbose=False)
+    data = ImageData(DataConfig(trained.dataset, train_images=trained.train_images, batch_size=128), 0)
+    model = _network(trained, data)
+    _fit(model, data, "bn", LR, trained.epochs)
+    found: dict[str, Any] = {"network": trained.network, "train_images": trained.train_images, "epochs": trained.epochs}
+    found["before"] = _accuracy(model, data)
+    for images in EXAMPLES:
+        numbers = list(range(min(images, len(data.splits.train))))
+        example, _ = ImageBatches(data.splits.train, data.splits, seed=0)[0, numbers]
+        made = plan(model, example, warm_start=True)
+        converted = made.apply()
+        found[f"fitted on {images}"] = _accuracy(converted, data)
+        found[f"output error, {images}"] = round(made.output_error or 0.0, 4)
+    _fit(converted, data, "pws", FINE_LR, 1)
+    found["after an epoch"] = _accuracy(converted, data)
+    _fit(model, data, "bn", FINE_LR, 1)
+    found["bn, an epoch more"] = _accuracy(model, data)
+    say(", ".join(f"{key} {value}" for key, value in found.items()))
+    return found
+
+
+def _network(trained: Trained, data: ImageData) -> nn.Module:
+    image, _ = data.splits.test.get([0])
+    sizes = {"num_classes": len(data.splits.classes), "in_channels": image.shape[1]}
+    if ":" in trained.network:
+        return model_of(trained.network, **sizes)
+    return build_model(trained.network, build_method("bn"), width=trained.width, **sizes)
+
+
+def _fit(model: nn.Module, data: ImageData, method: str, lr: float, epochs: int) -> None:
+    """SGD, cosine to 0."""
+    module = Classifier(model, OptimConfig(lr=lr), len(data.splits.classes), method=build_method(method))
+    bare_trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0).fit(module, datamodule=data)
+
+
+def _accuracy(model: nn.Module, data: ImageData) -> float:
+    module = Classifier(deepcopy(model), OptimConfig(), len(data.splits.classes))
+    found = bare_trainer(accelerator="cpu").validate(module, datamodule=data, verbose=False)
+    return round(100 * found[0]["val_accuracy"], 2)
+
+
+def warm_start_table(result: dict[str, Any]) -> str:
+    """Markdown: a line a network."""
+    keys = list(result["networks"][0])
+    lines = [keys, ["---"] + ["---:"] * (len(keys) - 1)]
+    lines += [[str(entry[key]) for key in keys] for entry in result["networks"]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _draw(networks: list[dict[str, Any]], path: Path) -> None:
+    figure = new_figure(3.2 * len(networks) + 1, 3.6)
+    states = ["before", *(f"fitted on {images}" for images in EXAMPLES), "after an epoch", "bn, an epoch more"]
+    colours = ["#2471a3", "#a9dfbf", "#52be80", "#1e8449", "#5499c7"]
+    for axes, entry in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
+        values = [entry[state] for state in states]
+        bars = axes.bar(states, values, color=colours)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        axes.set_ylim(0, 105)
+        axes.set_title(entry["network"].rpartition(":")[2], fontsize=9)
+        axes.tick_params(axis="x", rotation=30, labelsize=8)
+    figure.supylabel("test accuracy, %", fontsize=9)
+    save_figure(figure, path)
