@@ -44,7 +44,7 @@ NETWORKS: Final = (
     Trained("pws.models.small:resnet18", 12_800, 3),
     Trained("timm:mobilenetv3_small_100", 12_800, 6),
 )
-QUICK: Final = (Trained("stack4", 256, 2, "digits", 0.25),)
+QUICK: Final = (Trained("stack4", 1_200, 6, "digits", 0.25),)
 
 
 def run_warm_start(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pws.bench.warm_start import run_warm_start
 from pws.cli import accuracy, conversion, speed, tables
 from pws.cli.arguments import command_parser, parse
 from pws.errors import UnknownNameError
+from pws.training.quiet import quiet_lightning
 
 Bench = Callable[[Path, bool, Callable[[str], None]], dict[str, Any]]
 BENCHES: Final[dict[str, tuple[Bench, str]]] = {
@@ -58,6 +59,7 @@ def run(arguments: list[str]) -> int:
     parsed = parse(parser, arguments)
     if parsed.name not in BENCHES:
         raise UnknownNameError("bench", parsed.name, BENCHES)
+    quiet_lightning()
     console, out = Console(), Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks"))
     BENCHES[parsed.name][0](
         out, parsed.quick, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -84,8 +84,9 @@ class _Progress:
     def _table(self) -> Table:
         table = Table(caption="time, ratio to no normalization: median", caption_justify="left")
         table.add_column("")
-        for case in self.cases:
-            table.add_column(case["case"], justify="right")
         for row in self.suite.rows[1:]:
-            table.add_row(row, *(f"{quartiles(c, row)[1]:.2f}" if row in c["rows"] else "-" for c in self.cases))
+            table.add_column(row, justify="right")
+        for case in self.cases:
+            ratios = (f"{quartiles(case, row)[1]:.2f}" if row in case["rows"] else "-" for row in self.suite.rows[1:])
+            table.add_row(case["case"], *ratios)
         return table
