@@ -102,7 +102,7 @@ TIMM: Final = (
     *("shvit_s1", "visformer_tiny", "tiny_vit_5m_224", "eca_botnext26ts_256", "halonet26t", "gernet_s"),
 )
 SIZES: Final = {
-    "torchvision:inception_v3": 96,
+    "torchvision:inception_v3": 299,
     "torchvision:maxvit_t": 224,
     "timm:inception_v3": 96,
     "timm:inception_v4": 96,
