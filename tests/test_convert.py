@@ -453,3 +453,31 @@ def test_a_model_of_others_has_no_other_method(tmp_path: Path, capsys: pytest.Ca
     arguments = ["--model.name=timm:resnet10t", "--data.name=digits", "--data.image_size=32", f"--runs={tmp_path}"]
     assert main(["train", "fashion-mnist-allconv-pws", "--model.method=gn", *arguments]) == 2
     assert "trains as it is (model.method: bn) or converted (pws)" in capsys.readouterr().err
+
+
+def _preactivation(m: Any, x: Tensor) -> Tensor:
+    return x + m.conv(m.act(m.norm(x)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.Hardswish(inplace=True)])
+def test_an_activation_in_place_does_not_reach_the_residual_stream(act: nn.Module) -> None:
+    stem = conv()
+    both = [
+        pws.convert(
+            Parts(lambda m, x: _preactivation(m, m.stem(x)), stem=stem, conv=conv(), norm=nn.BatchNorm2d(4), act=a), X
+        )
+        for a in (act, type(act)())
+    ]
+    both[0].load_state_dict(both[1].state_dict())
+    assert torch.equal(both[0](X), both[1](X))
+    fused = Parts(lambda m, x: x + m.conv(m.norm(x)), conv=conv(), norm=BatchNormAct2d(4))
+    before = X.clone()
+    pws.convert(fused, X)(before)
+    assert torch.equal(before, X)
+
+
+def test_a_function_in_place_keeps_a_norm_whose_input_others_take() -> None:
+    shared = Parts(lambda m, x: x + m.conv(F.relu(m.norm(x), inplace=True)), conv=conv(), norm=nn.BatchNorm2d(4))
+    assert actions(shared, X)["norm"] == "keep"
+    alone = Parts(lambda m, x: F.relu(m.norm(m.conv(x)), inplace=True), conv=conv(), norm=nn.BatchNorm2d(4))
+    assert actions(alone, X) == {"conv": "standardize", "norm": "remove"}

@@ -51,6 +51,8 @@ class Plan:
     """Each norm that is taken out right behind a layer, to the layer."""
     dims: dict[str, int]
     """Of the inputs of norms."""
+    in_place: frozenset[str]
+    """Activations that write over the output of a norm that is taken out."""
     warm_start: bool
     output_error: float | None = None
     """With a warm start: root mean square of the outputs' difference on the example, in units of the outputs' deviation."""
@@ -121,6 +123,9 @@ class Plan:
                 relative_gamma=self.relative_gamma,
                 bias=name in self.biases,
             )
+        # Without the norm they would write over its input, which others may take: a residual stream.
+        for name in self.in_place:
+            modules[name].inplace = False
         without = {modules[name]: self._without_norm(name, modules[name]) for name in self.named("remove")}
         for parent in list(result.modules()):
             for name, child in parent._modules.items():
@@ -133,6 +138,9 @@ class Plan:
         start its scale and shift too, where no layer takes them over."""
         held = [getattr(norm, part, None) for part in ("drop", "act")]
         rest = [module for module in held if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)]
+        for module in rest:
+            if hasattr(module, "inplace"):
+                module.inplace = False  # type: ignore[assignment]
         affine = affine_layer(norm, self.dims[name] - 2) if self.warm_start and name not in self.pairs else None
         rest = [affine, *rest] if affine is not None else rest
         return nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())

@@ -54,7 +54,8 @@ class Planner:
             if self.is_norm(module) and name not in norms
         ]
         gains = {name: self._gain(name) for name in chosen}
-        rest = (example, pairs, self.run.dims, warm_start)
+        in_place = frozenset(name for name, written in self.run.in_place.items() if written & self.removed)
+        rest = (example, pairs, self.run.dims, in_place, warm_start)
         return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, *rest)
 
     def _right_before(self, norm: str) -> str:
@@ -107,6 +108,8 @@ class Planner:
     def _norm(self, name: str, *, warm_start: bool) -> tuple[str, str]:
         if self._is_kept(name):
             return "keep", "asked for"
+        if name in self.run.exposed:
+            return "keep", "a function writes over its output, and others take its input"
         if warm_start and affine_of(self.modules[name]) is None:
             return "keep", "it has no running statistics that a layer could take over"
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))

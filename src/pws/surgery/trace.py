@@ -80,6 +80,10 @@ class Trace:
     """Of the inputs of layers and norms."""
     foreign: set[str] = field(default_factory=set)
     """Layers that did not convolve with their own weight."""
+    in_place: dict[str, set[str]] = field(default_factory=dict)
+    """Modules, such as ReLU(inplace=True), to the norms whose output they wrote over."""
+    exposed: set[str] = field(default_factory=set)
+    """Norms whose output a function wrote over, and whose input others take: without the norm they would get that."""
 
 
 def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) -> Trace:
@@ -110,6 +114,8 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
             ) from error
     for tensor in tensors_in(outputs):
         follower.take(OUTPUT, follower.value(tensor))
+    shared = {name for name, tensor_id in follower.norm_inputs.items() if follower.times_taken[tensor_id] > 1}
+    follower.trace.exposed = follower.overwritten & shared
     return follower.trace
 
 
@@ -128,6 +134,13 @@ class _Follower(TorchFunctionMode):
         self.values: dict[int, tuple[Tensor, Value]] = {}
         self.inside: list[nn.Module] = []
         self.used_own_weight = False
+        self.writers = {
+            module: name for name, module in model.named_modules() if getattr(module, "inplace", False) is True
+        }
+        self.writing = False
+        self.overwritten: set[str] = set()
+        self.times_taken: dict[int, int] = {}
+        self.norm_inputs: dict[str, int] = {}
 
     def put(self, tensor: Tensor, value: Value) -> None:
         self.values[id(tensor)] = (tensor, value)
@@ -145,11 +158,30 @@ class _Follower(TorchFunctionMode):
         for module in self.names:
             handles.append(module.register_forward_pre_hook(self._enter))
             handles.append(module.register_forward_hook(self._leave))
+        for module in self.writers:
+            handles.append(module.register_forward_pre_hook(self._write))
+            handles.append(module.register_forward_hook(self._wrote))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _write(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not self.inside:
+            self.writing = True
+            norm = self._norm_of(inputs[0])
+            if norm:
+                self.trace.in_place.setdefault(self.writers[module], set()).add(norm)
+
+    def _wrote(self, *_: Any) -> None:
+        self.writing = False
+
+    def _norm_of(self, tensor: Tensor) -> str | None:
+        """The norm whose output this is, nothing between."""
+        value = self.value(tensor)
+        name = next(iter(value.sources), INPUT)
+        return name if len(value.sources) == 1 and not value.steps and name in self.norm_inputs else None
 
     def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.inside.append(module)
@@ -158,6 +190,9 @@ class _Follower(TorchFunctionMode):
         self.trace.uses.append(Use(name, self.is_norm(module), value))
         self.trace.dims[name] = inputs[0].dim()
         self.take(name, value)
+        self._count(inputs[0])
+        if self.is_norm(module):
+            self.norm_inputs[name] = id(inputs[0])
 
     def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         self.inside.pop()
@@ -171,8 +206,10 @@ class _Follower(TorchFunctionMode):
         self.put(output, Value(frozenset({self.names[module]}), steps, activation, depth))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         given = list(tensors_in((args, kwargs or {})))
+        if not self.inside and func.__name__ != "__get__":
+            self._look_at_writing(func.__name__, given, kwargs or {})
+        result = func(*args, **(kwargs or {}))
         if self.inside:
             own = self.inside[-1]._parameters.get("weight")
             is_operation = func.__name__.startswith("conv") or func.__name__ == "linear"
@@ -184,6 +221,18 @@ class _Follower(TorchFunctionMode):
             for tensor in tensors_in(result):
                 self.put(tensor, value)
         return result
+
+    def _look_at_writing(self, name: str, given: list[Tensor], kwargs: dict[str, Any]) -> None:
+        for tensor in given:
+            self._count(tensor)
+        writes = (
+            kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        )
+        if writes and not self.writing and given and (norm := self._norm_of(given[0])):
+            self.overwritten.add(norm)
+
+    def _count(self, tensor: Tensor) -> None:
+        self.times_taken[id(tensor)] = self.times_taken.get(id(tensor), 0) + 1
 
     def _merged(self, name: str, known: list[tuple[Tensor, Value]]) -> Value:
         values = list(dict.fromkeys(value for _, value in known))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import pws
 from pws.bench.conversion.models import shape_of
+from pws.bench.result import commit
 from pws.diagnosis.batch import tensors_in
 from pws.layers import StandardizedLayer
 from pws.models import model_of
@@ -43,6 +44,7 @@ class Checked:
     failures: list[str] = field(default_factory=list)
     not_run: str | None = None
     seconds: float = 0.0
+    commit: str = ""
 
 
 def check_model(spec: str) -> Checked:
@@ -51,7 +53,7 @@ def check_model(spec: str) -> Checked:
     torch.manual_seed(0)
     started = time.perf_counter()
     model = model_of(spec)
-    checked = Checked(sum(p.numel() for p in model.parameters()))
+    checked = Checked(sum(p.numel() for p in model.parameters()), commit=commit())
     if checked.parameters > LARGEST:
         checked.not_run = f"more than {LARGEST // 10**6} million parameters"
         return checked

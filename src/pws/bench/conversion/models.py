@@ -86,7 +86,6 @@ TIMM: Final = (
         "convmixer_768_32",
         "levit_128s",
         "levit_conv_128s",
-        "edgenext_xx_small",
     ),
     *("mobilevit_xxs", "mobilevitv2_050", "efficientformer_l1", "efficientformerv2_s0", "fastvit_t8", "repvit_m0_9"),
     *("rexnet_100", "selecsls42b", "skresnet18", "ese_vovnet19b_dw", "hardcorenas_a", "hgnet_tiny", "legacy_senet154"),
@@ -103,6 +102,7 @@ TIMM: Final = (
 )
 SIZES: Final = {
     "torchvision:inception_v3": 299,
+    "torchvision:s3d": 224,
     "torchvision:maxvit_t": 224,
     "timm:inception_v3": 96,
     "timm:inception_v4": 96,
