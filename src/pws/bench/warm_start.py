@@ -39,11 +39,7 @@ class Trained:
     width: float = 1.0
 
 
-NETWORKS: Final = (
-    Trained("allconv", 12_800, 6, width=1 / 3),
-    Trained("pws.models.small:resnet18", 12_800, 3),
-    Trained("timm:mobilenetv3_small_100", 12_800, 6),
-)
+NETWORKS: Final = (Trained("allconv", 12_800, 6, width=1 / 3),)
 QUICK: Final = (Trained("stack4", 1_200, 6, "digits", 0.25),)
 
 
