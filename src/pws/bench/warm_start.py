@@ -38,6 +38,11 @@ class Trained:
     dataset: str = "fashion-mnist"
     width: float = 1.0
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What tells results apart."""
+        return self.network, self.train_images, self.epochs
+
 
 NETWORKS: Final = (Trained("allconv", 12_800, 6, width=1 / 3),)
 QUICK: Final = (Trained("stack4", 1_200, 6, "digits", 0.25),)
@@ -47,7 +52,8 @@ def run_warm_start(out: Path, quick: bool, say: Callable[[str], None]) -> dict[s
     """Batch 128; goes on where it stopped."""
     path, chosen = out / "warm-start.json", QUICK if quick else NETWORKS
     done = json.loads(path.read_text())["networks"] if path.is_file() else []
-    networks = [entry for entry in done if entry["network"] in {trained.network for trained in chosen}]
+    # An entry of other settings is made anew.
+    networks = [e for e in done if (e["network"], e["train_images"], e["epochs"]) in {t.key for t in chosen}]
     result: dict[str, Any] = {"batch_size": 128, "lr": LR, "fine_tuning_lr": FINE_LR, "seed": 0, "networks": networks}
     for trained in chosen:
         if trained.network in {entry["network"] for entry in networks}:
