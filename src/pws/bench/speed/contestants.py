@@ -32,6 +32,9 @@ class Step:
 class Contestant(Protocol):
     """One row, wherever it runs."""
 
+    def start(self) -> None:
+        """Get its process going, if it has one of its own; returns at once."""
+
     def prepare(self, case: Case) -> float:
         """Build the network of `case` and warm up; returns the seconds of a step."""
 
@@ -47,6 +50,9 @@ class Here:
 
     def __init__(self, row: str) -> None:
         self.row = row
+
+    def start(self) -> None:
+        """See `Contestant`."""
 
     def prepare(self, case: Case) -> float:
         """See `Contestant`."""
@@ -83,6 +89,10 @@ class Apart:
 
     def __init__(self, row: str) -> None:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _enter, (row, torch.get_num_threads()))
+
+    def start(self) -> None:
+        """See `Contestant`."""
+        self._pool.submit(_start)
 
     def prepare(self, case: Case) -> float:
         """See `Contestant`."""
@@ -123,6 +133,10 @@ def _enter(row: str, threads: int) -> None:
     global _here
     torch.set_num_threads(threads)
     _here = Here(row)
+
+
+def _start() -> None:
+    """Imports this module, and with it torch: seconds, which all processes may as well spend at the same time."""
 
 
 def _prepare(case: Case) -> float:

@@ -39,6 +39,8 @@ def measure_case(
     repeats = {}
     one_round = 0.0
     for row in rows:
+        contestants[row].start()
+    for row in rows:
         say(f"{case}: {row} warms up")
         step = contestants[row].prepare(case)
         repeats[row] = max(1, round(TURN / step))
