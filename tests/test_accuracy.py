@@ -205,6 +205,19 @@ def test_an_unknown_grid_is_refused_with_the_nearest(capsys: pytest.CaptureFixtu
     assert "did you mean collapse" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ['{"command": "pws bench convert", "models": {}}', "[]", "half a fi"])
+def test_a_file_of_something_else_is_left_alone(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "convert.json"
+    file.write_text(content)
+    assert main(["bench", "accuracy", "convert", "--quick", f"--out={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert "Choose another folder with --out" in said
+    assert ("a file of `pws bench convert`" in said) == ("models" in content)
+    assert file.read_text() == content
+
+
 def test_the_clock_counts_epochs_that_end_without_validation() -> None:
     clock = Clock()
     for _ in range(2):

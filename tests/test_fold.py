@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import Conv2dSame
 from tolerances import assert_close
 from torch import Tensor, nn
 
@@ -82,6 +83,15 @@ def test_what_stays_as_it_was() -> None:
     assert torch.equal(seen[0], y)
     folded[0].weight.data.zero_()
     assert shared.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_converted_subclass_folds_with_its_requires_grad(frozen: bool) -> None:
+    model = nn.Sequential(Conv2dSame(3, 4, 3), nn.BatchNorm2d(4))
+    model[0].weight.requires_grad_(not frozen)
+    folded = pws.fold(pws.convert(model, torch.randn(2, 3, 6, 6)))
+    assert type(folded[0]) is Conv2dSame
+    assert folded[0].weight.requires_grad is not frozen
 
 
 def test_a_folded_network_loads_where_pws_is_not_installed(tmp_path: Path) -> None:

@@ -71,14 +71,7 @@ def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, rela
     """`standardize` of arguments that are known to be right."""
     fan_in = weight.shape[1:].numel()
     eps = gamma * 2 / fan_in if relative_gamma else gamma
-    c, dtype = gain * fan_in**-0.5, _result_dtype(weight)
-    if weight.is_contiguous():
-        return kernel_of(weight, alpha, c, eps, dtype)
-    # Any other dense layout (channels_last) is contiguous in the order of its memory, and keeps that order in the result; the
-    # statistics of a filter do not care about the order of its entries.
-    order = [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
-    kernel = kernel_of(weight.permute(order).contiguous(), alpha, c, eps, dtype)
-    return kernel.permute([order.index(d) for d in range(weight.dim())])
+    return kernel_of(weight, alpha, gain * fan_in**-0.5, eps, _result_dtype(weight))
 
 
 def check_fan_in(weight: Tensor) -> int:

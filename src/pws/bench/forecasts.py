@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from pws.bench import pictures
 from pws.bench.divergence import NETWORKS, Network, diverges, prepare, smallest_diverging_lr
 from pws.bench.figure import new_figure, save_figure
-from pws.bench.result import commit, write_result
+from pws.bench.result import commit, read_result, write_result
 from pws.diagnosis import diagnose, forecast
 
 HELD_OUT: Final = (
@@ -37,7 +36,7 @@ COLOURS: Final = {**pictures.COLOURS, "gn": "#7f8c8d", "ws": "#7f8c8d"}
 def run_forecast(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Goes on with what forecast.json holds."""
     path = out / "forecast.json"
-    cells: dict[str, Any] = json.loads(path.read_text())["networks"] if path.is_file() else {}
+    cells: dict[str, Any] = (read_result(path, "networks") or {"networks": {}})["networks"]
     networks = NETWORKS[:1] if quick else (*NETWORKS, *HELD_OUT)
     result: dict[str, Any] = {}
     for number, network in enumerate(networks, 1):

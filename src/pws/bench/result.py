@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pws.errors import PwsError
 from pws.training.summary import versions
 
 
@@ -18,6 +19,27 @@ def write_result(path: Path, command: str, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"command": command, "commit": commit(), "device": _device(), "versions": versions()}
     path.write_text(json.dumps({**head, **result}, indent=1, allow_nan=False) + "\n")
+
+
+def read_result(path: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier run left at `path`, to go on with; None if there is nothing.
+
+    Raises:
+        PwsError: the file is not a result of this command, which has an entry called `key`.
+    """
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or key not in found:
+        by = f"a file of `{found['command']}`" if isinstance(found, dict) and "command" in found else "another file"
+        raise PwsError(
+            f"the results go to {path}, and are taken up from there; it holds {by}, without {key!r}. "
+            "Choose another folder with --out, or move that file away."
+        )
+    return found
 
 
 def commit() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from lightning.pytorch import seed_everything
 from torch import nn
 
 from pws.bench.figure import new_figure, save_figure
-from pws.bench.result import write_result
+from pws.bench.result import read_result, write_result
 from pws.methods import build_method
 from pws.models import build_model, model_of
 from pws.surgery import plan
@@ -51,7 +50,7 @@ QUICK: Final = (Trained("stack4", 1_200, 6, "digits", 0.25),)
 def run_warm_start(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Batch 128; goes on where it stopped."""
     path, chosen = out / "warm-start.json", QUICK if quick else NETWORKS
-    done = json.loads(path.read_text())["networks"] if path.is_file() else []
+    done = (read_result(path, "networks") or {"networks": []})["networks"]
     # An entry of other settings is made anew.
     networks = [e for e in done if (e["network"], e["train_images"], e["epochs"]) in {t.key for t in chosen}]
     result: dict[str, Any] = {"batch_size": 128, "lr": LR, "fine_tuning_lr": FINE_LR, "seed": 0, "networks": networks}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from pws.cli.arguments import command_parser, parse
@@ -36,7 +37,7 @@ def run(arguments: list[str]) -> int:
         "convert",
         "Take the norms out of a model: print what happens to each layer and why, and write weights.pt, load.py (how to load "
         "them) and plan.txt. Alpha is set on the images of --data, so that each layer keeps the variance that its norm saw to; "
-        "with --warm-start alpha and bias are fitted to what the trained model computes.",
+        "with --warm-start the layers are fitted to what the trained model computes.",
         "pws convert --model timm:resnet18 --weights resnet18.pt --warm-start --data fashion-mnist --out converted",
     )
     parser.add_argument(
@@ -46,7 +47,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument(
         "--data", type=str, default=RANDOM, help=f"images of the example: {RANDOM}, {', '.join(DATASETS)}"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images of the example")
+    parser.add_argument("--batch-size", type=int, help="images of the example: 32 if left out, 256 with --warm-start")
     parser.add_argument(
         "--image-size", type=int, help="pixels a side; 224 for random images, the data's own if left out"
     )
@@ -70,18 +71,27 @@ def run(arguments: list[str]) -> int:
         raise PwsError(
             "--warm-start fits the layers to real images; --data is random. Name a dataset: --data fashion-mnist."
         )
-    size: dict[str, Any] = {"batch_size": parsed.batch_size, "image_size": parsed.image_size}
+    size: dict[str, Any] = {
+        "batch_size": parsed.batch_size or (256 if parsed.warm_start else 32),
+        "image_size": parsed.image_size,
+    }
     subject = subject_of_model(parsed.model, parsed.data, **size)
     if parsed.weights:
         load_weights(subject.model, Path(parsed.weights))
-    made = plan(subject.model, subject.images, norms=parsed.norms, keep=parsed.keep, warm_start=parsed.warm_start)
-    print(made)
-    converted = made.apply()
+    settings: dict[str, Any] = {"norms": tuple(parsed.norms), "keep": parsed.keep, "warm_start": parsed.warm_start}
+    with Console(stderr=True).status("reading the model") as status:
+        made = plan(
+            subject.model,
+            subject.images,
+            progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
+            **settings,
+        )
+        table, converted = str(made), made.apply()
+    print(table)
     out.mkdir(parents=True, exist_ok=True)
     torch.save(converted.state_dict(), out / "weights.pt")
-    (out / "plan.txt").write_text(f"{made}\n")
+    (out / "plan.txt").write_text(f"{table}\n")
     shape = (2, *subject.images.shape[1:])
-    settings = {"norms": tuple(parsed.norms), "keep": parsed.keep, "warm_start": parsed.warm_start}
     (out / "load.py").write_text(LOAD.format(shape=shape, spec=parsed.model, **settings))
     print(f"Files: {out / 'weights.pt'}, {out / 'load.py'}, {out / 'plan.txt'}")
     return 0

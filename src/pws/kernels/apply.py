@@ -24,10 +24,20 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def kernel_of(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
-    """The kernel of a contiguous weight `(O, ...)`, in its shape."""
+    """The kernel of a weight `(O, ...)`, in its shape and memory format."""
     if torch.compiler.is_compiling():
         # A compiler fuses stock operators with what stands around them; an operator of ours it could only call.
-        return aten.forward(weight.flatten(1), alpha_O, c, gamma, dtype)[0].reshape(weight.shape)
+        return aten.composed(weight, alpha_O, c, gamma, dtype)
+    if weight.is_contiguous():
+        return _contiguous_kernel(weight, alpha_O, c, gamma, dtype)
+    # Any other dense layout (channels_last) is contiguous in the order of its memory, and keeps that order in the result; the
+    # statistics of a filter do not care about the order of its entries.
+    order = [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
+    kernel = _contiguous_kernel(weight.permute(order).contiguous(), alpha_O, c, gamma, dtype)
+    return kernel.permute([order.index(d) for d in range(weight.dim())])
+
+
+def _contiguous_kernel(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
     if _is_observed(weight) or (alpha_O is not None and _is_observed(alpha_O)):
         rows_OK: Tensor = Standardize.apply(weight.reshape(weight.shape[0], -1), alpha_O, c, gamma, dtype)[0]
         return rows_OK.reshape(weight.shape)

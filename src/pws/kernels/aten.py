@@ -22,6 +22,15 @@ def forward(
     return (h_OK * scale).to(dtype), mean_O1.reshape(-1), rstd_O1.reshape(-1)
 
 
+def composed(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
+    """The kernel of a weight `(O, ...)`, for a compiler to fuse: in the weight's own shape, so that it can be written in the
+    layout that the convolution asks for. Rows in between would be copied, each way."""
+    wide = widen(weight)
+    h = torch.nn.functional.layer_norm(wide, wide.shape[1:], None, None, gamma)
+    scale = c if alpha_O is None else (c * alpha_O.to(wide.dtype)).view(-1, *[1] * (weight.dim() - 1))
+    return (h * scale).to(dtype)
+
+
 def backward(
     grad_OK: Tensor, weight_OK: Tensor, alpha_O: Tensor | None, mean_O: Tensor, rstd_O: Tensor, c: float
 ) -> tuple[Tensor, Tensor]:

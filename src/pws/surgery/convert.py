@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any, Final
 
 from torch import nn
@@ -15,7 +14,7 @@ from pws.standardize import check_gamma
 from pws.surgery.plan import Plan
 from pws.surgery.planner import Keep, Planner
 from pws.surgery.trace import trace
-from pws.surgery.warm_start import output_error
+from pws.surgery.warm_start import Progress
 
 
 def _named(name: str) -> Callable[[nn.Module], bool]:
@@ -44,6 +43,7 @@ def plan(
     gamma: float = 1e-3,
     relative_gamma: bool = False,
     warm_start: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """What converting `model` to PWS would do, found by running a copy of it once on `example`.
 
@@ -60,9 +60,11 @@ def plan(
         keep: layers and norms to leave alone: names or patterns (`layer4.*`), classes, or a predicate of name and module.
         gamma: of the pws layers.
         relative_gamma: of the pws layers.
-        warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: alpha and
-            bias are fitted to its outputs on the example, which should then be some hundred real images. The plan states the
-            error that is left; a short fine-tuning takes it away.
+        warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: each
+            layer is fitted to its outputs on the example, which should then be some hundred real images. Layers on the input
+            itself stay plain and take over their norms: centred filters would lose its mean. The plan states the error that
+            is left; a short fine-tuning takes most of it away.
+        progress: called with the number of layers fitted and of all; the fit of a large model takes minutes.
 
     Raises:
         PwsError: the model can't be run on the example, or has no norm of these families.
@@ -84,10 +86,7 @@ def plan(
         )
     run = trace(model, example, is_norm)
     kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
-    made = Planner(model, run, is_norm, kept).plan(gamma, relative_gamma, example, warm_start=warm_start)
-    if not warm_start:
-        return made
-    return replace(made, output_error=output_error(made.model, made.apply(), made.run_example))
+    return Planner(model, run, is_norm, kept, warm_start=warm_start).plan(gamma, relative_gamma, example, progress)
 
 
 def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **settings: Any) -> nn.Module:

@@ -29,7 +29,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     def plain(module: nn.Module) -> nn.Module:
         if isinstance(module, StandardizedLayer) and module not in folded:
-            folded[module] = _plain(module)
+            folded[module] = plain_layer(module)
         return folded.get(module, module)
 
     result = deepcopy(model)
@@ -40,7 +40,8 @@ def fold(model: nn.Module) -> nn.Module:
     return plain(result)
 
 
-def _plain(layer: StandardizedLayer) -> nn.Module:
+def plain_layer(layer: StandardizedLayer) -> nn.Module:
+    """A copy of `layer` that is its parent in torch.nn; hooks and other parameters are the same."""
     parents = (
         cls for cls in type(layer).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, StandardizedLayer)
     )
@@ -50,5 +51,7 @@ def _plain(layer: StandardizedLayer) -> nn.Module:
     for name in _OURS:
         result._parameters.pop(name, None)
         vars(result).pop(name, None)
-    result._parameters["weight"] = nn.Parameter(layer.kernel(), requires_grad=layer.weight.requires_grad)
+    raw = layer._parameters["weight"]
+    assert raw is not None
+    result._parameters["weight"] = nn.Parameter(layer.kernel(), requires_grad=raw.requires_grad)
     return result

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
-import torch
 from torch import nn
 
 from pws.diagnosis.batch import batch_of
 from pws.layers import StandardizedLayer
 from pws.surgery.branches import branch_ends
 from pws.surgery.calibrate import Setting
-from pws.surgery.standardized import standardize_layer
-from pws.surgery.warm_start import affine_layer, affine_of, match, scale_alpha
+from pws.surgery.standardized import add_bias, standardize_layer
+from pws.surgery.warm_start import Progress, absorb, affine_layer, affine_of, match, output_error
 
-ACTIONS: Final = ("standardize", "remove", "keep", "skip")
+ACTIONS: Final = ("standardize", "absorb", "remove", "keep", "skip")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Step:
     kind: str
     """Its class."""
     action: str
-    """"standardize", "remove", "keep" or "skip" (a layer that can't be standardized)."""
+    """"standardize", "absorb" (a plain layer takes over its norm), "remove", "keep" or "skip" (it can't be standardized)."""
     reason: str
     parameters: int
     """Before."""
@@ -54,8 +54,7 @@ class Plan:
     in_place: frozenset[str]
     """Activations that write over the output of a norm that is taken out."""
     warm_start: bool
-    output_error: float | None = None
-    """With a warm start: root mean square of the outputs' difference on the example, in units of the outputs' deviation."""
+    progress: Progress | None
 
     def named(self, action: str) -> list[str]:
         """The layers and norms with which this happens."""
@@ -66,7 +65,7 @@ class Plan:
         rows = [("layer", "class", "what", "why"), *((s.name, s.kind, s.action, s.reason) for s in self.steps)]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
-        counts = ", ".join(f"{action} {len(self.named(action))}" for action in ACTIONS)
+        counts = ", ".join(f"{action} {len(names)}" for action in ACTIONS if (names := self.named(action)))
         before = sum(p.numel() for p in self.model.parameters())
         lines += ["", f"{counts}; parameters {before:,} before, {self.parameters_after:,} after"]
         if self.output_error is not None:
@@ -84,28 +83,42 @@ class Plan:
     def apply(self, *, calibrate: bool = True) -> nn.Module:
         """A converted copy; the model is left alone.
 
-        With a warm start, alpha and bias take over the norms' statistics and affine. Else, with `calibrate`, alpha is set on
-        the example, in the order of execution, so that each standardized layer's output has variance 1, and those of all
-        residual branches together as much: what the norms saw to. (`pws.calibrate` does it again on better data.) Without
-        `calibrate` alpha is 1: the model is to be loaded from a checkpoint.
+        With a warm start, weight, alpha and bias are fitted to what the model computes; once, so that later changes of the
+        model do not count (printing the plan needs the fit too). Else, with `calibrate`, alpha is set on the example, in the
+        order of execution, so that each standardized layer's output has variance 1, and those of all residual branches
+        together as much: what the norms saw to. (`pws.calibrate` does it again on better data.) Without `calibrate` alpha is
+        1 and nothing is fitted: the model is to be loaded from a checkpoint.
 
         Raises:
             PwsError: a layer's output does not vary on the example.
         """
-        result = self._converted()
         if self.warm_start and calibrate:
-            layers = self.named("standardize")
-            norms = {layer: self.model.get_submodule(norm) for norm, layer in self.pairs.items()}
-            affines = {name: affine_of(norms[name]) if name in norms else None for name in layers}
-            for name, affine in affines.items():
-                layer = result.get_submodule(name)
-                assert isinstance(layer, StandardizedLayer)
-                scale_alpha(layer, torch.ones_like(layer.alpha) if affine is None else affine[0])
-            match(self.model, result, affines, self.run_example)
-        elif calibrate and self.named("standardize"):
+            return deepcopy(self._fitted)
+        result = self._converted()
+        if calibrate and self.named("standardize"):
             names = {m: n for n, m in result.named_modules() if isinstance(m, StandardizedLayer)}
             setting = Setting(names, 1.0, False, None, branch_ends(result, self.example))
             setting.run(result, lambda: self.run_example(result))
+        return result
+
+    @cached_property
+    def output_error(self) -> float | None:
+        """With a warm start: root mean square of the outputs' difference on the example, in units of the outputs' deviation.
+        Of few images it says too little: the fit knows them."""
+        if not self.warm_start:
+            return None
+        return output_error(self.model, self._fitted, self.run_example)
+
+    @cached_property
+    def _fitted(self) -> nn.Module:
+        """A converted copy whose layers give what layer and norm gave, as nearly as filters of mean zero can on the example."""
+        result = self._converted()
+        for norm, layer in self.pairs.items():
+            if layer in self.named("absorb"):
+                absorb(result.get_submodule(layer), self.model.get_submodule(norm))
+        norms = {layer: self.model.get_submodule(norm) for norm, layer in self.pairs.items()}
+        affines = {name: affine_of(norms[name]) if name in norms else None for name in self.named("standardize")}
+        match(self.model, result, affines, self.run_example, self.progress)
         return result
 
     def run_example(self, model: nn.Module) -> Any:
@@ -123,6 +136,8 @@ class Plan:
                 relative_gamma=self.relative_gamma,
                 bias=name in self.biases,
             )
+        for name in self.named("absorb"):
+            add_bias(modules[name])
         # Without the norm they would write over its input, which others may take: a residual stream.
         for name in self.in_place:
             modules[name].inplace = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -15,7 +15,12 @@ from pws.standardize import check_fan_in
 from pws.surgery.plan import Plan, Step
 from pws.surgery.standardized import parent_of
 from pws.surgery.trace import INPUT, Trace, Value
-from pws.surgery.warm_start import affine_layer, affine_of
+from pws.surgery.warm_start import Progress, affine_layer, affine_of
+
+_ON_INPUT: Final = (
+    "keep",
+    "it sees the input, whose mean (the brightness of images) centred filters would lose",
+)
 
 Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -23,8 +28,10 @@ Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 class Planner:
     """Decides about each module of a traced model."""
 
-    def __init__(self, model: nn.Module, run: Trace, is_norm: Callable[[nn.Module], bool], keep: list[Keep]) -> None:
-        self.run, self.is_norm, self.keep = run, is_norm, keep
+    def __init__(
+        self, model: nn.Module, run: Trace, is_norm: Callable[[nn.Module], bool], keep: list[Keep], *, warm_start: bool
+    ) -> None:
+        self.run, self.is_norm, self.keep, self.warm_start = run, is_norm, keep, warm_start
         self.modules = dict(run.model.named_modules())
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules())
         self.model = run.model if lazy else model
@@ -37,16 +44,21 @@ class Planner:
         self.gates = self._gates()
         self.removed: set[str] = set()
 
-    def plan(self, gamma: float, relative_gamma: bool, example: Any, *, warm_start: bool) -> Plan:
+    def plan(self, gamma: float, relative_gamma: bool, example: Any, progress: Progress | None) -> Plan:
         """The plan; arguments as those of `pws.plan`."""
-        norms = {name: self._norm(name, warm_start=warm_start) for name in self.norms}
+        norms = {name: self._norm(name) for name in self.norms}
         self.removed = {name for name, (action, _) in norms.items() if action == "remove"}
         layers = {name: self._layer(name) for name in self.layers}
         chosen = [name for name, (action, _) in layers.items() if action == "standardize"]
-        biases = frozenset(n for n in chosen if self._gets_bias(n) or (warm_start and self.modules[n].bias is None))
-        pairs = {name: layer for name in self.removed if (layer := self._right_before(name)) in chosen}
+        takes_over = [*chosen, *(name for name in self.layers if self.refusals[name] == _ON_INPUT)]
+        pairs = {name: layer for name in self.removed if (layer := self._right_before(name)) in takes_over}
+        layers |= dict.fromkeys(
+            set(pairs.values()) - set(chosen), ("absorb", f"{_ON_INPUT[1]}; it takes over the norm")
+        )
+        needs_bias = [*chosen, *pairs.values()] if self.warm_start else list(filter(self._gets_bias, chosen))
+        biases = frozenset(name for name in needs_bias if self.modules[name].bias is None)
         decided = norms | layers
-        affine = self.removed - set(pairs) if warm_start else set()
+        affine = self.removed - set(pairs) if self.warm_start else set()
         steps = [self._step(n, *decided[n], bias=n in biases, affine=n in affine) for n in self.inputs]
         steps += [
             self._step(name, "keep", "it did not run on the example")
@@ -55,7 +67,7 @@ class Planner:
         ]
         gains = {name: self._gain(name) for name in chosen}
         in_place = frozenset(name for name, written in self.run.in_place.items() if written & self.removed)
-        rest = (example, pairs, self.run.dims, in_place, warm_start)
+        rest = (example, pairs, self.run.dims, in_place, self.warm_start, progress)
         return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, *rest)
 
     def _right_before(self, norm: str) -> str:
@@ -81,7 +93,9 @@ class Planner:
             check_fan_in(weight.transpose(0, 1) if getattr(module, "transposed", False) else weight)
         except ShapeError:
             return "skip", "its filters have one entry each: no variance"
-        return None
+        # Where the input's mean is zero, so is the average gradient: nothing shifts these filters.
+        on_input = all(value.sources == {INPUT} for value in self.inputs[name])
+        return _ON_INPUT if self.warm_start and on_input else None
 
     def _is_kept(self, name: str) -> bool:
         module = self.modules[name]
@@ -105,16 +119,17 @@ class Planner:
                 return gates
             gates |= more
 
-    def _norm(self, name: str, *, warm_start: bool) -> tuple[str, str]:
+    def _norm(self, name: str) -> tuple[str, str]:
         if self._is_kept(name):
             return "keep", "asked for"
         if name in self.run.exposed:
             return "keep", "a function writes over its output, and others take its input"
-        if warm_start and affine_of(self.modules[name]) is None:
+        if self.warm_start and affine_of(self.modules[name]) is None:
             return "keep", "it has no running statistics that a layer could take over"
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
         behind = sorted(sources - set(self.norms) - {INPUT})
-        refused = [layer for layer in behind if self.refusals[layer] not in (None, ("keep", "it is a pws layer"))]
+        harmless = (None, ("keep", "it is a pws layer"), _ON_INPUT)
+        refused = [layer for layer in behind if self.refusals[layer] not in harmless]
         if refused:
             return "keep", f"it normalizes {refused[0]}, which stays as it is: {(self.refusals[refused[0]] or '')[1]}"
         steps = frozenset[str]().union(*(value.steps for value in self.inputs[name]))
@@ -136,8 +151,7 @@ class Planner:
 
     def _gets_bias(self, name: str) -> bool:
         takers = self.run.takers.get(name, set()) & self.removed
-        has_bias = any(getattr(self.modules[norm], "bias", None) is not None for norm in takers)
-        return has_bias and self.modules[name].bias is None
+        return any(getattr(self.modules[norm], "bias", None) is not None for norm in takers)
 
     def _gain(self, name: str) -> float:
         value = self.inputs[name][0]
@@ -151,11 +165,11 @@ class Planner:
         after = 0 if action == "remove" else before
         left = affine_layer(module, self.run.dims[name] - 2) if affine else None
         after += 0 if left is None else sum(p.numel() for p in left.parameters())
-        if action == "standardize":
+        if action in ("standardize", "absorb"):
             weight: Any = module.weight
             transposed = getattr(module, "transposed", False)
             channels: Any = module.out_channels if transposed else len(weight)
-            after += int(channels) * (1 + bias)
+            after += int(channels) * ((action == "standardize") + bias)
         return Step(name, type(module).__name__, action, reason, before, after)
 
 

@@ -28,7 +28,7 @@ PARENTS: Final[dict[type[nn.Module], type[StandardizedLayer]]] = {
     nn.ConvTranspose3d: ConvTranspose3d,
     nn.Linear: Linear,
 }
-_TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class ReadsKernel(StandardizedLayer):
@@ -44,14 +44,12 @@ class ReadsKernel(StandardizedLayer):
 
     def filters(self) -> Tensor:
         """The raw weight with one filter an entry of the leading dimension."""
-        raw = self._parameters["weight"]
-        assert raw is not None
-        return swap_channels(raw, self._groups()) if isinstance(self, _TRANSPOSED) else raw
+        return filters_of(self)
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of the raw one."""
         kernel = super().kernel()
-        return swap_channels(kernel, self._groups()) if isinstance(self, _TRANSPOSED) else kernel
+        return swap_channels(kernel, self._groups()) if isinstance(self, TRANSPOSED) else kernel
 
     def _groups(self) -> int:
         groups: Any = self.groups
@@ -89,8 +87,30 @@ def standardize_layer(layer: nn.Module, *, gain: float, gamma: float, relative_g
     layer.__class__ = PARENTS[parent] if type(layer) is parent else _subclass(type(layer))
     assert isinstance(layer, StandardizedLayer)
     layer.gain, layer.gamma, layer.relative_gamma = gain, gamma, relative_gamma
-    channels = layer.filters().shape[0]
-    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-    if layer.bias is None and bias:
-        layer.bias = nn.Parameter(torch.zeros(channels, **like), requires_grad=weight.requires_grad)
-    layer.alpha = nn.Parameter(torch.ones(channels, **like), requires_grad=weight.requires_grad)
+    if bias:
+        add_bias(layer)
+    layer.alpha = nn.Parameter(weight.new_ones(len(filters_of(layer))), requires_grad=weight.requires_grad)
+
+
+def add_bias(layer: nn.Module) -> None:
+    """Give a layer without a bias one of 0."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if layer._parameters["bias"] is None:
+        zeros = weight.new_zeros(len(filters_of(layer)))
+        layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+
+
+def filters_of(layer: nn.Module) -> Tensor:
+    """The raw weight of a plain or a pws layer with one filter an entry of the leading dimension."""
+    weight, groups = layer._parameters["weight"], getattr(layer, "groups", 1)
+    assert weight is not None
+    return swap_channels(weight, groups) if isinstance(layer, TRANSPOSED) else weight
+
+
+@torch.no_grad()
+def set_filters(layer: nn.Module, filters: Tensor) -> None:
+    """The inverse of `filters_of`."""
+    weight, groups = layer._parameters["weight"], getattr(layer, "groups", 1)
+    assert weight is not None
+    weight.copy_(swap_channels(filters, groups) if isinstance(layer, TRANSPOSED) else filters)

@@ -2,8 +2,8 @@
 
 In eval mode a BatchNorm is a scale and a shift a channel. Right behind a layer they are taken over by its alpha and bias;
 elsewhere they stay, as a depthwise 1x1 convolution. Centring a filter `w` loses `m sum(x)`, the patch's sum times the filter's
-mean `m`: alpha and bias are fitted by least squares, channel by channel and in the order of execution, to what the trained
-layer gave on the example, so that the bias makes up for the mean of what is lost, and alpha for its correlation with the rest.
+mean `m`. So each layer gets the zero-mean filters that come nearest to what the trained layer gave on the example
+(`pws.surgery.nearest`), in the order of execution: each makes up for what those before it changed in its inputs.
 """
 
 from __future__ import annotations
@@ -17,21 +17,31 @@ from torch import Tensor, nn
 from pws.diagnosis.batch import tensors_in
 from pws.layers import StandardizedLayer
 from pws.surgery.calibrate import evaluated, hooked
+from pws.surgery.nearest import nearest_filters
+from pws.surgery.standardized import filters_of, set_filters
 
 Forward = Callable[[nn.Module], Any]
 Affine = tuple[Tensor, Tensor]
 """Scale and shift a channel."""
+Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def match(original: nn.Module, converted: nn.Module, targets: Mapping[str, Affine | None], forward: Forward) -> None:
-    """Fit alpha and bias of the layers of `converted`.
+def match(
+    original: nn.Module,
+    converted: nn.Module,
+    targets: Mapping[str, Affine | None],
+    forward: Forward,
+    progress: Progress | None,
+) -> None:
+    """Fit weight, alpha and bias of the layers of `converted`.
 
     Args:
         original: the trained model.
         converted: its copy, with standardized layers.
         targets: name of each layer to fit, to the scale and shift that its output in `original` went through.
         forward: runs a model on the example.
+        progress: called with the number of layers fitted and of all.
     """
     wanted: dict[str, Tensor] = {}
     names = {original.get_submodule(name): name for name in targets}
@@ -49,31 +59,21 @@ def match(original: nn.Module, converted: nn.Module, targets: Mapping[str, Affin
     layers = {converted.get_submodule(name): name for name in targets}
     fitted: set[nn.Module] = set()
 
-    def fit(layer: nn.Module, _: object, output: Tensor) -> Tensor:
+    def fit(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, StandardizedLayer)
         if layer in fitted:
             return output
         fitted.add(layer)
-        return _fit(layer, output, wanted[layers[layer]])
+        name, trained_OK = layers[layer], layer.filters().flatten(1)
+        affine = targets[name]
+        trained_OK = trained_OK if affine is None else trained_OK * affine[0][:, None]
+        result = nearest_filters(layer, inputs[0], wanted.pop(name), trained_OK)
+        if progress is not None:
+            progress(len(fitted), len(targets))
+        return result
 
     with evaluated(converted), hooked(list(layers), fit):
         forward(converted)
-
-
-def _fit(layer: StandardizedLayer, output: Tensor, target: Tensor) -> Tensor:
-    """`target` has the channels last."""
-    assert layer.bias is not None
-    channel = 1 - layer.weight.dim()
-    found = output.movedim(channel, -1) - layer.bias
-    z, y = (t.double().reshape(-1, t.shape[-1]) for t in (found, target))
-    z_mean, y_mean = z.mean(0), y.mean(0)
-    variance = (z - z_mean).square().mean(0)
-    slope = ((z - z_mean) * (y - y_mean)).mean(0) / variance
-    slope = torch.where(variance > 0, slope, torch.ones_like(slope))
-    shift = y_mean - slope * z_mean
-    layer.alpha.mul_(slope)
-    layer.bias.copy_(shift)
-    return (found * slope.to(found.dtype) + shift.to(found.dtype)).movedim(-1, channel)
 
 
 def affine_of(norm: nn.Module) -> Affine | None:
@@ -88,6 +88,17 @@ def affine_of(norm: nn.Module) -> Affine | None:
     return scale, shift + bias.detach() if isinstance(bias, Tensor) else shift
 
 
+@torch.no_grad()
+def absorb(layer: nn.Module, norm: nn.Module) -> None:
+    """Scale and shift of a norm, into weight and bias of the plain layer before it."""
+    affine = affine_of(norm)
+    assert affine is not None
+    filters, bias = filters_of(layer), layer._parameters["bias"]
+    assert bias is not None
+    set_filters(layer, filters * affine[0].view(-1, *[1] * (filters.dim() - 1)))
+    bias.copy_(bias * affine[0] + affine[1])
+
+
 def affine_layer(norm: nn.Module, dims: int) -> nn.Module | None:
     """A norm's scale and shift as a plain layer, a depthwise 1x1 convolution over `dims` dimensions; None if it has none."""
     kinds: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -100,15 +111,6 @@ def affine_layer(norm: nn.Module, dims: int) -> nn.Module | None:
     assert layer.bias is not None
     layer.bias.data.copy_(shift)
     return layer
-
-
-@torch.no_grad()
-def scale_alpha(layer: StandardizedLayer, scale: Tensor) -> None:
-    """Alpha at which the kernel is `scale_o (w_o - m_o)`."""
-    raw = layer.filters().flatten(1)
-    c = layer.gain * raw.shape[1] ** -0.5
-    gamma = layer.gamma * 2 / raw.shape[1] if layer.relative_gamma else layer.gamma
-    layer.alpha.copy_(scale * (raw.var(1, unbiased=False) + gamma).sqrt() / c)
 
 
 @torch.no_grad()

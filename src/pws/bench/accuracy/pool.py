@@ -12,7 +12,7 @@ from typing import Any
 
 from pws.bench.accuracy.cell import train_cell
 from pws.bench.accuracy.grid import Cell, Grid
-from pws.bench.result import write_result
+from pws.bench.result import read_result, write_result
 from pws.training.quiet import quiet_lightning
 
 Stored = dict[str, Any]
@@ -55,9 +55,7 @@ def _head(cell: Cell) -> Stored:
 
 
 def _stored(grid: Grid, path: Path) -> dict[tuple[str, str, int], Stored]:
-    if not path.is_file():
-        return {}
-    cells = json.loads(path.read_text())["cells"]
+    cells = (read_result(path, "cells") or {"cells": []})["cells"]
     found = {(cell["row"], cell["column"], cell["seed"]): cell for cell in cells}
     return {c.key: found[c.key] for c in grid.cells if found.get(c.key, {}).get("settings") == dict(c.settings)}
 

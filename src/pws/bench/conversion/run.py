@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pws.bench.conversion.check import LR, STEPS, check_model
-from pws.bench.result import write_result
+from pws.bench.result import read_result, write_result
 
 Stored = dict[str, Any]
 
@@ -23,7 +23,7 @@ def run_conversions(
 
     `listen` is given a model's name, what became of it, and how many are done.
     """
-    known: dict[str, Stored] = json.loads(path.read_text())["models"] if path.is_file() else {}
+    known: dict[str, Stored] = (read_result(path, "models") or {"models": {}})["models"]
     done = {spec: known[spec] for spec in specs if spec in known}
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     try:

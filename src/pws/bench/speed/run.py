@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pws.bench.result import commit, write_result
+from pws.bench.result import commit, read_result, write_result
 from pws.bench.speed.contestants import contestants_of
 from pws.bench.speed.measure import measure_case, rows_of
 from pws.bench.speed.standardization import standardization_alone
@@ -32,7 +32,7 @@ def run_suite(
     Raises:
         PwsError: a kernel backend deviates from the float64 formula.
     """
-    old: Stored = json.loads(path.read_text()) if path.is_file() else {"cases": [], "standardization": {}}
+    old: Stored = read_result(path, "cases") or {"cases": [], "standardization": {}}
     content: Stored = {
         "suite": suite.name,
         "title": suite.title,

@@ -1,0 +1,124 @@
+"""The filters of mean zero that come nearest to what a trained layer gave, measured on its own inputs.
+
+A channel gives `v . p + b` for each patch `p` of its input. Given the targets `t` on an example, find
+
+    min over v, b of  E[(v . p + b - t)^2] + ridge |v - w|^2,      sum(v) = 0
+
+where `w` is the trained filter. With `S = Cov(p, p) + ridge I`, `r = Cov(p, t) + ridge w` and `u = S^-1 1`:
+
+    v = S^-1 r - u (sum(S^-1 r) / sum(u)),      b = E[t] - v . E[p]
+
+So the mean is taken out along `u`, the direction in which the inputs vary least: taken out of all entries alike, it costs as
+much as it can, because behind an activation patches vary most in their sum. Where the inputs are the trained network's own
+and `w` has mean zero, `v = w`.
+
+Shape letters: G groups, O filters, K entries of a filter (the fan-in), N patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from pws.layers import StandardizedLayer, swap_channels
+from pws.surgery.fold import plain_layer
+from pws.surgery.standardized import TRANSPOSED, set_filters
+
+RIDGE: Final = 0.01
+"""In units of the inputs' mean variance: directions in which they vary less than this keep the trained filter's entries."""
+_ENTRIES: Final = 2**25
+"""Of patches, at once in memory."""
+
+
+@torch.no_grad()
+def nearest_filters(layer: StandardizedLayer, inputs: Tensor, targets: Tensor, trained_OK: Tensor) -> Tensor:
+    """Set weight, alpha and bias so that the layer's outputs come nearest to `targets`; returns its outputs.
+
+    Args:
+        layer: with a bias.
+        inputs: what it is called with, the batch first.
+        targets: the outputs wanted, with the channels last.
+        trained_OK: the filters that gave them from the trained network's inputs.
+    """
+    groups = int(getattr(layer, "groups", 1))
+    filters, entries = trained_OK.shape
+    # Entry K of a patch is 1, so that one product holds the sums too.
+    products_GKK = torch.zeros(groups, entries + 1, entries + 1, dtype=torch.float64, device=inputs.device)
+    products_GKO = torch.zeros(groups, entries + 1, filters // groups, dtype=torch.float64, device=inputs.device)
+    sums_GO, count = torch.zeros_like(products_GKO[:, 0]), 0
+    for patches_GNK, targets_GNO in _parts(layer, inputs, targets, groups, entries):
+        products_GKK += patches_GNK.mT @ patches_GNK
+        products_GKO += patches_GNK.mT @ targets_GNO
+        sums_GO += targets_GNO.sum(1)
+        count += patches_GNK.shape[1]
+    mean_GK, mean_GO = products_GKK[:, -1, :-1] / count, sums_GO / count
+    inner_GKK = products_GKK[:, :-1, :-1] / count - mean_GK[:, :, None] * mean_GK[:, None]
+    cross_GKO = products_GKO[:, :-1] / count - mean_GK[:, :, None] * mean_GO[:, None]
+    found_GKO = _solve(inner_GKK, cross_GKO, trained_OK.double().view(groups, -1, entries).mT)
+    bias_GO = mean_GO - (found_GKO * mean_GK[:, :, None]).sum(1)
+    _set(layer, found_GKO.mT.reshape(filters, entries), bias_GO.flatten())
+    output: Tensor = layer.forward(inputs)
+    return output
+
+
+def _solve(inner_GKK: Tensor, cross_GKO: Tensor, trained_GKO: Tensor) -> Tensor:
+    spread_G = inner_GKK.diagonal(dim1=1, dim2=2).mean(1)
+    # Inputs that never vary say nothing about the filters: the trained ones, centred.
+    ridge_G = torch.where(spread_G > 0, RIDGE * spread_G, 1.0)[:, None, None]
+    eye_KK = torch.eye(inner_GKK.shape[1], dtype=torch.float64, device=inner_GKK.device)
+    ones_GK1 = torch.ones_like(trained_GKO[:, :, :1])
+    right_GKX = torch.cat([cross_GKO + ridge_G * trained_GKO, ones_GK1], 2)
+    solved_GKX = torch.cholesky_solve(right_GKX, torch.linalg.cholesky(inner_GKK + ridge_G * eye_KK))
+    free_GKO, least_GK1 = solved_GKX[:, :, :-1], solved_GKX[:, :, -1:]
+    nearest_GKO: Tensor = free_GKO - least_GK1 * (free_GKO.sum(1, keepdim=True) / least_GK1.sum(1, keepdim=True))
+    return nearest_GKO
+
+
+def _set(layer: StandardizedLayer, kernel_OK: Tensor, bias_O: Tensor) -> None:
+    """The kernel in weight and alpha; the weight is as large as it was, so that a learning rate means the same to it."""
+    raw = layer.filters()
+    before_O, after_O = raw.double().flatten(1).norm(dim=1), kernel_OK.norm(dim=1)
+    scale_O = torch.where((before_O > 0) & (after_O > 0), after_O / before_O, 1.0)
+    weight_OK = (kernel_OK / scale_O[:, None]).to(raw.dtype)
+    set_filters(layer, weight_OK.view(raw.shape))
+    assert layer.bias is not None
+    layer.bias.copy_(bias_O)
+    scale_alpha(layer, scale_O.to(raw.dtype))
+
+
+@torch.no_grad()
+def scale_alpha(layer: StandardizedLayer, scale_O: Tensor) -> None:
+    """Alpha at which the kernel is `scale_o (w_o - m_o)`."""
+    raw_OK = layer.filters().flatten(1)
+    c = layer.gain * raw_OK.shape[1] ** -0.5
+    gamma = layer.gamma * 2 / raw_OK.shape[1] if layer.relative_gamma else layer.gamma
+    layer.alpha.copy_(scale_O * (raw_OK.var(1, unbiased=False) + gamma).sqrt() / c)
+
+
+def _parts(
+    layer: StandardizedLayer, inputs: Tensor, targets: Tensor, groups: int, entries: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some samples' patches, with a 1 behind each, and their targets: `(G, N, K + 1)` and `(G, N, O / G)`."""
+    reader = _reader(layer, groups, entries)
+    positions = targets[:1].numel() // targets.shape[-1]
+    samples = max(1, _ENTRIES // (positions * groups * entries))
+    channel = 1 - layer.filters().dim()
+    for some, wanted in zip(torch.split(inputs, samples), torch.split(targets, samples), strict=True):
+        patches = reader(some).movedim(channel, -1).double()
+        patches_GNK = patches.reshape(-1, groups, entries).transpose(0, 1)
+        targets_GNO = wanted.double().reshape(patches_GNK.shape[1], groups, -1).transpose(0, 1)
+        yield torch.cat([patches_GNK, torch.ones_like(patches_GNK[:, :, :1])], 2), targets_GNO
+
+
+def _reader(layer: StandardizedLayer, groups: int, entries: int) -> Any:
+    """The layer without its filters: its outputs are the patches, of one group behind the other. Whatever it does about
+    padding, strides and dilation, it does here."""
+    plain: Any = plain_layer(layer)
+    eye_KK = torch.eye(entries, dtype=layer.alpha.dtype, device=layer.alpha.device)
+    rows = eye_KK.repeat(groups, 1).view(-1, *layer.filters().shape[1:])
+    plain._parameters["weight"] = nn.Parameter(swap_channels(rows, groups) if isinstance(layer, TRANSPOSED) else rows)
+    plain._parameters["bias"] = None
+    return plain.forward

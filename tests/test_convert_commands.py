@@ -1,0 +1,66 @@
+"""`pws convert`, `pws bench convert`, and recipes with models of others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pws.bench.conversion.models import SPECS
+from pws.cli import main
+from pws.training import train
+from pws.training.data import ImageData
+from pws.training.recipe_file import recipe_of
+from pws.training.run import model_for
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "converted"
+    arguments = ["convert", "--model", "timm:resnet10t", "--image-size", "64", "--batch-size", "4", "--out", str(out)]
+    assert main(arguments) == 0
+    assert "standardize 15, remove 14" in capsys.readouterr().out
+    assert "conv1.1" in (out / "plan.txt").read_text()
+    code = "from load import model, example; print(model.eval()(example).shape, sum(p.numel() for p in model.parameters()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True, timeout=120
+    )
+    parameters = sum(tensor.numel() for tensor in torch.load(out / "weights.pt").values())
+    assert done.stdout == f"torch.Size([2, 1000]) {parameters}\n"
+    assert main(arguments) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "convert", "--only", "timm:mobilenetv3_small_100", "--jobs", "1", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    assert "1 of 1 models passed all checks" in capsys.readouterr().out
+    assert "| timm:mobilenetv3_small_100 | 2.54 M | 35 | 34 | 0 |" in (tmp_path / "convert.md").read_text()
+    assert len(SPECS) == len(set(SPECS))
+    assert sum(spec.startswith("timm:") for spec in SPECS) >= 60
+    assert main(["bench", "convert", "--only", "nothing"]) == 2
+
+
+@pytest.mark.parametrize("method", ["bn", "pws"])
+@pytest.mark.parametrize(
+    "name", ["timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small", "pws.models.small:resnet18"]
+)
+def test_a_model_of_others_trains_from_a_recipe(name: str, method: str, tmp_path: Path) -> None:
+    settings = {"model.name": name, "model.method": method, "data.name": "digits", "data.image_size": 32}
+    settings |= {"data.train_images": 64, "data.batch_size": 8, "trainer.max_steps": 2, "trainer.accelerator": "cpu"}
+    recipe = recipe_of(settings)
+    summary = train(recipe, tmp_path / "run", quiet=True)
+    assert summary.status == "finished"
+    model = model_for(recipe.model, ImageData(recipe.data, 0).splits)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert bool(norms) == (method == "bn")
+    assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 10)
+
+
+def test_a_model_of_others_has_no_other_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model.name=timm:resnet10t", "--data.name=digits", "--data.image_size=32", f"--runs={tmp_path}"]
+    assert main(["train", "fashion-mnist-allconv-pws", "--model.method=gn", *arguments]) == 2
+    assert "trains as it is (model.method: bn) or converted (pws)" in capsys.readouterr().err

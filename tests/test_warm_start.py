@@ -1,0 +1,191 @@
+"""A warm start: what a trained model computes is kept as closely as filters of mean zero can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.layers import Conv2dSame
+from tolerances import assert_close
+from torch import Tensor, nn
+
+import pws
+from pws.cli import main
+from pws.layers import StandardizedLayer, swap_channels
+from pws.surgery.nearest import nearest_filters
+from pws.surgery.standardized import TRANSPOSED, standardize_layer
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def trained(model: nn.Module, example: Tensor, *, centred: bool = False) -> nn.Module:
+    """With running statistics and affines as after training; with `centred`, filters that the conversion can keep exactly."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(-1.5, 1.5)
+                module.bias.normal_()
+                module.momentum = None
+            elif centred and isinstance(module, nn.Conv2d | nn.Linear):
+                module.weight.sub_(module.weight.mean(tuple(range(1, module.weight.dim())), keepdim=True))
+        model.train()
+        for _ in range(3):
+            model(example)
+    return model.eval()
+
+
+def small(first: nn.Module | None = None) -> nn.Sequential:
+    first = first or nn.Conv2d(3, 4, 3)
+    return nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8))
+
+
+def test_a_warm_start_is_exact_where_filters_have_no_mean() -> None:
+    example = images(16, 3, 16, 16)
+    for build in (
+        lambda: torchvision.models.resnet18(num_classes=7),
+        lambda: timm.create_model("resnetv2_18", num_classes=7),
+    ):
+        model = trained(build(), example, centred=True)
+        plan = pws.plan(model, example, warm_start=True)
+        assert plan.output_error < 1e-4
+        converted = plan.apply().eval()
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+        assert sum(p.numel() for p in converted.parameters()) == plan.parameters_after
+        scale = model(example).std()
+        assert_close(converted(example) / scale, model(example) / scale, "identity float32")
+
+
+def test_a_warm_start_states_its_error() -> None:
+    example = images(32, 3, 16, 16).abs()  # of one sign: the means of filters count
+    model = trained(small(), example)
+    plan = pws.plan(model, example, warm_start=True)
+    converted = plan.apply().eval()
+    wanted, found = model(example), converted(example)
+    error = float((found - wanted).double().square().mean().sqrt() / wanted.double().std())
+    assert plan.output_error == pytest.approx(error, rel=1e-3)
+    assert 0.001 < error < 0.5
+    assert f"warm start: outputs differ by {100 * error:.3g} %" in str(plan)
+
+
+def test_layers_on_the_input_stay_plain_and_take_over_their_norms() -> None:
+    example = images(32, 3, 16, 16).abs()
+    for first in (nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(3, 4, 3), Conv2dSame(3, 4, 3), nn.ConvTranspose2d(3, 4, 3)):
+        model = trained(small(first), example)
+        plan = pws.plan(model, example, warm_start=True)
+        assert plan.named("absorb") == ["0"]
+        assert plan.named("standardize") == ["3"]
+        converted = plan.apply().eval()
+        assert type(converted[0]) is type(first)
+        assert sum(p.numel() for p in converted.parameters()) == plan.parameters_after
+        assert_close(converted[:3](example), model[:3](example), "float32")
+        assert {n: p.shape for n, p in plan.apply(calibrate=False).named_parameters()} == {
+            n: p.shape for n, p in converted.named_parameters()
+        }
+
+
+def test_a_plain_layer_on_the_input_keeps_other_layers_from_nothing() -> None:
+    """In front of a residual stream its norms can't go into it: they stay, as scale and shift."""
+    example = images(8, 3, 16, 16)
+    model = trained(timm.create_model("resnetv2_18", num_classes=7), example)
+    plan = pws.plan(model, example, warm_start=True)
+    actions = {step.name: step.action for step in plan.steps}
+    assert actions["stem.conv"] == "keep"
+    assert actions["stages.0.blocks.0.norm1"] == "remove"
+
+
+LAYERS: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
+    (lambda: nn.Linear(12, 6), (40, 12)),
+    (lambda: nn.Linear(12, 6), (10, 4, 12)),
+    (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (8, 4, 9)),
+    (lambda: nn.Conv2d(3, 8, 3, stride=2, padding=2, dilation=2, padding_mode="reflect"), (8, 3, 11, 9)),
+    (lambda: nn.Conv2d(6, 6, 3, groups=6), (8, 6, 8, 8)),
+    (lambda: Conv2dSame(3, 8, 3, stride=2), (8, 3, 9, 9)),
+    (lambda: nn.Conv3d(2, 4, 2), (8, 2, 4, 4, 4)),
+    (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2), (8, 4, 5, 5)),
+]
+
+
+@pytest.mark.parametrize(("build", "shape"), LAYERS)
+def test_no_zero_mean_filters_are_nearer(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The squared distance is convex: it is smallest where its gradient along all filters of mean zero vanishes."""
+    monkeypatch.setattr("pws.surgery.nearest.RIDGE", 0.0)
+    monkeypatch.setattr("pws.surgery.nearest._ENTRIES", 500)  # in several parts
+    torch.manual_seed(0)
+    layer, example = build().double(), images(*shape).abs().double()  # of one sign: the means of filters count
+    standardize_layer(layer, gain=1.0, gamma=1e-3, relative_gamma=False, bias=True)
+    assert isinstance(layer, StandardizedLayer)
+    channel = 1 - layer.filters().dim()
+    targets = torch.randn(layer(example).shape, dtype=torch.float64)
+    output = nearest_filters(layer, example, targets.movedim(channel, -1), layer.filters().flatten(1))
+    assert_close(output, layer(example), "exact")
+
+    plain = pws.fold(layer)
+    loss = (plain(example) - targets).square().sum()
+    along, of_bias = torch.autograd.grad(loss, [plain.weight, plain.bias])
+    along_OK = swap_channels(along, layer.groups) if isinstance(layer, TRANSPOSED) else along
+    along_OK = along_OK.flatten(1)
+    assert (along_OK - along_OK.mean(1, keepdim=True)).abs().max() < 1e-9 * loss
+    assert of_bias.abs().max() < 1e-9 * loss
+    assert along_OK.mean(1).abs().min() > 1e-6 * loss  # with a mean they could be nearer
+
+
+def test_inputs_that_say_nothing_leave_the_trained_filters() -> None:
+    layer = pws.Conv2d(3, 4, 3)
+    trained_OK = layer.weight.detach().flatten(1).clone()
+    for example in (torch.ones(4, 3, 6, 6), torch.zeros(4, 3, 6, 6)):
+        targets = torch.full((4, 4, 4, 4), 2.0)
+        output = nearest_filters(layer, example, targets, trained_OK)
+        assert_close(output, targets, "kernel float32")
+        assert_close(layer.kernel().flatten(1), trained_OK - trained_OK.mean(1, keepdim=True), "kernel float32")
+
+
+def test_weights_stay_as_large_as_they_were() -> None:
+    layer = pws.Linear(20, 5)
+    before = layer.weight.norm(dim=1).detach()
+    example = images(100, 20)
+    nearest_filters(layer, example, 7 * images(100, 5), layer.weight.detach())
+    assert_close(layer.weight.norm(dim=1), before, "kernel float32")
+
+
+def test_a_plan_is_fitted_once() -> None:
+    """The error that it states is that of what `apply` returns, whatever happens to the model in between."""
+    example = images(32, 3, 16, 16)
+    model = trained(small(), example)
+    seen: list[tuple[int, int]] = []
+    plan = pws.plan(model, example, warm_start=True, progress=lambda *numbers: seen.append(numbers))
+    plan.apply(calibrate=False)
+    assert seen == []
+    before = plan.apply().eval()(example)
+    assert "outputs differ" in str(plan)
+    assert seen == [(1, 1)]
+    nn.init.zeros_(model[3].weight)
+    first, second = plan.apply(), plan.apply()
+    assert torch.equal(first.eval()(example), before)
+    assert first is not second
+
+
+def test_the_command_with_a_warm_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained(timm.create_model("resnet10t"), images(8, 3, 28, 28))
+    torch.save(model.state_dict(), tmp_path / "trained.pt")
+    out = tmp_path / "converted"
+    arguments = ["convert", "--model", "timm:resnet10t", "--out", str(out), "--warm-start"]
+    assert main(arguments) == 2
+    assert "without --weights there is none" in capsys.readouterr().err
+    arguments += ["--weights", str(tmp_path / "trained.pt")]
+    assert main(arguments) == 2
+    assert "--data is random" in capsys.readouterr().err
+    assert main([*arguments, "--data", "digits"]) == 0
+    assert "warm start: outputs differ by" in capsys.readouterr().out
+    torch.save({"nothing": torch.ones(1)}, tmp_path / "other.pt")
+    assert main([*arguments[:-1], str(tmp_path / "other.pt"), "--data", "digits", "--out", str(tmp_path / "b")]) == 2
+    assert "must be a state dict of the model" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
