@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import pws
-from pws.bench.speed import run, standardization
+from pws.bench.speed import measure, standardization
 from pws.bench.speed.contestants import Here
-from pws.bench.speed.measure import measure_case
+from pws.bench.speed.measure import ROUNDS, measure_rounds
 from pws.bench.speed.networks import FormulaConv2d, network
 from pws.bench.speed.pictures import quartiles
 from pws.bench.speed.suite import Case, load_suite, shipped_suites
@@ -24,6 +24,7 @@ TINY = """
 title: tiny
 rows: [none, pws aten, pws]
 seconds: 0.1
+lives: 1
 cases:
   - {model: stack4, batch: [1, 2], pixels: 16, width: 0.125}
   - {model: stack4, batch: 2, pixels: 16, width: 0.125, task: inference}
@@ -56,7 +57,7 @@ def test_the_formula_is_the_papers() -> None:
 
 def test_what_is_kept_for_the_backward_pass() -> None:
     case = Case("stack4", batch=4, pixels=16, width=0.25)
-    measured = measure_case(case, {row: Here(row) for row in ("none", "bn", "pws")}, 0.01, lambda _: None)
+    measured = measure_rounds(case, {row: Here(row) for row in ("none", "bn", "pws")}, 0.01, lambda _: None)
     outputs = 0
 
     def count(_: nn.Module, __: object, output: torch.Tensor) -> None:
@@ -92,17 +93,18 @@ def test_a_suite_goes_on_where_it_stopped(
     assert list(first["cases"][2]["rows"]) == ["none", "pws"]
     assert quartiles(first["cases"][0], "none") == [1, 1, 1]
     # Processes take seconds to start; that they serve is seen by now.
-    monkeypatch.setattr(run, "contestants_of", lambda rows: nullcontext({row: Here(row) for row in rows}))
+    monkeypatch.setattr(measure, "contestants_of", lambda rows: nullcontext({row: Here(row) for row in rows}))
     (tmp_path / "tiny.json").write_text(json.dumps({**first, "cases": first["cases"][1:]}))
     assert main(arguments) == 0
     second = json.loads((tmp_path / "tiny.json").read_text())
     assert second["cases"][1:] == first["cases"][1:]
     assert second["cases"][0] != first["cases"][0]
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("[none,", "[none, gn,"))
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("[none,", "[none, gn,").replace("lives: 1", "lives: 2"))
     assert main(arguments) == 0
     third = json.loads((tmp_path / "tiny.json").read_text())
     # A row that is new is measured, with all that it stands beside.
     assert all("gn" in case["rows"] for case in third["cases"])
+    assert all(len(row["seconds"]) >= 2 * ROUNDS[0] for case in third["cases"] for row in case["rows"].values())
     assert "3/3" in capsys.readouterr().out
     assert "inference" in (tmp_path / "tiny.md").read_text()
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
@@ -131,6 +133,11 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rows: [none]\ncases: [{model: stack4, batch: 1, pixel: 8}]", "did you mean pixels"),
         ("rows: [none]\ncases: [{model: stack4, batch: 1}]", "a case needs model, batch and pixels"),
         ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, task: trian}]", "did you mean train"),
+        (
+            "rows: [none]\nlives: 0\ncases: [{model: stack4, batch: 1, pixels: 8}]",
+            "lives must be a whole number above 0",
+        ),
+        ("rows: [none]\nseconds: x\ncases: [{model: stack4, batch: 1, pixels: 8}]", "seconds must be a number above 0"),
         ("rows: [", "is not a YAML file"),
     ],
 )

@@ -32,9 +32,6 @@ class Step:
 class Contestant(Protocol):
     """One row, wherever it runs."""
 
-    def start(self) -> None:
-        """Get its process going, if it has one of its own; returns at once."""
-
     def prepare(self, case: Case) -> float:
         """Build the network of `case` and warm up; returns the seconds of a step."""
 
@@ -50,9 +47,6 @@ class Here:
 
     def __init__(self, row: str) -> None:
         self.row = row
-
-    def start(self) -> None:
-        """See `Contestant`."""
 
     def prepare(self, case: Case) -> float:
         """See `Contestant`."""
@@ -91,7 +85,7 @@ class Apart:
         self._pool = ProcessPoolExecutor(1, get_context("spawn"), _enter, (row, torch.get_num_threads()))
 
     def start(self) -> None:
-        """See `Contestant`."""
+        """Get the process going; returns at once."""
         self._pool.submit(_start)
 
     def prepare(self, case: Case) -> float:
@@ -113,11 +107,14 @@ class Apart:
 
 @contextmanager
 def contestants_of(rows: Sequence[str]) -> Iterator[Mapping[str, Contestant]]:
-    """Each of `rows`: on a GPU in this process, where torch's own allocator serves all, on a CPU in one of its own."""
+    """Each of `rows`: on a GPU in this process, where torch's own allocator serves all, on a CPU in one of its own. Processes
+    start side by side: they spend seconds importing torch."""
     if torch.cuda.is_available():
         yield {row: Here(row) for row in rows}
         return
     apart = {row: Apart(row) for row in rows}
+    for contestant in apart.values():
+        contestant.start()
     try:
         yield apart
     finally:
@@ -136,7 +133,7 @@ def _enter(row: str, threads: int) -> None:
 
 
 def _start() -> None:
-    """Imports this module, and with it torch: seconds, which all processes may as well spend at the same time."""
+    """Nothing: a process that is to do it starts."""
 
 
 def _prepare(case: Case) -> float:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pws.bench.speed.contestants import Contestant
+from pws.bench.speed.contestants import Contestant, contestants_of
 from pws.bench.speed.networks import BACKENDS
-from pws.bench.speed.suite import Case
+from pws.bench.speed.suite import Case, Suite
 
-ROUNDS: Final = (5, 200)
-"""At least and at most, whatever the time."""
+ROUNDS: Final = (3, 200)
+"""At least and at most in a process's life, whatever the time."""
 TURN: Final = 0.1
 """Seconds that a row's turn in a round takes at least: several steps where one is shorter."""
 
@@ -31,15 +31,24 @@ def rows_of(case: Case, rows: Sequence[str]) -> list[str]:
     return [row for row in rows if row not in BACKENDS or not (case.compile or case.task == "inference")]
 
 
-def measure_case(
+def measure_case(case: Case, suite: Suite, say: Callable[[str], None]) -> dict[str, Measured]:
+    """Time the rows of `suite`, those that `rows_of` leaves, for about `suite.seconds`, in `suite.lives` lives of their
+    processes."""
+    rows = rows_of(case, suite.rows)
+    lives = []
+    for _ in range(suite.lives):
+        with contestants_of(rows) as contestants:
+            lives.append(measure_rounds(case, contestants, suite.seconds / suite.lives, say))
+    return {row: Measured(tuple(s for life in lives for s in life[row].seconds), lives[-1][row].memory) for row in rows}
+
+
+def measure_rounds(
     case: Case, contestants: Mapping[str, Contestant], seconds: float, say: Callable[[str], None]
 ) -> dict[str, Measured]:
-    """Time `contestants`, those that `rows_of` leaves, for about `seconds`."""
-    rows = rows_of(case, list(contestants))
+    """Time `contestants` for about `seconds`."""
+    rows = list(contestants)
     repeats = {}
     one_round = 0.0
-    for row in rows:
-        contestants[row].start()
     for row in rows:
         say(f"{case}: {row} warms up")
         step = contestants[row].prepare(case)

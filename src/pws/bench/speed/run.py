@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pws.bench.result import commit, read_result, write_result
-from pws.bench.speed.contestants import contestants_of
 from pws.bench.speed.measure import measure_case, rows_of
 from pws.bench.speed.standardization import standardization_alone
 from pws.bench.speed.suite import Suite
@@ -45,18 +44,15 @@ def run_suite(
         say(f"{name}: the standardization alone")
         kept = old["standardization"].get(name)
         content["standardization"][name] = kept or standardization_alone(model, width, 30 if suite.seconds > 5 else 5)
-    with contestants_of(suite.rows) as contestants:
-        for case in suite.cases:
-            settings, wanted = asdict(case), rows_of(case, suite.rows)
-            kept = next((c for c in old["cases"] if c["settings"] == settings and list(c["rows"]) == wanted), None)
-            rows = {} if kept else measure_case(case, contestants, suite.seconds, say)
-            measured = {row: asdict(m) for row, m in rows.items()}
-            content["cases"].append(
-                kept or {"case": str(case), "settings": settings, "commit": commit(), "rows": measured}
-            )
-            partial = path.with_suffix(".partial")
-            write_result(partial, command, content)
-            partial.replace(path)
-            listen(content)
+    for case in suite.cases:
+        settings, wanted = asdict(case), rows_of(case, suite.rows)
+        kept = next((c for c in old["cases"] if c["settings"] == settings and list(c["rows"]) == wanted), None)
+        rows = {} if kept else measure_case(case, suite, say)
+        measured = {row: asdict(m) for row, m in rows.items()}
+        content["cases"].append(kept or {"case": str(case), "settings": settings, "commit": commit(), "rows": measured})
+        partial = path.with_suffix(".partial")
+        write_result(partial, command, content)
+        partial.replace(path)
+        listen(content)
     result: Stored = json.loads(path.read_text())
     return result

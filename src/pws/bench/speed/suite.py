@@ -16,7 +16,8 @@ import yaml
 from pws.bench.speed.networks import check_row
 from pws.errors import PwsError, UnknownNameError
 
-KEYS: Final = ("title", "rows", "seconds", "cases")
+KEYS: Final = ("title", "rows", "seconds", "lives", "cases")
+DEFAULTS: Final = {"seconds": 30.0, "lives": 3}
 TASKS: Final = ("train", "inference")
 
 
@@ -57,6 +58,9 @@ class Suite:
     cases: tuple[Case, ...]
     seconds: float
     """Of timing a case, beside warming up."""
+    lives: int
+    """Of the rows' processes, one after the other: what a heap looks like is settled when a process starts, and makes a
+    difference of some percent."""
 
 
 def shipped_suites() -> dict[str, Path]:
@@ -84,9 +88,9 @@ def load_suite(name: str, *, quick: bool = False) -> Suite:
     cases = [case for settings in content["cases"] for case in _cases(path, settings)]
     if quick:
         cases = list(dict.fromkeys(_quick(case) for case in (cases[0], cases[-1])))
-    seconds = 2.0 if quick else float(content.get("seconds", 30))
+    seconds, lives = (2.0, 1) if quick else (content["seconds"], content["lives"])
     title = f"quick look, not a measurement: {content['title']}" if quick else content["title"]
-    return Suite(path.stem, title, tuple(content["rows"]), tuple(cases), seconds)
+    return Suite(path.stem, title, tuple(content["rows"]), tuple(cases), seconds, lives)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -104,7 +108,12 @@ def _read(path: Path) -> dict[str, Any]:
             raise PwsError(f"{path}: {key} must be a list of at least one; got {content.get(key)!r}.")
     if content["rows"][0] != "none":
         raise PwsError(f"{path}: the first row must be none, which all ratios are to; got {content['rows'][0]!r}.")
-    return {"title": path.stem, **content}
+    content = {"title": path.stem, **DEFAULTS, **content}
+    for key, default in DEFAULTS.items():
+        if not isinstance(content[key], type(default) | int) or content[key] <= 0:
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            raise PwsError(f"{path}: {key} must be {kind} above 0; got {content[key]!r}. Usual: {default:g}.")
+    return content
 
 
 def _cases(path: Path, settings: dict[str, Any]) -> Iterator[Case]:
