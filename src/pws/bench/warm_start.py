@@ -38,12 +38,21 @@ class Trained:
     width: float = 1.0
 
     @property
+    def name(self) -> str:
+        """With the width, where that is not 1."""
+        return self.network if self.width == 1 else f"{self.network} x {self.width:.2g}"
+
+    @property
     def key(self) -> tuple[str, int, int]:
         """What tells results apart."""
-        return self.network, self.train_images, self.epochs
+        return self.name, self.train_images, self.epochs
 
 
-NETWORKS: Final = (Trained("allconv", 12_800, 6, width=1 / 3),)
+NETWORKS: Final = (
+    Trained("allconv", 12_800, 6, width=1 / 3),
+    Trained("cifar-resnet18", 12_800, 6, width=0.25),
+    Trained("timm:mobilenetv3_small_100", 12_800, 6),
+)
 QUICK: Final = (Trained("stack4", 1_200, 6, "digits", 0.25),)
 
 
@@ -55,7 +64,7 @@ def run_warm_start(out: Path, quick: bool, say: Callable[[str], None]) -> dict[s
     networks = [e for e in done if (e["network"], e["train_images"], e["epochs"]) in {t.key for t in chosen}]
     result: dict[str, Any] = {"batch_size": 128, "lr": LR, "fine_tuning_lr": FINE_LR, "seed": 0, "networks": networks}
     for trained in chosen:
-        if trained.network in {entry["network"] for entry in networks}:
+        if trained.name in {entry["network"] for entry in networks}:
             continue
         networks.append(convert_trained(trained, say))
         write_result(path, "pws bench warm-start", result)
@@ -69,7 +78,7 @@ def convert_trained(trained: Trained, say: Callable[[str], None]) -> dict[str, A
     data = ImageData(DataConfig(trained.dataset, train_images=trained.train_images, batch_size=128), 0)
     model = _network(trained, data)
     _fit(model, data, "bn", LR, trained.epochs)
-    found: dict[str, Any] = {"network": trained.network, "train_images": trained.train_images, "epochs": trained.epochs}
+    found: dict[str, Any] = {"network": trained.name, "train_images": trained.train_images, "epochs": trained.epochs}
     found["before"] = _accuracy(model, data)
     for images in EXAMPLES:
         numbers = list(range(min(images, len(data.splits.train))))
