@@ -299,16 +299,17 @@ def _held_by_a_hook(kernel: Tensor, held: list[Tensor]) -> None:
 
 
 def _held_as_a_view(kernel: Tensor, held: list[Tensor]) -> None:
-    kernel.register_hook(lambda grad: held.append(grad.detach().flatten()))
+    kernel.register_hook(lambda grad: held.append(grad.detach().view_as(grad)))
 
 
 def _retained(kernel: Tensor, held: list[Tensor]) -> None:
     kernel.retain_grad()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("hold", [None, _held_by_a_hook, _held_as_a_view, _retained])
 def test_a_gradient_is_overwritten_only_if_nobody_holds_it(
-    hold: Callable[[Tensor, list[Tensor]], None] | None, monkeypatch: pytest.MonkeyPatch
+    hold: Callable[[Tensor, list[Tensor]], None] | None, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Tensor] = []
 
@@ -317,8 +318,8 @@ def test_a_gradient_is_overwritten_only_if_nobody_holds_it(
         return cpu.overwriting(*arguments)
 
     monkeypatch.setitem(registry._loaded, "cpu", replace(cpu.CPU, overwriting=overwriting))
-    weight = torch.randn(8, 3, 3, 3, requires_grad=True)
-    factor, held = torch.randn(8, 3, 3, 3), []
+    weight = torch.randn(8, 3, 3, 3).to(memory_format=layout).requires_grad_()
+    factor, held = torch.randn(8, 3, 3, 3).to(memory_format=layout), []
     kernel = pws.standardize(weight)
     if hold is not None:
         hold(kernel, held)

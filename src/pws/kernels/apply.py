@@ -28,21 +28,25 @@ def kernel_of(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dt
     if torch.compiler.is_compiling():
         # A compiler fuses stock operators with what stands around them; an operator of ours it could only call.
         return aten.composed(weight, alpha_O, c, gamma, dtype)
-    if weight.is_contiguous():
-        return _contiguous_kernel(weight, alpha_O, c, gamma, dtype)
-    # Any other dense layout (channels_last) is contiguous in the order of its memory, and keeps that order in the result; the
-    # statistics of a filter do not care about the order of its entries.
-    order = [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
-    kernel = _contiguous_kernel(weight.permute(order).contiguous(), alpha_O, c, gamma, dtype)
-    return kernel.permute([order.index(d) for d in range(weight.dim())])
-
-
-def _contiguous_kernel(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
+    # The statistics of a filter do not care about the order of its entries: any dense layout (channels_last) is rows in the
+    # order of its memory, and keeps that order in the result.
+    order = None if weight.is_contiguous() else [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
     if _is_observed(weight) or (alpha_O is not None and _is_observed(alpha_O)):
-        rows_OK: Tensor = Standardize.apply(weight.reshape(weight.shape[0], -1), alpha_O, c, gamma, dtype)[0]
-        return rows_OK.reshape(weight.shape)
+        rows_OK: Tensor = Standardize.apply(_rows(weight, order), alpha_O, c, gamma, dtype)[0]
+        return _unrolled(rows_OK, weight.shape, order)
     direct: Callable[..., Tensor] = _Direct.apply
-    return direct(weight, alpha_O, c, gamma, dtype)
+    return direct(weight, alpha_O, c, gamma, dtype, order)
+
+
+def _rows(tensor: Tensor, order: list[int] | None) -> Tensor:
+    ordered = tensor if order is None else tensor.permute(order)
+    return ordered.reshape(len(ordered), -1)
+
+
+def _unrolled(rows_OK: Tensor, shape: torch.Size, order: list[int] | None) -> Tensor:
+    if order is None:
+        return rows_OK.view(shape)
+    return rows_OK.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
 
 
 def _is_observed(tensor: Tensor) -> bool:
@@ -58,21 +62,29 @@ class _Direct(torch.autograd.Function):
     """`Standardize` with nothing between autograd and the backend."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
-        weight_OK = weight.flatten(1)
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        alpha_O: Tensor | None,
+        c: float,
+        gamma: float,
+        dtype: torch.dtype,
+        order: list[int] | None,
+    ) -> Tensor:
+        weight_OK = _rows(weight, order)
         backend = choose(weight_OK)
         kernel_OK, mean_O, rstd_O = backend.forward(weight_OK, alpha_O, c, gamma, dtype)
-        ctx.backend, ctx.c, ctx.gamma = backend, c, gamma
+        ctx.backend, ctx.c, ctx.gamma, ctx.order = backend, c, gamma, order
         ctx.save_for_backward(weight, alpha_O, mean_O, rstd_O)
-        return kernel_OK.view_as(weight)
+        return _unrolled(kernel_OK, weight.shape, order)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         weight, alpha_O, mean_O, rstd_O = ctx.saved_tensors
         backend: Backend = ctx.backend
         backward = backend.backward
         if backend.overwriting is not None and SOLE is not None and owners(grad) == SOLE:
             backward = backend.overwriting
-        rows = (weight.flatten(1), alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
-        grad_weight_OK, grad_alpha_O = gradients(backward, grad.flatten(1), *rows)
-        return grad_weight_OK.view_as(weight), grad_alpha_O, None, None, None
+        rows = (_rows(weight, ctx.order), alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
+        grad_weight_OK, grad_alpha_O = gradients(backward, _rows(grad, ctx.order), *rows)
+        return _unrolled(grad_weight_OK, weight.shape, ctx.order), grad_alpha_O, None, None, None, None
