@@ -148,13 +148,29 @@ def test_inputs_that_say_nothing_leave_the_trained_filters() -> None:
         assert_close(layer.kernel().flatten(1), trained_OK - trained_OK.mean(1, keepdim=True), "kernel float32")
 
 
-def test_weights_become_as_large_as_new_ones() -> None:
+def test_depthwise_layers_stay_plain_and_take_over_their_norms() -> None:
+    example = images(16, 3, 16, 16)
+    depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.BatchNorm2d(8))
+    model = trained(nn.Sequential(*small(), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(8, 5, 1)), example)
+    plan = pws.plan(model, example, warm_start=True)
+    assert plan.named("absorb") == ["0", "6.0"]
+    assert plan.named("standardize") == ["3", "8"] or plan.named("standardize") == ["3"]
+    assert plan.output_error is not None
+    assert plan.output_error < 0.5
+    actions = {step.name: step.action for step in pws.plan(model, example).steps}
+    assert actions["6.0"] == "standardize"  # from scratch they are standardized
+
+
+def test_weights_become_as_large_as_new_ones_or_as_the_kernel() -> None:
     layer = pws.Linear(20, 5)
     with torch.no_grad():
         layer.weight.mul_(1e-3)
     example = images(100, 20)
-    nearest_filters(layer, example, 7 * images(100, 5), layer.weight.detach())
+    nearest_filters(layer, example, 0.1 * images(100, 5), layer.weight.detach())
     assert_close(layer.weight.std(dim=1, correction=0), torch.full((5,), 0.1**0.5), "kernel float32")
+    nearest_filters(layer, example, 70 * images(100, 5), layer.weight.detach())
+    assert layer.weight.std(dim=1).min() > 1
+    assert_close(layer.weight, layer.kernel(), "kernel float32")
 
 
 def test_a_plan_is_fitted_once() -> None:

@@ -79,11 +79,11 @@ def _solve(inner_GKK: Tensor, cross_GKO: Tensor, trained_GKO: Tensor) -> Tensor:
 
 def _set(layer: StandardizedLayer, kernel_OK: Tensor, bias_O: Tensor) -> None:
     """The kernel in weight and alpha. The weight is as large as a new layer's, deviation `sqrt(2 / K)`: learning rates and the
-    bound on a step are made for that, and the trained weights may be any size. BatchNorm does not care, and weight decay has
-    shrunk them."""
+    bound on a step are made for that, and the trained weights may be any size (BatchNorm does not care, and weight decay has
+    shrunk them). It is as large as the kernel where that is larger: a step would move the kernel more than itself."""
     raw = layer.filters()
     deviation_O = kernel_OK.square().mean(1).sqrt()
-    scale_O = torch.where(deviation_O > 0, deviation_O / (2 / kernel_OK.shape[1]) ** 0.5, 1.0)
+    scale_O = torch.where(deviation_O > 0, deviation_O / (2 / kernel_OK.shape[1]) ** 0.5, 1.0).clamp(max=1.0)
     weight_OK = (kernel_OK / scale_O[:, None]).to(raw.dtype)
     set_filters(layer, weight_OK.view(raw.shape))
     assert layer.bias is not None

@@ -21,6 +21,9 @@ _ON_INPUT: Final = (
     "keep",
     "it sees the input, whose mean (the brightness of images) centred filters would lose",
 )
+_DEPTHWISE: Final = ("keep", "its filters see one channel each, whose mean centred filters would lose")
+_PLAIN: Final = (_ON_INPUT, _DEPTHWISE)
+"""What a warm start leaves as it is, but without its norm."""
 
 Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -50,11 +53,10 @@ class Planner:
         self.removed = {name for name, (action, _) in norms.items() if action == "remove"}
         layers = {name: self._layer(name) for name in self.layers}
         chosen = [name for name, (action, _) in layers.items() if action == "standardize"]
-        takes_over = [*chosen, *(name for name in self.layers if self.refusals[name] == _ON_INPUT)]
+        takes_over = [*chosen, *(name for name in self.layers if self.refusals[name] in _PLAIN)]
         pairs = {name: layer for name in self.removed if (layer := self._right_before(name)) in takes_over}
-        layers |= dict.fromkeys(
-            set(pairs.values()) - set(chosen), ("absorb", f"{_ON_INPUT[1]}; it takes over the norm")
-        )
+        absorbing = set(pairs.values()) - set(chosen)
+        layers |= {n: ("absorb", f"{layers[n][1]}; it takes over the norm") for n in absorbing}
         needs_bias = [*chosen, *pairs.values()] if self.warm_start else list(filter(self._gets_bias, chosen))
         biases = frozenset(name for name in needs_bias if self.modules[name].bias is None)
         decided = norms | layers
@@ -94,8 +96,10 @@ class Planner:
         except ShapeError:
             return "skip", "its filters have one entry each: no variance"
         # Where the input's mean is zero, so is the average gradient: nothing shifts these filters.
-        on_input = all(value.sources == {INPUT} for value in self.inputs[name])
-        return _ON_INPUT if self.warm_start and on_input else None
+        if self.warm_start and all(value.sources == {INPUT} for value in self.inputs[name]):
+            return _ON_INPUT
+        groups: Any = getattr(module, "groups", 1)
+        return _DEPTHWISE if self.warm_start and groups > 1 and groups == module.in_channels else None
 
     def _is_kept(self, name: str) -> bool:
         module = self.modules[name]
@@ -128,7 +132,7 @@ class Planner:
             return "keep", "it has no running statistics that a layer could take over"
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
         behind = sorted(sources - set(self.norms) - {INPUT})
-        harmless = (None, ("keep", "it is a pws layer"), _ON_INPUT)
+        harmless = (None, ("keep", "it is a pws layer"), *_PLAIN)
         refused = [layer for layer in behind if self.refusals[layer] not in harmless]
         if refused:
             return "keep", f"it normalizes {refused[0]}, which stays as it is: {(self.refusals[refused[0]] or '')[1]}"
