@@ -62,8 +62,8 @@ def plan(
         relative_gamma: of the pws layers.
         warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: each
             layer is fitted to its outputs on the example, which should then be some hundred real images. Layers on the input
-            and depthwise ones stay plain and take over their norms: centred filters would lose the mean of what they see. The plan states the error that
-            is left; a short fine-tuning takes most of it away.
+            and depthwise ones stay plain and take over their norms: centred filters would lose the mean of what they see. The
+            plan states the error that is left; a short fine-tuning takes most of it away.
         progress: called with the number of layers fitted and of all; the fit of a large model takes minutes.
 
     Raises:
