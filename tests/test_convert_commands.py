@@ -34,6 +34,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--batch-size", "--image-size"])
+def test_sizes_below_one_are_refused(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("0", "-3"):
+        assert main(["convert", "--model", "timm:resnet10t", flag, value, "--out", str(tmp_path / "out")]) == 2
+        assert f"{flag} must be at least 1; got {value}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "convert", "--only", "timm:mobilenetv3_small_100", "--jobs", "1", "--out", str(tmp_path)]
     assert main(arguments) == 0

@@ -7,8 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pws
 from pws import kernels
-from pws.kernels import cpu, registry
+from pws.kernels import registry
 from pws.kernels.operators import standardize_rows, standardize_rows_backward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,7 +45,9 @@ def row_of(dtype: torch.dtype) -> str:
     return "bfloat16 cut" if INTERPRETED and dtype == torch.bfloat16 else name
 
 
-def check(weight: Tensor, alpha: Tensor | None, g: Tensor, row: str, gamma: float = 1e-3) -> None:
+def assert_matches_the_reference(
+    weight: Tensor, alpha: Tensor | None, g: Tensor, row: str, gamma: float = 1e-3
+) -> None:
     """Kernel and gradients against the reference, on the same numbers."""
     leaves = [t.requires_grad_() for t in (weight, alpha) if t is not None]
     ours = pws.standardize(weight, alpha, gain=reference.RELU_GAIN, gamma=gamma)
@@ -64,7 +65,7 @@ def test_float32(backend: str, shape: tuple[int, int], with_alpha: bool) -> None
     device = device_of(backend)
     weight = torch.randn(shape, device=device) * 0.3 + 0.2
     alpha = torch.randn(shape[0], device=device) + 0.5 if with_alpha else None
-    check(weight, alpha, torch.randn(shape, device=device), "kernel float32")
+    assert_matches_the_reference(weight, alpha, torch.randn(shape, device=device), "kernel float32")
 
 
 @pytest.mark.parametrize("backend", [name for name in HERE if name != "cpu"], indirect=True)
@@ -73,7 +74,7 @@ def test_float32(backend: str, shape: tuple[int, int], with_alpha: bool) -> None
 def test_half_precision_weights(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     device = device_of(backend)
     weight, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    check(weight, torch.randn(shape[0], device=device).to(dtype), g, row_of(dtype))
+    assert_matches_the_reference(weight, torch.randn(shape[0], device=device).to(dtype), g, row_of(dtype))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -113,7 +114,7 @@ def test_layouts(backend: str, layout: str) -> None:
         "strided": base[:, ::2],
     }[layout].detach()
     alpha = torch.randn(weight.shape[0], 2, device=device)[:, 0]
-    check(weight, alpha, torch.randn_like(weight), "kernel float32")
+    assert_matches_the_reference(weight, alpha, torch.randn_like(weight), "kernel float32")
 
 
 def test_bitwise_equal_from_run_to_run_and_for_any_number_of_threads(backend: str) -> None:
@@ -202,7 +203,7 @@ def test_a_filter_whose_first_entries_are_outliers(entries: int) -> None:
     weight = torch.randn(64, entries) * 1e-2
     weight[:, :8] += torch.tensor([1.0, 30.0, -30.0, 1000.0])[torch.arange(64) % 4, None]
     with kernels.use("cpu"):
-        check(weight, None, torch.randn(64, entries), "kernel float32")
+        assert_matches_the_reference(weight, None, torch.randn(64, entries), "kernel float32")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="for the backend with threads")
@@ -292,60 +293,3 @@ def test_the_triton_kernels_in_tritons_interpreter() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-def _held_by_a_hook(kernel: Tensor, held: list[Tensor]) -> None:
-    kernel.register_hook(held.append)
-
-
-def _held_as_a_view(kernel: Tensor, held: list[Tensor]) -> None:
-    kernel.register_hook(lambda grad: held.append(grad.detach().view_as(grad)))
-
-
-def _retained(kernel: Tensor, held: list[Tensor]) -> None:
-    kernel.retain_grad()
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("hold", [None, _held_by_a_hook, _held_as_a_view, _retained])
-def test_a_gradient_is_overwritten_only_if_nobody_holds_it(
-    hold: Callable[[Tensor, list[Tensor]], None] | None, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[Tensor] = []
-
-    def overwriting(*arguments: Any) -> tuple[Tensor, Tensor]:
-        calls.append(arguments[0])
-        return cpu.overwriting(*arguments)
-
-    monkeypatch.setitem(registry._loaded, "cpu", replace(cpu.CPU, overwriting=overwriting))
-    weight = torch.randn(8, 3, 3, 3).to(memory_format=layout).requires_grad_()
-    factor, held = torch.randn(8, 3, 3, 3).to(memory_format=layout), []
-    kernel = pws.standardize(weight)
-    if hold is not None:
-        hold(kernel, held)
-    (kernel * factor).sum().backward()
-    assert len(calls) == (
-        hold in (None, _retained)
-    )  # that nobody holds it is recognized too; what is retained is a copy
-    for gradient in [*held, kernel.grad] if hold is _retained else held:
-        assert gradient is not None
-        assert torch.equal(gradient.flatten(), factor.flatten())
-    wide = weight.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad((pws.standardize(wide) * factor.double()).sum(), wide)
-    torch.testing.assert_close(weight.grad, expected.float(), rtol=1e-4, atol=1e-5)
-
-
-def test_gradients_that_others_get_too_are_not_overwritten() -> None:
-    weight, factor = torch.randn(8, 3, 3, 3, requires_grad=True), torch.randn(8, 3, 3, 3)
-    kernel = pws.standardize(weight)
-    grad_kernel, grad_weight = torch.autograd.grad((kernel * factor).sum(), [kernel, weight])
-    assert torch.equal(grad_kernel, factor)
-    given = factor.clone()
-    (again,) = torch.autograd.grad(pws.standardize(weight), weight, given)
-    assert torch.equal(given, factor)
-    torch.testing.assert_close(again, grad_weight)
-    # One gradient for two: what the sum hands to both of its terms.
-    other = weight.detach().clone().requires_grad_()
-    (((pws.standardize(weight) + pws.standardize(other)) * factor).sum()).backward()
-    torch.testing.assert_close(weight.grad, grad_weight)
-    torch.testing.assert_close(other.grad, grad_weight)

@@ -138,6 +138,14 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
             "lives must be a whole number above 0",
         ),
         ("rows: [none]\nseconds: x\ncases: [{model: stack4, batch: 1, pixels: 8}]", "seconds must be a number above 0"),
+        (
+            "rows: [none]\nseconds: .nan\ncases: [{model: stack4, batch: 1, pixels: 8}]",
+            "seconds must be a number above 0",
+        ),
+        (
+            "rows: [none]\nlives: true\ncases: [{model: stack4, batch: 1, pixels: 8}]",
+            "lives must be a whole number above 0",
+        ),
         ("rows: [", "is not a YAML file"),
     ],
 )

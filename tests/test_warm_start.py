@@ -138,6 +138,42 @@ def test_no_zero_mean_filters_are_nearer(
     assert along_OK.mean(1).abs().min() > 1e-6 * loss  # with a mean they could be nearer
 
 
+@pytest.mark.parametrize("size", [(9, 9), (10, 10)])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_layer_is_fitted_as_it_is_called(size: tuple[int, int], named: bool) -> None:
+    """U-Nets give their transposed convolutions an output_size; some models name the input."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1)
+            self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norms[0](self.first(x)).relu()
+            size_ = list(size)
+            return self.norms[1](self.up(input=x, output_size=size_) if named else self.up(x, size_))
+
+    example = images(16, 3, 5, 5)
+    model = Model()
+    with torch.no_grad():
+        model.up.weight.sub_(model.up.weight.mean((0, 2, 3), keepdim=True))
+    trained(model, example)
+    plan = pws.plan(model, example, warm_start=True)
+    assert plan.named("standardize") == ["up"]
+    assert plan.output_error is not None
+    assert plan.output_error < 1e-5
+
+
+@pytest.mark.parametrize("where", ["weight", "running_var"])
+def test_a_model_that_is_not_finite_is_refused(where: str) -> None:
+    model = trained(small(), images(4, 3, 8, 8))
+    broken = model[3].weight if where == "weight" else model[4].running_var
+    broken.data.view(-1)[0] = float("nan")
+    with pytest.raises(pws.PwsError, match="at layer '3' it is not"):
+        pws.plan(model, images(4, 3, 8, 8), warm_start=True).apply()
+
+
 def test_inputs_that_say_nothing_leave_the_trained_filters() -> None:
     layer = pws.Conv2d(3, 4, 3)
     trained_OK = layer.weight.detach().flatten(1).clone()

@@ -17,6 +17,13 @@ def command_parser(command: str, description: str, example: str) -> ArgumentPars
     )
 
 
+def check_sizes(parsed: Any) -> None:
+    """Raise `PwsError` unless --batch-size and --image-size, where given, are at least 1."""
+    for flag, value in (("--batch-size", parsed.batch_size), ("--image-size", parsed.image_size)):
+        if value is not None and value < 1:
+            raise PwsError(f"{flag} must be at least 1; got {value}.")
+
+
 def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     """What was given; raises `PwsError` where that is wrong."""
     try:

@@ -31,7 +31,7 @@ BENCHES: Final[dict[str, tuple[Bench, str]]] = {
     "cost": (run_cost, "what a diagnosis and a monitor cost, in training steps (two minutes)"),
     "warm-start": (
         run_warm_start,
-        "trained networks converted: accuracy before, after, and fine-tuned (five minutes; goes on where it stopped)",
+        "trained networks converted: accuracy before, after, and fine-tuned (a quarter of an hour; goes on where it stopped)",
     ),
 }
 COMMANDS: Final = {"accuracy": accuracy.run, "convert": conversion.run, "speed": speed.run, "tables": tables.run}

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
-from pws.cli.arguments import command_parser, parse
+from pws.cli.arguments import check_sizes, command_parser, parse
 from pws.errors import PwsError, one_line
 from pws.surgery import plan
 from pws.training.datasets import DATASETS
@@ -33,6 +34,33 @@ model.load_state_dict(torch.load(Path(__file__).with_name("weights.pt")))
 
 def run(arguments: list[str]) -> int:
     """Parse, plan, print, convert, write."""
+    parsed = parse(_parser(), arguments)
+    out = Path(parsed.out)
+    _check(parsed, out)
+    images = parsed.batch_size or (256 if parsed.warm_start else 32)
+    subject = subject_of_model(parsed.model, parsed.data, batch_size=images, image_size=parsed.image_size)
+    if parsed.weights:
+        load_weights(subject.model, Path(parsed.weights))
+    settings: dict[str, Any] = {"norms": tuple(parsed.norms), "keep": parsed.keep, "warm_start": parsed.warm_start}
+    with Console(stderr=True).status("reading the model") as status:
+        made = plan(
+            subject.model,
+            subject.images,
+            progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
+            **settings,
+        )
+        table, converted = str(made), made.apply()
+    print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(converted.state_dict(), out / "weights.pt")
+    (out / "plan.txt").write_text(f"{table}\n")
+    shape = (2, *subject.images.shape[1:])
+    (out / "load.py").write_text(LOAD.format(shape=shape, spec=parsed.model, **settings))
+    print(f"Files: {out / 'weights.pt'}, {out / 'load.py'}, {out / 'plan.txt'}")
+    return 0
+
+
+def _parser() -> ArgumentParser:
     parser = command_parser(
         "convert",
         "Take the norms out of a model: print what happens to each layer and why, and write weights.pt, load.py (how to load "
@@ -61,8 +89,11 @@ def run(arguments: list[str]) -> int:
         "--norms", type=str, nargs="+", default=["batch"], help="families to take out: batch group layer instance"
     )
     parser.add_argument("--out", type=str, required=True, help="folder to write; it must not hold anything yet")
-    parsed = parse(parser, arguments)
-    out = Path(parsed.out)
+    return parser
+
+
+def _check(parsed: Any, out: Path) -> None:
+    check_sizes(parsed)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PwsError(f"--out {out} exists already, and nothing is overwritten. Name another folder, or remove it.")
     if parsed.warm_start and not parsed.weights:
@@ -71,30 +102,6 @@ def run(arguments: list[str]) -> int:
         raise PwsError(
             "--warm-start fits the layers to real images; --data is random. Name a dataset: --data fashion-mnist."
         )
-    size: dict[str, Any] = {
-        "batch_size": parsed.batch_size or (256 if parsed.warm_start else 32),
-        "image_size": parsed.image_size,
-    }
-    subject = subject_of_model(parsed.model, parsed.data, **size)
-    if parsed.weights:
-        load_weights(subject.model, Path(parsed.weights))
-    settings: dict[str, Any] = {"norms": tuple(parsed.norms), "keep": parsed.keep, "warm_start": parsed.warm_start}
-    with Console(stderr=True).status("reading the model") as status:
-        made = plan(
-            subject.model,
-            subject.images,
-            progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
-            **settings,
-        )
-        table, converted = str(made), made.apply()
-    print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(converted.state_dict(), out / "weights.pt")
-    (out / "plan.txt").write_text(f"{table}\n")
-    shape = (2, *subject.images.shape[1:])
-    (out / "load.py").write_text(LOAD.format(shape=shape, spec=parsed.model, **settings))
-    print(f"Files: {out / 'weights.pt'}, {out / 'load.py'}, {out / 'plan.txt'}")
-    return 0
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

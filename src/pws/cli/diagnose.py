@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from pws.cli.arguments import command_parser, parse
+from pws.cli.arguments import check_sizes, command_parser, parse
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
@@ -94,9 +94,7 @@ def _subject(parsed: Any) -> Subject:
             "give either a run (its folder, a checkpoint, or a recipe) or --model; got "
             f"{'neither' if parsed.run is None else 'both'}. `pws diagnose --help` shows examples."
         )
-    for flag, value in (("--batch-size", parsed.batch_size), ("--image-size", parsed.image_size)):
-        if value is not None and value < 1:
-            raise PwsError(f"{flag} must be at least 1; got {value}.")
+    check_sizes(parsed)
     if parsed.model is not None:
         settings = {"root": parsed.root, "batch_size": parsed.batch_size or 32, "image_size": parsed.image_size}
         return subject_of_model(parsed.model, parsed.data or RANDOM, **settings)

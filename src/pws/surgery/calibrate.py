@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 from pws.errors import PwsError
 from pws.layers import StandardizedLayer
 from pws.surgery.branches import branch_ends
+from pws.surgery.trace import input_of
 
 Batch = Tensor | tuple[Any, ...] | list[Any]
 
@@ -107,7 +108,7 @@ class Setting:
         with torch.no_grad(), _restored_on_error(layers), evaluated(model), hooked(layers, self._set):
             forward()
 
-    def _set(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _set(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         assert isinstance(layer, StandardizedLayer)
         if layer in self.done:
             return output
@@ -118,7 +119,7 @@ class Setting:
         if shift is not None:
             centred = centred + shift.to(centred.dtype)
         variance = _moments(centred, self.per_channel)[1]
-        _check_variance(variance, _rounding(layer, inputs[0]), name)
+        _check_variance(variance, _rounding(layer, input_of(args, kwargs)), name)
         factor = (self.target * self.shares.get(name, 1.0) / variance).sqrt()
         self.done[layer] = Calibrated(name, float(variance.mean()), float(factor.mean()))
         layer.alpha.mul_(factor)
@@ -203,8 +204,8 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(layers: Sequence[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
-    """The layers with a forward hook."""
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    """The layers with a forward hook `(layer, args, kwargs, output)`."""
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:

@@ -96,7 +96,7 @@ def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **setting
         model: any module. It is left alone.
         example: what its forward takes; a batch of real data, if alpha is calibrated on it.
         calibrate: set alpha on the example, so that each layer keeps the variance that its norm saw to.
-        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`, `warm_start`.
+        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`, `warm_start`, `progress`.
 
     Examples:
         >>> import torch

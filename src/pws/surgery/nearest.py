@@ -17,15 +17,15 @@ Shape letters: G groups, O filters, K entries of a filter (the fan-in), N patche
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from pws.layers import StandardizedLayer, swap_channels
+from pws.layers import StandardizedLayer
 from pws.surgery.fold import plain_layer
-from pws.surgery.standardized import TRANSPOSED, set_filters
+from pws.surgery.standardized import set_filters, swapped
 
 RIDGE: Final = 0.01
 """In units of the inputs' mean variance: directions in which they vary less than this keep the trained filter's entries."""
@@ -33,8 +33,19 @@ _ENTRIES: Final = 2**25
 """Of patches, at once in memory."""
 
 
+Call = Callable[[nn.Module, Tensor], Tensor]
+
+
+def forward(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """The layer's outputs, without its hooks."""
+    outputs: Tensor = layer.forward(inputs)
+    return outputs
+
+
 @torch.no_grad()
-def nearest_filters(layer: StandardizedLayer, inputs: Tensor, targets: Tensor, trained_OK: Tensor) -> Tensor:
+def nearest_filters(
+    layer: StandardizedLayer, inputs: Tensor, targets: Tensor, trained_OK: Tensor, call: Call = forward
+) -> Tensor:
     """Set weight, alpha and bias so that the layer's outputs come nearest to `targets`; returns its outputs.
 
     Args:
@@ -42,6 +53,7 @@ def nearest_filters(layer: StandardizedLayer, inputs: Tensor, targets: Tensor, t
         inputs: what it is called with, the batch first.
         targets: the outputs wanted, with the channels last.
         trained_OK: the filters that gave them from the trained network's inputs.
+        call: how the layer is called.
     """
     groups = int(getattr(layer, "groups", 1))
     filters, entries = trained_OK.shape
@@ -49,7 +61,7 @@ def nearest_filters(layer: StandardizedLayer, inputs: Tensor, targets: Tensor, t
     products_GKK = torch.zeros(groups, entries + 1, entries + 1, dtype=torch.float64, device=inputs.device)
     products_GKO = torch.zeros(groups, entries + 1, filters // groups, dtype=torch.float64, device=inputs.device)
     sums_GO, count = torch.zeros_like(products_GKO[:, 0]), 0
-    for patches_GNK, targets_GNO in _parts(layer, inputs, targets, groups, entries):
+    for patches_GNK, targets_GNO in _parts(layer, inputs, targets, groups, entries, call):
         products_GKK += patches_GNK.mT @ patches_GNK
         products_GKO += patches_GNK.mT @ targets_GNO
         sums_GO += targets_GNO.sum(1)
@@ -60,8 +72,7 @@ def nearest_filters(layer: StandardizedLayer, inputs: Tensor, targets: Tensor, t
     found_GKO = _solve(inner_GKK, cross_GKO, trained_OK.double().view(groups, -1, entries).mT)
     bias_GO = mean_GO - (found_GKO * mean_GK[:, :, None]).sum(1)
     _set(layer, found_GKO.mT.reshape(filters, entries), bias_GO.flatten())
-    output: Tensor = layer.forward(inputs)
-    return output
+    return call(layer, inputs)
 
 
 def _solve(inner_GKK: Tensor, cross_GKO: Tensor, trained_GKO: Tensor) -> Tensor:
@@ -101,7 +112,7 @@ def scale_alpha(layer: StandardizedLayer, scale_O: Tensor) -> None:
 
 
 def _parts(
-    layer: StandardizedLayer, inputs: Tensor, targets: Tensor, groups: int, entries: int
+    layer: StandardizedLayer, inputs: Tensor, targets: Tensor, groups: int, entries: int, call: Call
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Some samples' patches, with a 1 behind each, and their targets: `(G, N, K + 1)` and `(G, N, O / G)`."""
     reader = _reader(layer, groups, entries)
@@ -109,18 +120,18 @@ def _parts(
     samples = max(1, _ENTRIES // (positions * groups * entries))
     channel = 1 - layer.filters().dim()
     for some, wanted in zip(torch.split(inputs, samples), torch.split(targets, samples), strict=True):
-        patches = reader(some).movedim(channel, -1).double()
+        patches = call(reader, some).movedim(channel, -1).double()
         patches_GNK = patches.reshape(-1, groups, entries).transpose(0, 1)
         targets_GNO = wanted.double().reshape(patches_GNK.shape[1], groups, -1).transpose(0, 1)
         yield torch.cat([patches_GNK, torch.ones_like(patches_GNK[:, :, :1])], 2), targets_GNO
 
 
-def _reader(layer: StandardizedLayer, groups: int, entries: int) -> Any:
+def _reader(layer: StandardizedLayer, groups: int, entries: int) -> nn.Module:
     """The layer without its filters: its outputs are the patches, of one group behind the other. Whatever it does about
     padding, strides and dilation, it does here."""
-    plain: Any = plain_layer(layer)
+    plain = plain_layer(layer)
     eye_KK = torch.eye(entries, dtype=layer.alpha.dtype, device=layer.alpha.device)
     rows = eye_KK.repeat(groups, 1).view(-1, *layer.filters().shape[1:])
-    plain._parameters["weight"] = nn.Parameter(swap_channels(rows, groups) if isinstance(layer, TRANSPOSED) else rows)
+    plain._parameters["weight"] = nn.Parameter(swapped(layer, rows))
     plain._parameters["bias"] = None
-    return plain.forward
+    return plain

@@ -48,12 +48,7 @@ class ReadsKernel(StandardizedLayer):
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of the raw one."""
-        kernel = super().kernel()
-        return swap_channels(kernel, self._groups()) if isinstance(self, TRANSPOSED) else kernel
-
-    def _groups(self) -> int:
-        groups: Any = self.groups
-        return int(groups)
+        return swapped(self, super().kernel())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__bases__[1],), self.__dict__
@@ -103,14 +98,19 @@ def add_bias(layer: nn.Module) -> None:
 
 def filters_of(layer: nn.Module) -> Tensor:
     """The raw weight of a plain or a pws layer with one filter an entry of the leading dimension."""
-    weight, groups = layer._parameters["weight"], getattr(layer, "groups", 1)
+    weight = layer._parameters["weight"]
     assert weight is not None
-    return swap_channels(weight, groups) if isinstance(layer, TRANSPOSED) else weight
+    return swapped(layer, weight)
 
 
 @torch.no_grad()
 def set_filters(layer: nn.Module, filters: Tensor) -> None:
     """The inverse of `filters_of`."""
-    weight, groups = layer._parameters["weight"], getattr(layer, "groups", 1)
+    weight = layer._parameters["weight"]
     assert weight is not None
-    weight.copy_(swap_channels(filters, groups) if isinstance(layer, TRANSPOSED) else filters)
+    weight.copy_(swapped(layer, filters))
+
+
+def swapped(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """From the shape of the layer's weight to that of its filters, or back: the same, but for a transposed convolution."""
+    return swap_channels(tensor, int(layer.groups)) if isinstance(layer, TRANSPOSED) else tensor

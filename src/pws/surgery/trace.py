@@ -119,6 +119,11 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
     return follower.trace
 
 
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a layer is called with, by position or by name."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
 class _Follower(TorchFunctionMode):
     """Keeps a `Value` for every tensor."""
 
@@ -156,10 +161,10 @@ class _Follower(TorchFunctionMode):
     def hooks(self) -> Iterator[None]:
         handles = []
         for module in self.names:
-            handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave))
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         for module in self.writers:
-            handles.append(module.register_forward_pre_hook(self._write))
+            handles.append(module.register_forward_pre_hook(self._write, with_kwargs=True))
             handles.append(module.register_forward_hook(self._wrote))
         try:
             yield
@@ -167,10 +172,10 @@ class _Follower(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _write(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _write(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.inside:
             self.writing = True
-            norm = self._norm_of(inputs[0])
+            norm = self._norm_of(input_of(args, kwargs))
             if norm:
                 self.trace.in_place.setdefault(self.writers[module], set()).add(norm)
 
@@ -183,18 +188,19 @@ class _Follower(TorchFunctionMode):
         name = next(iter(value.sources), INPUT)
         return name if len(value.sources) == 1 and not value.steps and name in self.norm_inputs else None
 
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensor = input_of(args, kwargs)
         self.inside.append(module)
         self.used_own_weight = False
-        name, value = self.names[module], self.value(inputs[0])
+        name, value = self.names[module], self.value(tensor)
         self.trace.uses.append(Use(name, self.is_norm(module), value))
-        self.trace.dims[name] = inputs[0].dim()
+        self.trace.dims[name] = tensor.dim()
         self.take(name, value)
-        self._count(inputs[0])
+        self._count(tensor)
         if self.is_norm(module):
-            self.norm_inputs[name] = id(inputs[0])
+            self.norm_inputs[name] = id(tensor)
 
-    def _leave(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         self.inside.pop()
         layer = not self.is_norm(module)
         if layer and not self.used_own_weight:
@@ -202,7 +208,7 @@ class _Follower(TorchFunctionMode):
         # A norm's module may hold an activation: what follows it is as behind one.
         activation = None if layer else _activation_of(module)
         steps = frozenset({"activation"} if activation else ())
-        depth = self.value(inputs[0]).depth + layer
+        depth = self.value(input_of(args, kwargs)).depth + layer
         self.put(output, Value(frozenset({self.names[module]}), steps, activation, depth))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,6 +1,6 @@
 """A converted model that computes nearly what the trained one did.
 
-In eval mode a BatchNorm is a scale and a shift a channel. Right behind a layer they are taken over by its alpha and bias;
+In eval mode a BatchNorm is a scale and a shift a channel. Right behind a layer they go into its weight and bias;
 elsewhere they stay, as a depthwise 1x1 convolution. Centring a filter `w` loses `m sum(x)`, the patch's sum times the filter's
 mean `m`. So each layer gets the zero-mean filters that come nearest to what the trained layer gave on the example
 (`pws.surgery.nearest`), in the order of execution: each makes up for what those before it changed in its inputs.
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from pws.diagnosis.batch import tensors_in
+from pws.errors import PwsError
 from pws.layers import StandardizedLayer
 from pws.surgery.calibrate import evaluated, hooked
 from pws.surgery.nearest import nearest_filters
 from pws.surgery.standardized import filters_of, set_filters
+from pws.surgery.trace import input_of
 
 Forward = Callable[[nn.Module], Any]
 Affine = tuple[Tensor, Tensor]
@@ -46,7 +48,7 @@ def match(
     wanted: dict[str, Tensor] = {}
     names = {original.get_submodule(name): name for name in targets}
 
-    def record(module: nn.Module, _: object, output: Tensor) -> None:
+    def record(module: nn.Module, _: object, __: object, output: Tensor) -> None:
         affine = targets[names[module]]
         weight: Any = module.weight
         channel_last = output.movedim(1 - weight.dim(), -1)
@@ -59,7 +61,7 @@ def match(
     layers = {converted.get_submodule(name): name for name in targets}
     fitted: set[nn.Module] = set()
 
-    def fit(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def fit(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         assert isinstance(layer, StandardizedLayer)
         if layer in fitted:
             return output
@@ -67,13 +69,30 @@ def match(
         name, trained_OK = layers[layer], layer.filters().flatten(1)
         affine = targets[name]
         trained_OK = trained_OK if affine is None else trained_OK * affine[0][:, None]
-        result = nearest_filters(layer, inputs[0], wanted.pop(name), trained_OK)
+        inputs = input_of(args, kwargs)
+        _check_finite(name, inputs, wanted[name])
+
+        def call(module: nn.Module, some: Tensor) -> Tensor:
+            # Transposed convolutions are given an output_size too.
+            named = {key: some if value is inputs else value for key, value in kwargs.items()}
+            result: Tensor = module.forward(*(some if value is inputs else value for value in args), **named)
+            return result
+
+        result = nearest_filters(layer, inputs, wanted.pop(name), trained_OK, call)
         if progress is not None:
             progress(len(fitted), len(targets))
         return result
 
     with evaluated(converted), hooked(list(layers), fit):
         forward(converted)
+
+
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise PwsError(
+            f"a warm start keeps what a trained model computes, which must be finite; at layer {name!r} it is not, on the "
+            "example. The checkpoint's weights or a norm's running statistics hold NaN or infinity: look for them there."
+        )
 
 
 def affine_of(norm: nn.Module) -> Affine | None:

@@ -110,9 +110,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise PwsError(f"{path}: the first row must be none, which all ratios are to; got {content['rows'][0]!r}.")
     content = {"title": path.stem, **DEFAULTS, **content}
     for key, default in DEFAULTS.items():
-        if not isinstance(content[key], type(default) | int) or content[key] <= 0:
+        value = content[key]
+        if isinstance(value, bool) or not isinstance(value, type(default) | int) or not 0 < value < float("inf"):
             kind = "a whole number" if isinstance(default, int) else "a number"
-            raise PwsError(f"{path}: {key} must be {kind} above 0; got {content[key]!r}. Usual: {default:g}.")
+            raise PwsError(f"{path}: {key} must be {kind} above 0; got {value!r}. Usual: {default:g}.")
     return content
 
 
