@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
+from backends import HERE, INTERPRETED, device_of
 from tolerances import assert_close
 from torch import Tensor
 from torch.autograd import grad
@@ -23,21 +24,10 @@ from pws import kernels
 from pws.kernels import registry
 from pws.kernels.operators import standardize_rows, standardize_rows_backward
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = ["triton"] if INTERPRETED else ["aten", "cpu", *(["triton"] if torch.cuda.is_available() else [])]
 SHAPES = [(1, 2), (3, 9), (64, 27), (7, 1023), (5, 4608), (2, 25088)]
 SHAPES += [(40, 9)] if INTERPRETED else [(4096, 2), (4096, 9)]
+TOGETHER = str(Path(__file__).with_name("test_together.py"))
 HALF = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=HERE)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use(request.param):
-        yield request.param
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and not INTERPRETED else "cpu"
 
 
 def row_of(dtype: torch.dtype) -> str:
@@ -285,7 +275,7 @@ except pws.PwsError as error:
 def test_the_triton_kernels_in_tritons_interpreter() -> None:
     """The tests above once more, for triton on the CPU: the interpreter has to be there when triton is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, TOGETHER],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

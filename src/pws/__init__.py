@@ -8,6 +8,7 @@ from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d,
 from pws.param_groups import param_groups
 from pws.standardize import standardize
 from pws.surgery import Plan, calibrate, convert, fold, plan
+from pws.together import standardize_together
 
 __all__ = [
     "PAPER_GAIN",
@@ -33,5 +34,6 @@ __all__ = [
     "param_groups",
     "plan",
     "standardize",
+    "standardize_together",
     "variance_preserving_gain",
 ]

@@ -69,9 +69,13 @@ def standardize(
 
 def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
     """`standardize` of arguments that are known to be right."""
+    return kernel_of(weight, alpha, *constants(weight, gain, gamma, relative_gamma), result_dtype(weight))
+
+
+def constants(weight: Tensor, gain: float, gamma: float, relative_gamma: bool) -> tuple[float, float]:
+    """The factor `c` of a kernel, and what is added to the variance."""
     fan_in = weight.shape[1:].numel()
-    eps = gamma * 2 / fan_in if relative_gamma else gamma
-    return kernel_of(weight, alpha, gain * fan_in**-0.5, eps, _result_dtype(weight))
+    return gain * fan_in**-0.5, gamma * 2 / fan_in if relative_gamma else gamma
 
 
 def check_fan_in(weight: Tensor) -> int:
@@ -92,7 +96,8 @@ def check_gamma(gamma: float) -> None:
         raise PwsError(f"gamma is added to a variance and must be finite and at least 0; got {gamma!r}. Usual: 1e-3.")
 
 
-def _result_dtype(weight: Tensor) -> torch.dtype:
+def result_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the kernel: the weight's, or autocast's where that is enabled."""
     # Autocast leaves float64 alone, and so do we.
     device = weight.device.type
     if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device):

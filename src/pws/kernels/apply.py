@@ -12,15 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pws.kernels import aten
+from pws.kernels import aten, together
 from pws.kernels.backend import Backend
+from pws.kernels.observed import is_observed
 from pws.kernels.operators import Standardize, gradients
 from pws.kernels.owners import SOLE, owners
 from pws.kernels.registry import choose
-
-_PLAIN = (Tensor, nn.Parameter)
+from pws.kernels.rows import order_of, rows_of, unrolled
 
 
 def kernel_of(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor:
@@ -28,34 +28,15 @@ def kernel_of(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dt
     if torch.compiler.is_compiling():
         # A compiler fuses stock operators with what stands around them; an operator of ours it could only call.
         return aten.composed(weight, alpha_O, c, gamma, dtype)
-    # The statistics of a filter do not care about the order of its entries: any dense layout (channels_last) is rows in the
-    # order of its memory, and keeps that order in the result.
-    order = None if weight.is_contiguous() else [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
-    if _is_observed(weight) or (alpha_O is not None and _is_observed(alpha_O)):
-        rows_OK: Tensor = Standardize.apply(_rows(weight, order), alpha_O, c, gamma, dtype)[0]
-        return _unrolled(rows_OK, weight.shape, order)
+    prepared = together.take(weight, alpha_O, c, gamma, dtype)
+    if prepared is not None:
+        return prepared
+    order = order_of(weight)
+    if is_observed(weight) or (alpha_O is not None and is_observed(alpha_O)):
+        rows_OK: Tensor = Standardize.apply(rows_of(weight, order), alpha_O, c, gamma, dtype)[0]
+        return unrolled(rows_OK, weight.shape, order)
     direct: Callable[..., Tensor] = _Direct.apply
     return direct(weight, alpha_O, c, gamma, dtype, order)
-
-
-def _rows(tensor: Tensor, order: list[int] | None) -> Tensor:
-    ordered = tensor if order is None else tensor.permute(order)
-    return ordered.reshape(len(ordered), -1)
-
-
-def _unrolled(rows_OK: Tensor, shape: torch.Size, order: list[int] | None) -> Tensor:
-    if order is None:
-        return rows_OK.view(shape)
-    return rows_OK.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
-
-
-def _is_observed(tensor: Tensor) -> bool:
-    return (
-        type(tensor) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-    )
 
 
 class _Direct(torch.autograd.Function):
@@ -71,12 +52,12 @@ class _Direct(torch.autograd.Function):
         dtype: torch.dtype,
         order: list[int] | None,
     ) -> Tensor:
-        weight_OK = _rows(weight, order)
+        weight_OK = rows_of(weight, order)
         backend = choose(weight_OK)
         kernel_OK, mean_O, rstd_O = backend.forward(weight_OK, alpha_O, c, gamma, dtype)
         ctx.backend, ctx.c, ctx.gamma, ctx.order = backend, c, gamma, order
         ctx.save_for_backward(weight, alpha_O, mean_O, rstd_O)
-        return _unrolled(kernel_OK, weight.shape, order)
+        return unrolled(kernel_OK, weight.shape, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
@@ -85,6 +66,6 @@ class _Direct(torch.autograd.Function):
         backward = backend.backward
         if backend.overwriting is not None and SOLE is not None and owners(grad) == SOLE:
             backward = backend.overwriting
-        rows = (_rows(weight, ctx.order), alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
-        grad_weight_OK, grad_alpha_O = gradients(backward, _rows(grad, ctx.order), *rows)
-        return _unrolled(grad_weight_OK, weight.shape, ctx.order), grad_alpha_O, None, None, None, None
+        rows = (rows_of(weight, ctx.order), alpha_O, mean_O, rstd_O, ctx.c, ctx.gamma)
+        grad_weight_OK, grad_alpha_O = gradients(backward, rows_of(grad, ctx.order), *rows)
+        return unrolled(grad_weight_OK, weight.shape, ctx.order), grad_alpha_O, None, None, None, None

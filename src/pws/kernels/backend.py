@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,32 @@ class Backward(Protocol):
         """The gradient of the weight, in its dtype, and that of an alpha `(O,)`, in the statistics' dtype."""
 
 
+class Job(NamedTuple):
+    """One layer's standardization, beside others to be done in one go."""
+
+    weight: Tensor
+    """`(O, ...)`, in any dense layout."""
+    alpha: Tensor | None
+    c: float
+    gamma: float
+
+
+class ForwardTogether(Protocol):
+    """From the weights of all layers to their kernels."""
+
+    def __call__(self, jobs: Sequence[Job], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """The kernels in `dtype`, in the shapes and layouts of the weights; and what the backward pass needs to be saved."""
+
+
+class BackwardTogether(Protocol):
+    """From the gradients of all kernels to those of the weights and alphas."""
+
+    def __call__(
+        self, grads: Sequence[Tensor | None], jobs: Sequence[Job], saved: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor | None] | None]:
+        """As `Backward`, in the dtypes of weight and alpha, for each layer; None where a kernel got no gradient."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation."""
@@ -42,3 +68,6 @@ class Backend:
     """Why it can't serve this weight; None if it can."""
     overwriting: Backward | None = None
     """The backward pass for a gradient that nobody needs afterwards: its memory may hold the result."""
+    forward_together: ForwardTogether | None = None
+    """All layers in one launch; None: a call a layer."""
+    backward_together: BackwardTogether | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pws.layers import StandardizedLayer
+from pws.together import remove_hooks
 
 _OURS = ("alpha", "gamma", "relative_gamma", "gain")
 
@@ -33,6 +34,7 @@ def fold(model: nn.Module) -> nn.Module:
         return folded.get(module, module)
 
     result = deepcopy(model)
+    remove_hooks(result)
     for parent in list(result.modules()):
         for name, child in parent._modules.items():
             if child is not None:

@@ -68,6 +68,7 @@ class Here:
         """See `Contestant`."""
         with backend_of(self.row):
             if torch.cuda.is_available():
+                self._step.model.zero_grad()  # a step starts by letting go of the gradients of the one before
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 self._step.run()
@@ -110,6 +111,7 @@ def contestants_of(rows: Sequence[str]) -> Iterator[Mapping[str, Contestant]]:
     """Each of `rows`: on a GPU in this process, where torch's own allocator serves all, on a CPU in one of its own. Processes
     start side by side: they spend seconds importing torch."""
     if torch.cuda.is_available():
+        torch.compiler.reset()  # it compiles one class for eight models at most, and runs any further ones as they are
         yield {row: Here(row) for row in rows}
         return
     apart = {row: Apart(row) for row in rows}

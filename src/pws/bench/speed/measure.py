@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pws.bench.speed.contestants import Contestant, contestants_of
-from pws.bench.speed.networks import BACKENDS
+from pws.bench.speed.networks import BACKENDS, TOGETHER
 from pws.bench.speed.suite import Case, Suite
 
 ROUNDS: Final = (3, 200)
@@ -28,7 +28,8 @@ class Measured:
 
 def rows_of(case: Case, rows: Sequence[str]) -> list[str]:
     """Those of `rows` that differ in this case: a compiled or folded network does not use the kernel backends."""
-    return [row for row in rows if row not in BACKENDS or not (case.compile or case.task == "inference")]
+    same = (*BACKENDS, TOGETHER) if case.compile or case.task == "inference" else ()
+    return [row for row in rows if row not in same]
 
 
 def measure_case(case: Case, suite: Suite, say: Callable[[str], None]) -> dict[str, Measured]:

@@ -14,16 +14,20 @@ from pws import kernels
 from pws.errors import UnknownNameError
 from pws.methods import METHODS, Method, build_method
 from pws.models import MODELS, build_model, model_of
+from pws.together import standardize_together
 
 FORMULA: Final = "formula"
 BACKENDS: Final = {f"pws {name}": name for name in kernels.BACKENDS}
 """Rows that are `pws` with one kernel backend."""
+TOGETHER: Final = "pws together"
+"""The row that is `pws` with `pws.standardize_together`."""
 
 
 def check_row(row: str) -> None:
-    """Raise `UnknownNameError` unless `row` names a method, the formula or pws with a backend."""
-    if row not in METHODS and row != FORMULA and row not in BACKENDS:
-        raise UnknownNameError("row of a suite", row, [*METHODS, FORMULA, *BACKENDS])
+    """Raise `UnknownNameError` unless `row` names a method, the formula or pws in one of its ways."""
+    known = [*METHODS, FORMULA, *BACKENDS, TOGETHER]
+    if row not in known:
+        raise UnknownNameError("row of a suite", row, known)
 
 
 @contextmanager
@@ -36,10 +40,14 @@ def backend_of(row: str) -> Iterator[None]:
 def network(model: str, row: str, width: float = 1.0) -> nn.Module:
     """The architecture `model` with the method of `row`, 1000 classes."""
     torch.manual_seed(0)
-    method = _formula() if row == FORMULA else build_method("pws" if row in BACKENDS else row)
+    method = _formula() if row == FORMULA else build_method("pws" if row in (*BACKENDS, TOGETHER) else row)
     if model in MODELS:
-        return build_model(model, method, num_classes=1000, width=width)
-    return _swap(model_of(model), method)
+        built: nn.Module = build_model(model, method, num_classes=1000, width=width)
+    else:
+        built = _swap(model_of(model), method)
+    if row == TOGETHER:
+        standardize_together(built)
+    return built
 
 
 class FormulaConv2d(nn.Conv2d):
