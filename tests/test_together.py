@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 import pws
 from pws import kernels
-from pws.kernels import together
 
 
 class Widen(nn.Module):
@@ -97,10 +96,10 @@ def test_it_is_used_and_let_go_of(backend: str, images: Tensor) -> None:
     assert len(seen) == len(layers) + 1  # one is used twice
     assert len(set(seen)) == 1
     assert "_Together" in type(seen[0]).__name__
-    assert not together._here.kernels
+    assert all(layer.prepared is None for layer in layers)
     with pytest.raises(RuntimeError):
         model(images[:, :2])
-    assert not together._here.kernels
+    assert all(layer.prepared is None for layer in layers)
 
 
 def test_each_pass_sees_the_weights_of_its_time(backend: str, images: Tensor) -> None:

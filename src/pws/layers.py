@@ -3,7 +3,7 @@
 Each class takes the arguments of its parent in torch.nn, then keyword-only `gamma`, `relative_gamma` and `gain`, and
 behaves like the parent in everything else. Parameters: `weight` (the parent's shape, Kaiming normal for ReLU), `alpha`
 `(out_channels,)` at 1 and `bias` (the paper's beta) at 0. There are no buffers and nothing is cached: the kernel is
-computed from the parameters in every call, so a copy, a cast or a loaded checkpoint can never leave a stale one.
+computed from the parameters in every forward pass, so a copy, a cast or a loaded checkpoint can never leave a stale one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from pws.gain import resolve_gain
+from pws.kernels.together import Prepared
 from pws.standardize import check_fan_in, check_gamma, scaled
 
 Layer = TypeVar("Layer", bound=type["StandardizedLayer"])
@@ -53,6 +54,8 @@ class StandardizedLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     alpha: nn.Parameter
+    prepared: Prepared | None = None
+    """The kernel, during a forward pass for which `standardize_together` has computed it."""
 
     def __init__(
         self,
@@ -76,6 +79,8 @@ class StandardizedLayer(nn.Module):
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of `weight`: what the layer convolves with."""
+        if self.prepared is not None and self.prepared.serves(self._parameters):
+            return self.prepared.kernel
         return scaled(self.filters(), self.alpha, self.gain, self.gamma, self.relative_gamma)
 
     def reset_parameters(self) -> None:

@@ -7,12 +7,12 @@ We differ in one place: the constant c is `gain / sqrt(fan_in)` with any gain, n
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pws.errors import PwsError, ShapeError
 from pws.gain import resolve_gain
 from pws.kernels.apply import kernel_of
+from pws.kernels.autocast import result_dtype
 
 
 def standardize(
@@ -94,12 +94,3 @@ def check_gamma(gamma: float) -> None:
     """Raise `PwsError` unless gamma can stand inside the root."""
     if not 0 <= gamma < float("inf"):
         raise PwsError(f"gamma is added to a variance and must be finite and at least 0; got {gamma!r}. Usual: 1e-3.")
-
-
-def result_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype of the kernel: the weight's, or autocast's where that is enabled."""
-    # Autocast leaves float64 alone, and so do we.
-    device = weight.device.type
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return weight.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

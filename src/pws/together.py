@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, Final
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
 
 from pws.errors import PwsError
-from pws.kernels.backend import Job
-from pws.kernels.together import forget, prepare
+from pws.kernels.backend import Job, Plan
+from pws.kernels.observed import is_plain, somebody_observes
+from pws.kernels.registry import chosen
+from pws.kernels.rows import is_dense
+from pws.kernels.together import plan_for, prepare
 from pws.layers import StandardizedLayer
-from pws.standardize import constants, result_dtype
+from pws.standardize import constants
 
 
 class Together:
@@ -35,22 +40,70 @@ class Hooks:
 
     def __init__(self, layers: list[StandardizedLayer]) -> None:
         self.layers = layers
+        self._groups: list[_Group] = []
+        self._planned: list[tuple[Any, ...]] = []
+        """What `_groups` were made from."""
 
     def before(self, *_: Any) -> None:
-        """Compute the kernels, those of a device and its dtypes in one go."""
-        if torch.compiler.is_compiling() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        """Compute the kernels."""
+        if torch.compiler.is_compiling() or _captures() or somebody_observes():
             return  # a compiler fuses the formula itself, and a graph's launches cost no Python
-        groups = defaultdict(list)
-        for layer in self.layers:
-            weight = layer.filters()
-            job = Job(weight, layer.alpha, *constants(weight, layer.gain, layer.gamma, layer.relative_gamma))
-            groups[weight.device, weight.dtype, layer.alpha.dtype].append(job)
-        for jobs in groups.values():
-            prepare(jobs, result_dtype(jobs[0].weight))
+        pairs = [(layer._parameters["weight"], layer._parameters["alpha"]) for layer in self.layers]
+        if not all(map(_is_usual, chain.from_iterable(pairs))):
+            return
+        now = [(chosen(), _stream(), *map(_place, pairs), *((x.gain, x.gamma, x.relative_gamma) for x in self.layers))]
+        if now != self._planned:
+            self._groups, self._planned = self._plan(), now
+        for group in self._groups:
+            group.prepare(pairs, self.layers)
 
     def after(self, *_: Any) -> None:
         """Let go of them."""
-        forget(layer.filters() for layer in self.layers)
+        for layer in self.layers:
+            layer.__dict__.pop("prepared", None)
+
+    def _plan(self) -> list[_Group]:
+        together = defaultdict(list)
+        for i, layer in enumerate(self.layers):
+            weight, alpha = layer.filters().detach(), layer.alpha.detach()
+            if is_dense(weight) and alpha.is_contiguous():
+                job = Job(weight, alpha, *constants(weight, layer.gain, layer.gamma, layer.relative_gamma))
+                together[weight.device, weight.dtype, alpha.dtype].append((i, job))
+        return [_Group([i for i, _ in group], plan_for([job for _, job in group])) for group in together.values()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "_groups": [], "_planned": []}  # plans are of one place in memory
+
+
+class _Group(NamedTuple):
+    """Layers of one device and the same dtypes."""
+
+    numbers: list[int]
+    plan: Plan
+
+    def prepare(self, pairs: Sequence[tuple[Any, Any]], layers: Sequence[StandardizedLayer]) -> None:
+        weights, alphas = zip(*(pairs[i] for i in self.numbers), strict=True)
+        for i, prepared in zip(self.numbers, prepare(self.plan, weights, alphas), strict=True):
+            layers[i].__dict__["prepared"] = prepared  # a module's own __setattr__ takes twenty times as long
+
+
+def _place(pair: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Where weight and alpha lie, and how."""
+    weight, alpha = pair
+    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), alpha.data_ptr(), alpha.dtype, alpha.stride()
+
+
+def _is_usual(tensor: Any) -> bool:
+    return is_plain(tensor) and not tensor.is_inference()
+
+
+def _captures() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def _stream() -> int | None:
+    """The tables of a plan are uploaded in one stream; another would not wait for them."""
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
 
 
 def standardize_together(model: nn.Module) -> Together:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pws.kernels import aten, together
+from pws.kernels import aten
 from pws.kernels.backend import Backend
-from pws.kernels.observed import is_observed
+from pws.kernels.observed import is_plain, somebody_observes
 from pws.kernels.operators import Standardize, gradients
 from pws.kernels.owners import SOLE, owners
 from pws.kernels.registry import choose
@@ -28,11 +28,8 @@ def kernel_of(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dt
     if torch.compiler.is_compiling():
         # A compiler fuses stock operators with what stands around them; an operator of ours it could only call.
         return aten.composed(weight, alpha_O, c, gamma, dtype)
-    prepared = together.take(weight, alpha_O, c, gamma, dtype)
-    if prepared is not None:
-        return prepared
     order = order_of(weight)
-    if is_observed(weight) or (alpha_O is not None and is_observed(alpha_O)):
+    if somebody_observes() or not (is_plain(weight) and is_plain(alpha_O)):
         rows_OK: Tensor = Standardize.apply(rows_of(weight, order), alpha_O, c, gamma, dtype)[0]
         return unrolled(rows_OK, weight.shape, order)
     direct: Callable[..., Tensor] = _Direct.apply

@@ -32,29 +32,33 @@ class Backward(Protocol):
 
 
 class Job(NamedTuple):
-    """One layer's standardization, beside others to be done in one go."""
+    """One layer's standardization, beside others that are done together."""
 
     weight: Tensor
-    """`(O, ...)`, in any dense layout."""
-    alpha: Tensor | None
+    """`(O, ...)`: the entries of a filter next to each other in memory, in any order."""
+    alpha: Tensor
+    """`(O,)`, contiguous."""
     c: float
     gamma: float
 
 
-class ForwardTogether(Protocol):
-    """From the weights of all layers to their kernels."""
+class Plan(Protocol):
+    """The standardization of many layers together: of one device, one dtype of weights and one of alphas."""
 
-    def __call__(self, jobs: Sequence[Job], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    jobs: Sequence[Job]
+
+    def __init__(self, jobs: Sequence[Job]) -> None: ...
+
+    def forward(self, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The kernels in `dtype`, in the shapes and layouts of the weights; and what the backward pass needs to be saved."""
 
+    def backward(
+        self, grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """The gradients of the weights and of the alphas; None where a kernel got none."""
 
-class BackwardTogether(Protocol):
-    """From the gradients of all kernels to those of the weights and alphas."""
-
-    def __call__(
-        self, grads: Sequence[Tensor | None], jobs: Sequence[Job], saved: Sequence[Tensor]
-    ) -> list[tuple[Tensor, Tensor | None] | None]:
-        """As `Backward`, in the dtypes of weight and alpha, for each layer; None where a kernel got no gradient."""
+    def is_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these weights, then alphas, lie where those of the jobs lay."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,5 @@ class Backend:
     """Why it can't serve this weight; None if it can."""
     overwriting: Backward | None = None
     """The backward pass for a gradient that nobody needs afterwards: its memory may hold the result."""
-    forward_together: ForwardTogether | None = None
-    """All layers in one launch; None: a call a layer."""
-    backward_together: BackwardTogether | None = None
+    plan: type[Plan] | None = None
+    """For all layers in one launch; None: a call a layer."""

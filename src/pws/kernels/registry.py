@@ -47,6 +47,11 @@ def use(name: str | None) -> Iterator[None]:
         _chosen = before
 
 
+def chosen() -> str | None:
+    """What `use` says."""
+    return None if _chosen is None else _chosen.name
+
+
 def load(name: str) -> Backend:
     """The backend called `name`.
 

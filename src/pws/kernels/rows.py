@@ -28,3 +28,9 @@ def unrolled(rows_OK: Tensor, shape: torch.Size, order: list[int] | None) -> Ten
     if order is None:
         return rows_OK.view(shape)
     return rows_OK.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+
+
+def is_dense(weight: Tensor) -> bool:
+    """Whether the entries of each filter lie next to each other in memory, in whatever order."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim(), torch.contiguous_format)
+    return weight.is_contiguous() or weight.is_contiguous(memory_format=last)

@@ -1,133 +1,134 @@
-"""The kernels of many layers in one go, before the forward pass that uses them.
+"""The kernels of many layers in one go, for the forward pass that follows.
 
-On a GPU a small layer's standardization takes a few microseconds, and Python takes twenty times that to launch it. In one go it
-is one launch for all layers, and one Python call. What `prepare` computed serves the calls of `kernel_of` that ask for just
-that, in the same thread, until `forget`; any other call computes for itself.
+On a GPU the standardization of a layer takes a few microseconds, and Python takes a hundred times that to ask for it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pws.kernels.backend import Backend, Job
-from pws.kernels.observed import is_observed
+from pws.kernels.autocast import result_dtype
+from pws.kernels.backend import Backend, Job, Plan
 from pws.kernels.operators import gradients
 from pws.kernels.registry import choose
 from pws.kernels.rows import order_of, rows_of, unrolled
 
 
-class _Prepared(NamedTuple):
-    job: Job
-    state: tuple[Any, ...]
-    kernel: Tensor
+class Prepared:
+    """A kernel computed for the forward pass that is going on."""
+
+    __slots__ = ("_alpha", "_circumstances", "_versions", "_weight", "kernel")
+
+    def __init__(self, kernel: Tensor, weight: Tensor, alpha: Tensor, circumstances: tuple[Any, ...]) -> None:
+        self.kernel = kernel
+        self._weight, self._alpha, self._circumstances = weight, alpha, circumstances
+        self._versions = (weight._version, alpha._version)
+
+    def serves(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        """Whether a layer of `parameters` would compute just this kernel now."""
+        weight, alpha = parameters["weight"], parameters["alpha"]
+        return (
+            weight is self._weight
+            and alpha is self._alpha
+            and self._versions == (self._weight._version, self._alpha._version)
+            and self._circumstances == _circumstances(self._weight)
+        )
 
 
-class _Thread(threading.local):
-    """What is prepared, by the weight's id: kept alive by its job, so the id is its own."""
-
-    def __init__(self) -> None:
-        self.kernels: dict[int, _Prepared] = {}
-
-
-_here = _Thread()
+def prepare(plan: Plan, weights: Sequence[Tensor], alphas: Sequence[Tensor]) -> list[Prepared]:
+    """The kernels of `weights` and `alphas`, which lie where `plan` says."""
+    circumstances = _circumstances(weights[0])
+    kernels = _Together.apply(plan, result_dtype(weights[0]), *weights, *alphas)
+    return [Prepared(*three, circumstances) for three in zip(kernels, weights, alphas, strict=True)]
 
 
-def prepare(jobs: Sequence[Job], dtype: torch.dtype) -> None:
-    """Compute the kernels of `jobs`, of one device and one dtype of weights, for `take`; nothing where somebody wants to see
-    each operator."""
-    if any(map(is_observed, (tensor for job in jobs for tensor in job[:2] if tensor is not None))):
-        return
-    weights, alphas = [job.weight for job in jobs], [job.alpha for job in jobs]
-    kernels = _Together.apply([job[2:] for job in jobs], dtype, *weights, *alphas)
-    for job, kernel in zip(jobs, kernels, strict=True):
-        _here.kernels[id(job.weight)] = _Prepared(job, _state(job.weight, job.alpha), kernel)
+def plan_for(jobs: Sequence[Job]) -> Plan:
+    """A plan of the backend in use."""
+    backend = choose(rows_of(jobs[0].weight, order_of(jobs[0].weight)))
+    return backend.plan(jobs) if backend.plan else _LayerByLayer(jobs, backend)
 
 
-def forget(weights: Iterable[Tensor]) -> None:
-    """Let go of what `prepare` computed."""
-    for weight in weights:
-        _here.kernels.pop(id(weight), None)
-
-
-def take(weight: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype) -> Tensor | None:
-    """The prepared kernel for this call; None if there is none."""
-    if not _here.kernels or id(weight) not in _here.kernels:
-        return None
-    job, state, kernel = _here.kernels[id(weight)]
-    asked = job.alpha is alpha_O and job[2:] == (c, gamma) and kernel.dtype == dtype
-    return kernel if asked and state == _state(weight, alpha_O) else None
-
-
-def _state(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What has to be the same for a prepared kernel to serve: the values; whether gradients flow; and who packs saved tensors,
-    for what checkpointing computes again must be computed inside its region."""
-    versions = [None if t is None or t.is_inference() else t._version for t in tensors]
-    return (*versions, torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True))
+def _circumstances(weight: Tensor) -> tuple[Any, ...]:
+    """What has to be the same for a prepared kernel to serve, beside values: the thread, whose graph it is in; whether
+    gradients flow; who packs saved tensors, for what checkpointing computes again must be computed inside its region; and the
+    dtype."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return threading.get_ident(), torch.is_grad_enabled(), hooks, result_dtype(weight)
 
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, settings: list[tuple[float, float]], dtype: torch.dtype, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        jobs = _jobs(tensors, settings)
-        backend = choose(rows_of(jobs[0].weight, order_of(jobs[0].weight)))
-        kernels, saved = (backend.forward_together or _Each(backend).forward)(jobs, dtype)
+    def forward(ctx: Any, plan: Plan, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        kernels, saved = plan.forward(dtype)
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.settings = backend, settings
+        ctx.plan = plan
         ctx.save_for_backward(*tensors, *saved)
         return tuple(kernels)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, saved = ctx.saved_tensors[: 2 * len(grads)], ctx.saved_tensors[2 * len(grads) :]
-        jobs = _jobs(tensors, ctx.settings)
-        backend: Backend = ctx.backend
-        backward = backend.backward_together or _Each(backend).backward
-        if torch.is_grad_enabled():  # the gradients are to be differentiated again, which needs no statistics
-            backward, saved = _Each(backend).backward, [None] * (2 * len(grads))
-        found = [pair or (None, None) for pair in backward(grads, jobs, saved)]
-        return None, None, *(of_weight for of_weight, _ in found), *(of_alpha for _, of_alpha in found)
+        n, plan = 2 * len(grads), ctx.plan
+        tensors, saved = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        if torch.is_grad_enabled():  # the gradients are to be differentiated again, in operators that have a derivative
+            plan, saved = _LayerByLayer(_moved(plan.jobs, tensors)), [None] * n
+        elif not plan.is_for(tensors):
+            plan = plan_for(_moved(plan.jobs, tensors))
+        of_weights, of_alphas = plan.backward(grads, saved)
+        return None, None, *of_weights, *of_alphas
 
 
-def _jobs(tensors: Sequence[Any], settings: Sequence[tuple[float, float]]) -> list[Job]:
-    n = len(settings)
-    return [Job(w, a, *both) for w, a, both in zip(tensors[:n], tensors[n:], settings, strict=True)]
+def _moved(jobs: Sequence[Job], tensors: Sequence[Tensor]) -> list[Job]:
+    """The jobs, for these weights and alphas."""
+    n = len(jobs)
+    return [Job(w, a, *job[2:]) for job, w, a in zip(jobs, tensors[:n], tensors[n:], strict=True)]
 
 
-class _Each:
-    """A backend that knows one layer at a time."""
+class _LayerByLayer:
+    """For backends that know one layer at a time."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, jobs: Sequence[Job], backend: Backend | None = None) -> None:
+        self.jobs = jobs
+        self._backend = backend
+        self._orders = [order_of(job.weight) for job in jobs]
 
-    def forward(self, jobs: Sequence[Job], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-        """`ForwardTogether`; saves the means of all layers, then their reciprocal roots."""
-        orders = [order_of(job.weight) for job in jobs]
-        outputs = [
-            self.backend.forward(rows_of(job.weight, order), *job[1:], dtype)
-            for job, order in zip(jobs, orders, strict=True)
-        ]
-        kernels = [unrolled(out[0], job.weight.shape, o) for out, job, o in zip(outputs, jobs, orders, strict=True)]
-        return kernels, [statistic for i in (1, 2) for statistic in (out[i] for out in outputs)]
+    def forward(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Plan`; saves the means of all layers, then their reciprocal roots."""
+        assert self._backend
+        kernels, means, rstds = [], [], []
+        for (weight, *others), order in zip(self.jobs, self._orders, strict=True):
+            kernel_OK, mean_O, rstd_O = self._backend.forward(rows_of(weight, order), *others, dtype)
+            kernels.append(unrolled(kernel_OK, weight.shape, order))
+            means.append(mean_O)
+            rstds.append(rstd_O)
+        return kernels, means + rstds
 
     def backward(
-        self, grads: Sequence[Tensor | None], jobs: Sequence[Job], saved: Sequence[Tensor]
-    ) -> list[tuple[Tensor, Tensor | None] | None]:
-        """`BackwardTogether`."""
-        n = len(jobs)
-        found: list[tuple[Tensor, Tensor | None] | None] = []
-        for grad, job, mean_O, rstd_O in zip(grads, jobs, saved[:n], saved[n:], strict=True):
-            if grad is None:
-                found.append(None)
-                continue
-            order = order_of(job.weight)
-            rows = (rows_of(job.weight, order), job.alpha, mean_O, rstd_O, job.c, job.gamma)
-            of_weight, of_alpha = gradients(self.backend.backward, rows_of(grad, order), *rows)
-            found.append((unrolled(of_weight, job.weight.shape, order), of_alpha))
-        return found
+        self, grads: Sequence[Tensor | None], saved: Sequence[Any]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """See `Plan`."""
+        n = len(self.jobs)
+        of_weights: list[Tensor | None] = [None] * n
+        of_alphas: list[Tensor | None] = [None] * n
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                (weight, alpha, *constants), order = self.jobs[i], self._orders[i]
+                rows = (rows_of(grad, order), rows_of(weight, order), alpha, saved[i], saved[n + i], *constants)
+                of_rows, of_alphas[i] = gradients(self._backend and self._backend.backward, *rows)
+                of_weights[i] = unrolled(of_rows, weight.shape, order)
+        return of_weights, of_alphas
+
+    def is_for(self, tensors: Sequence[Tensor]) -> bool:
+        """See `Plan`."""
+        n = len(self.jobs)
+        return (
+            all(t is job[0] for t, job in zip(tensors[:n], self.jobs))
+            and all(  # noqa: B905
+                t is job[1]
+                for t, job in zip(tensors[n:], self.jobs)  # noqa: B905
+            )
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pws.kernels.backend import Backend
 from pws.kernels.triton_rows import backward_row, forward_row
-from pws.kernels.triton_together import backward_together, forward_together
+from pws.kernels.triton_together import TritonPlan
 
 LARGEST_BLOCK: Final = 8192
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,4 +95,4 @@ def _refusal(weight_OK: Tensor) -> str | None:
     return None
 
 
-TRITON = Backend("triton", forward, backward, _refusal, None, forward_together, backward_together)
+TRITON = Backend("triton", forward, backward, _refusal, None, TritonPlan)

@@ -1,15 +1,13 @@
 """All layers in one launch each way.
 
-The kernel finds its layer by the number of its filter, and the layer's memory by its address, in tables on the GPU. A table is
-uploaded once for the same contents: addresses repeat from step to step, since the allocator hands out the same memory.
+The kernel finds its layer by the number of its filter, and the layer's memory by its address, in tables on the GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Final
+from typing import Final
 
 import torch
 import triton
@@ -22,6 +20,7 @@ from pws.kernels.triton_rows import backward_row, forward_row
 ALIGNED: Final = 64
 """Entries to which each layer's part of a buffer is aligned: convolutions are slower on memory that is not."""
 WARPS: Final = 4
+MOST_TABLES: Final = 64
 TYPES: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -38,11 +37,8 @@ def _place(layer_of_row, places):
 
 @triton.jit
 def _scale(c, alphas, layer, o, alpha_type: tl.constexpr):
-    address = tl.load(alphas + layer)
-    alpha = 1.0
-    if address != 0:
-        alpha = tl.load(address.to(tl.pointer_type(alpha_type)) + o).to(tl.float32)
-    return c * alpha
+    alpha = tl.load(alphas + layer).to(tl.pointer_type(alpha_type))
+    return c * tl.load(alpha + o).to(tl.float32)
 
 
 @triton.jit
@@ -96,123 +92,96 @@ def _backward_layers(grads, weights, alphas, layer_of_row, places, constants, me
     tl.store(grad_alphas + row, c * along)
 
 
-def forward_together(jobs: Sequence[Job], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """`kernel = c alpha h`, `h = (w - m) / sqrt(v + gamma)`, for all layers."""
-    jobs = _dense(jobs)
-    layout, device = _layout(jobs), jobs[0].weight.device
-    kernels = torch.empty(layout.entries, dtype=dtype, device=device)
-    mean, rstd = torch.empty(2, layout.rows, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(kernels):
-        _forward_layers[(layout.rows,)](
-            *(*_weights_and_alphas(jobs), *layout.tables(device, _stream(device)), kernels, mean, rstd),
-            **_types(jobs),
-            num_warps=WARPS,
+class TritonPlan:
+    """See `pws.kernels.backend.Plan`."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        weights, alphas = [job.weight for job in jobs], [job.alpha for job in jobs]
+        self._device = weights[0].device
+        self._addresses = [t.data_ptr() for t in (*weights, *alphas)]
+        self._types = {"weight_type": TYPES[weights[0].dtype], "alpha_type": TYPES[alphas[0].dtype]}
+        self._filters = [len(w) for w in weights]
+        padded = [-(-w.numel() // ALIGNED) * ALIGNED for w in weights]
+        starts = [0, *accumulate(padded)]
+        self._entries, self._rows = starts.pop(), sum(self._filters)
+        self._parts = [(w.shape, w.stride(), start) for w, start in zip(weights, starts, strict=True)]
+        self._strides: list[tuple[int, ...]] = [w.stride() for w in weights]
+        firsts = accumulate([0, *self._filters[:-1]])
+        places = [(first, w[0].numel(), start) for first, w, start in zip(firsts, weights, starts, strict=True)]
+        self._tables = (
+            self._uploaded(torch.tensor(self._addresses[: len(jobs)])),
+            self._uploaded(torch.tensor(self._addresses[len(jobs) :])),
+            self._uploaded(torch.repeat_interleave(torch.tensor(self._filters)).to(torch.int32)),
+            self._uploaded(torch.tensor(places)),
+            self._uploaded(torch.tensor([job[2:] for job in jobs], dtype=torch.float32)),
         )
-    return layout.parts(kernels, jobs), [mean, rstd]
+        self._grad_tables: dict[tuple[int, ...], Tensor] = {}
 
+    def forward(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """`kernel = c alpha h`, `h = (w - m) / sqrt(v + gamma)`."""
+        with torch._C._AutoDispatchBelowAutograd(), torch.cuda.device_of(self._tables[0]):
+            kernels = torch.empty(self._entries, dtype=dtype, device=self._device)
+            mean = torch.empty(self._rows, dtype=torch.float32, device=self._device)
+            rstd = torch.empty_like(mean)
+            _forward_layers[(self._rows,)](*self._tables, kernels, mean, rstd, **self._types, num_warps=WARPS)
+            return [kernels.as_strided(*part) for part in self._parts], [mean, rstd]
 
-def backward_together(
-    grads: Sequence[Tensor | None], jobs: Sequence[Job], saved: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor | None] | None]:
-    """`dw = c alpha / sqrt(v + gamma) (g - mean(g) - h mean(g h))`, `dalpha = c sum(g h)`, for all layers."""
-    jobs = _dense(jobs)
-    layout, device = _layout(jobs), jobs[0].weight.device
-    grads = [None if g is None else _like(g, job.weight) for g, job in zip(grads, jobs, strict=True)]
-    grad_type = next(TYPES[g.dtype] for g in grads if g is not None)
-    grad_weights = torch.empty(layout.entries, dtype=jobs[0].weight.dtype, device=device)
-    grad_alphas = torch.empty(layout.rows, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(grad_weights):
-        addresses = _table(tuple(0 if g is None else g.data_ptr() for g in grads), device, _stream(device))
-        _backward_layers[(layout.rows,)](
-            *(addresses, *_weights_and_alphas(jobs), *layout.tables(device, _stream(device)), *saved),
-            *(grad_weights, grad_alphas),
-            **_types(jobs),
-            grad_type=grad_type,
-            num_warps=WARPS,
-        )
-    found = zip(grads, jobs, layout.parts(grad_weights, jobs), grad_alphas.split(layout.filters), strict=True)
-    return [
-        None if grad is None else (of_weight, None if job.alpha is None else of_alpha.to(job.alpha.dtype))
-        for grad, job, of_weight, of_alpha in found
-    ]
+    def backward(
+        self, grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """`dw = c alpha / sqrt(v + gamma) (g - mean(g) - h mean(g h))`, `dalpha = c sum(g h)`."""
+        with torch._C._AutoDispatchBelowAutograd(), torch.cuda.device_of(self._tables[0]):
+            grads = self._in_order(grads)
+            grad_type = next(TYPES[g.dtype] for g in grads if g is not None)
+            grad_weights = torch.empty(self._entries, dtype=self.jobs[0].weight.dtype, device=self._device)
+            grad_alphas = torch.empty(self._rows, dtype=torch.float32, device=self._device)
+            _backward_layers[(self._rows,)](
+                *(self._grad_table(grads), *self._tables, *saved, grad_weights, grad_alphas),
+                **self._types,
+                grad_type=grad_type,
+                num_warps=WARPS,
+            )
+            of_weights = [grad_weights.as_strided(*part) for part in self._parts]
+            of_alphas = grad_alphas.to(self.jobs[0].alpha.dtype).split_with_sizes(self._filters)
+        there = [g is not None for g in grads]
+        return _where(there, of_weights), _where(there, of_alphas)
 
+    def is_for(self, tensors: Sequence[Tensor]) -> bool:
+        """See `Plan`."""
+        return [t.data_ptr() for t in tensors] == self._addresses
 
-def _weights_and_alphas(jobs: Sequence[Job]) -> tuple[Tensor, Tensor]:
-    device = jobs[0].weight.device
-    alphas = tuple(0 if job.alpha is None else job.alpha.data_ptr() for job in jobs)
-    stream = _stream(device)
-    return _table(tuple(job.weight.data_ptr() for job in jobs), device, stream), _table(alphas, device, stream)
+    def _in_order(self, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients, with their entries in the order of the weights'."""
+        strides = [() if g is None else g.stride() for g in grads]
+        if strides == self._strides:
+            return grads
+        found = [None if g is None else _like(g, job.weight) for g, job in zip(grads, self.jobs, strict=True)]
+        if all(new is old for new, old in zip(found, grads, strict=True)):
+            self._strides = strides  # strides of dimensions of one entry mean nothing
+        return found
 
+    def _grad_table(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """Where the gradients lie; 0 where there is none. Addresses repeat from step to step, for the allocator hands out the
+        same memory: what was uploaded once serves again."""
+        addresses = tuple([0 if g is None else g.data_ptr() for g in grads])
+        table = self._grad_tables.get(addresses)
+        if table is None:
+            if len(self._grad_tables) == MOST_TABLES:
+                self._grad_tables.clear()
+            table = self._grad_tables[addresses] = self._uploaded(torch.tensor(addresses))
+        return table
 
-def _types(jobs: Sequence[Job]) -> dict[str, Any]:
-    alpha = next((job.alpha.dtype for job in jobs if job.alpha is not None), torch.float32)
-    return {"weight_type": TYPES[jobs[0].weight.dtype], "alpha_type": TYPES[alpha]}
-
-
-class _Layout:
-    """Where the filters of layers of given sizes lie in a buffer of all layers."""
-
-    def __init__(self, sizes: Sequence[tuple[int, int]], constants: Sequence[tuple[float, float]]) -> None:
-        self.filters = [filters for filters, _ in sizes]
-        self.rows = sum(self.filters)
-        padded = [-(-entries // ALIGNED) * ALIGNED for _, entries in sizes]
-        self.starts = [0, *accumulate(padded)][:-1]
-        self.entries = sum(padded)
-        self._counts = [entries // filters for filters, entries in sizes]
-        self._constants = constants
-
-    @lru_cache(maxsize=8)  # noqa: B019  # layouts live in a cache themselves
-    def tables(self, device: torch.device, stream: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer of each filter; first filter, fan-in and start of each layer; its c and gamma."""
-        firsts = [0, *accumulate(self.filters)][:-1]
-        layer_of_row = torch.repeat_interleave(torch.tensor(self.filters)).to(torch.int32)
-        places = torch.tensor(list(zip(firsts, self._counts, self.starts, strict=True)))
-        constants = torch.tensor(self._constants, dtype=torch.float32)
-        return _uploaded(layer_of_row, device), _uploaded(places, device), _uploaded(constants, device)
-
-    def parts(self, buffer: Tensor, jobs: Sequence[Job]) -> list[Tensor]:
-        """Each layer's part of a buffer, laid out as its weight."""
-        pairs = zip(jobs, self.starts, strict=True)
-        return [buffer.as_strided(job.weight.shape, job.weight.stride(), start) for job, start in pairs]
-
-
-def _layout(jobs: Sequence[Job]) -> _Layout:
-    return _layout_of(tuple((len(job.weight), job.weight.numel()) for job in jobs), tuple(job[2:] for job in jobs))
-
-
-_layout_of = lru_cache(maxsize=64)(_Layout)
-
-
-@lru_cache(maxsize=256)
-def _table(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """Addresses on the device. One table a stream: another one would not wait for the upload."""
-    return _uploaded(torch.tensor(addresses), device)
-
-
-def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _dense(jobs: Sequence[Job]) -> list[Job]:
-    """With each filter's entries next to each other in memory, in whatever order."""
-    return [
-        Job(_dense_weight(job.weight), None if job.alpha is None else job.alpha.contiguous(), job.c, job.gamma)
-        for job in jobs
-    ]
-
-
-def _dense_weight(weight: Tensor) -> Tensor:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim(), torch.contiguous_format)
-    return weight if weight.is_contiguous(memory_format=last) else weight.contiguous()
+    def _uploaded(self, table: Tensor) -> Tensor:
+        return table.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else table
 
 
 def _like(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient, with its entries in the order of the weight's."""
     strides = zip(grad.stride(), weight.stride(), weight.shape, strict=True)
     if all(n == 1 or mine == its for mine, its, n in strides):
         return grad
     return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+
+
+def _where(there: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [tensor if mine else None for mine, tensor in zip(there, tensors, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from pws import kernels
 from pws.bench.speed.networks import network
 from pws.errors import PwsError
 from pws.kernels import aten
-from pws.kernels.backend import Backend, Job
+from pws.kernels.backend import Backend, Job, Plan
 from pws.kernels.registry import load
 from pws.layers import StandardizedLayer
 
@@ -23,6 +23,8 @@ C: Final = 0.1
 GAMMA: Final = 1e-3
 CACHES: Final = 2**30
 """Bytes, several times what a GPU's caches hold."""
+AHEAD: Final = 20_000_000
+"""Cycles of a GPU, about ten milliseconds."""
 
 
 def served() -> list[str]:
@@ -69,7 +71,7 @@ class _Work:
 class _Passes(Protocol):
     """The weights through one backend, there and back."""
 
-    kernels: list[Tensor]
+    kernels: Sequence[Tensor]
 
     def forward(self) -> Any:
         """All kernels."""
@@ -81,9 +83,10 @@ class _Passes(Protocol):
 def _passes(work: _Work) -> dict[str, _Passes]:
     found: dict[str, _Passes] = {}
     for name in served():
-        found[name] = _LayerByLayer(load(name), work)
-        if load(name).forward_together:
-            found[f"{name} together"] = _Together(load(name), work)
+        backend = load(name)
+        found[name] = _LayerByLayer(backend, work)
+        if backend.plan:
+            found[f"{name} together"] = _Together(backend.plan, work)
     return found
 
 
@@ -103,18 +106,16 @@ class _LayerByLayer:
 
 
 class _Together:
-    def __init__(self, backend: Backend, work: _Work) -> None:
-        self.backend, self.work = backend, work
-        self.jobs = [Job(w, a, C, GAMMA) for w, a in zip(work.weights, work.alphas, strict=True)]
+    def __init__(self, plan: type[Plan], work: _Work) -> None:
+        self.plan = plan([Job(w, a, C, GAMMA) for w, a in zip(work.weights, work.alphas, strict=True)])
+        self.work = work
         self.kernels, self.saved = self.forward()
 
-    def forward(self) -> tuple[list[Tensor], list[Tensor]]:
-        assert self.backend.forward_together
-        return self.backend.forward_together(self.jobs, torch.float32)
+    def forward(self) -> Any:
+        return self.plan.forward(torch.float32)
 
     def backward(self) -> list[Any]:
-        assert self.backend.backward_together
-        return self.backend.backward_together(self.work.grads, self.jobs, self.saved)
+        return list(zip(*self.plan.backward(self.work.grads, self.saved), strict=True))
 
 
 def _deviation(name: str, passes: _Passes, work: _Work) -> float:
@@ -154,10 +155,10 @@ def _timed(run: Callable[[], Any]) -> float:
 
 
 def _timed_on_gpu(run: Callable[[], Any]) -> float:
-    """Between two events on the device: what it waits for launches counts, what the host takes to ask for the time does not."""
+    """Between two events on the device, with cold caches. What the host takes shows in a step's time, not here."""
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # Empties the cache, and keeps the device busy while the host gets ahead: a start is not what is timed.
     torch.empty(CACHES, dtype=torch.int8, device="cuda").zero_()
+    torch.cuda._sleep(AHEAD)  # while the host asks for all that is timed
     started.record()
     run()
     ended.record()
