@@ -79,7 +79,7 @@ class StandardizedLayer(nn.Module):
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of `weight`: what the layer convolves with."""
-        if self.prepared is not None and self.prepared.serves(self._parameters):
+        if not torch.compiler.is_compiling() and self.prepared is not None and self.prepared.serves(self._parameters):
             return self.prepared.kernel
         return scaled(self.filters(), self.alpha, self.gain, self.gamma, self.relative_gamma)
 

@@ -59,6 +59,8 @@ class Hooks:
 
     def after(self, *_: Any) -> None:
         """Let go of them."""
+        if torch.compiler.is_compiling():
+            return
         for layer in self.layers:
             layer.__dict__.pop("prepared", None)
 
