@@ -59,7 +59,7 @@ def images(backend: str) -> Tensor:
     return torch.randn(2, 3, 7, 7, device=device_of(backend))
 
 
-def assert_same(mine: list[Tensor], alone: list[Tensor], closeness: float = 1e-5) -> None:
+def assert_same(mine: list[Tensor], alone: list[Tensor], closeness: float = 1e-4) -> None:
     assert len(mine) == len(alone)
     for a, b in zip(mine, alone, strict=True):
         assert (a - b).abs().max() <= closeness * b.abs().max()
@@ -74,7 +74,7 @@ def test_the_numbers_are_those_of_each_layer_alone(
     alone = results(model, images, dtype)
     handle = pws.standardize_together(model)
     # In bfloat16 a convolution's own gradient may differ in its last bit, 2^-8, from run to run.
-    assert_same(results(model, images, dtype), alone, 1e-5 if dtype is None else 1e-2)
+    assert_same(results(model, images, dtype), alone, 1e-4 if dtype is None else 1e-2)
     assert model[0].weight.grad.is_contiguous(memory_format=memory_format)
     handle.remove()
     assert not model._forward_hooks

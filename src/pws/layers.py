@@ -54,8 +54,8 @@ class StandardizedLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     alpha: nn.Parameter
-    prepared: Prepared | None = None
-    """The kernel, during a forward pass for which `standardize_together` has computed it."""
+    prepared: Prepared | Tensor | None = None
+    """The kernel, during a forward pass for which `standardize_together` has computed it; a tensor in a compiled program."""
 
     def __init__(
         self,
@@ -79,8 +79,12 @@ class StandardizedLayer(nn.Module):
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of `weight`: what the layer convolves with."""
-        if not torch.compiler.is_compiling() and self.prepared is not None and self.prepared.serves(self._parameters):
-            return self.prepared.kernel
+        prepared = self.prepared
+        if torch.compiler.is_compiling():
+            if isinstance(prepared, Tensor):
+                return prepared
+        elif isinstance(prepared, Prepared) and prepared.serves(self._parameters):
+            return prepared.kernel
         return scaled(self.filters(), self.alpha, self.gain, self.gamma, self.relative_gamma)
 
     def reset_parameters(self) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from pws.errors import PwsError
+from pws.kernels.autocast import result_dtype
 from pws.kernels.backend import Job, Plan
 from pws.kernels.observed import is_plain, somebody_observes
-from pws.kernels.registry import chosen
+from pws.kernels.registry import chosen, traced_operators
 from pws.kernels.rows import is_dense
 from pws.kernels.together import plan_for, prepare
 from pws.layers import StandardizedLayer
@@ -43,11 +44,16 @@ class Hooks:
         self._groups: list[_Group] = []
         self._planned: list[tuple[Any, ...]] = []
         """What `_groups` were made from."""
+        self._traced = traced_operators()
 
     def before(self, *_: Any) -> None:
         """Compute the kernels."""
-        if torch.compiler.is_compiling() or _captures() or somebody_observes():
-            return  # a compiler fuses the formula itself, and a graph's launches cost no Python
+        if torch.compiler.is_compiling():
+            self._trace()
+        elif not (_captures() or somebody_observes()):  # a graph's launches cost no Python
+            self._compute()
+
+    def _compute(self) -> None:
         pairs = [(layer._parameters["weight"], layer._parameters["alpha"]) for layer in self.layers]
         if not all(map(_is_usual, chain.from_iterable(pairs))):
             return
@@ -59,10 +65,26 @@ class Hooks:
 
     def after(self, *_: Any) -> None:
         """Let go of them."""
-        if torch.compiler.is_compiling():
-            return
         for layer in self.layers:
-            layer.__dict__.pop("prepared", None)
+            if torch.compiler.is_compiling():
+                layer.prepared = None
+            else:
+                layer.__dict__.pop("prepared", None)  # a module's own __setattr__ takes twenty times as long
+
+    def _trace(self) -> None:
+        """Have a compiled program compute the kernels in one launch, where its own would be one a layer. On a CPU it needs no
+        launches, and fuses the formula itself."""
+        pairs = [(layer._parameters["weight"], layer._parameters["alpha"]) for layer in self.layers]
+        if self._traced is None or not self._traced.serves(pairs):
+            return
+        settings = [
+            constants(w, x.gain, x.gamma, x.relative_gamma) for (w, _), x in zip(pairs, self.layers, strict=True)
+        ]
+        c, gamma = [c for c, _ in settings], [gamma for _, gamma in settings]
+        weights, alphas = [w for w, _ in pairs], [a for _, a in pairs]
+        kernels = self._traced.Traced.apply(c, gamma, result_dtype(weights[0]), *weights, *alphas)
+        for layer, kernel in zip(self.layers, kernels, strict=True):
+            layer.prepared = kernel
 
     def _plan(self) -> list[_Group]:
         together = defaultdict(list)
@@ -74,7 +96,10 @@ class Hooks:
         return [_Group([i for i, _ in group], plan_for([job for _, job in group])) for group in together.values()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "_groups": [], "_planned": []}  # plans are of one place in memory
+        return {"layers": self.layers}  # plans are of one place in memory, operators of one machine
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Hooks.__init__(self, **state)
 
 
 class _Group(NamedTuple):

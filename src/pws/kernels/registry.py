@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from pws.errors import PwsError, UnknownNameError
@@ -85,6 +87,14 @@ def _load(name: str) -> Backend | ImportError:
         except ImportError as error:
             _loaded[name] = error
     return _loaded[name]
+
+
+def traced_operators() -> Any:
+    """The module `pws.kernels.traced`; None where no GPU or no triton is there to run them."""
+    there = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    if not there or isinstance(_load("triton"), ImportError):
+        return None
+    return importlib.import_module("pws.kernels.traced")
 
 
 def installed() -> list[str]:

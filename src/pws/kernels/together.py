@@ -50,7 +50,7 @@ def prepare(plan: Plan, weights: Sequence[Tensor], alphas: Sequence[Tensor]) -> 
 def plan_for(jobs: Sequence[Job]) -> Plan:
     """A plan of the backend in use."""
     backend = choose(rows_of(jobs[0].weight, order_of(jobs[0].weight)))
-    return backend.plan(jobs) if backend.plan else _LayerByLayer(jobs, backend)
+    return backend.plan(jobs) if backend.plan else LayerByLayer(jobs, backend)
 
 
 def _circumstances(weight: Tensor) -> tuple[Any, ...]:
@@ -75,7 +75,7 @@ class _Together(torch.autograd.Function):
         n, plan = 2 * len(grads), ctx.plan
         tensors, saved = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         if torch.is_grad_enabled():  # the gradients are to be differentiated again, in operators that have a derivative
-            plan, saved = _LayerByLayer(_moved(plan.jobs, tensors)), [None] * n
+            plan, saved = LayerByLayer(_moved(plan.jobs, tensors)), [None] * n
         elif not plan.is_for(tensors):
             plan = plan_for(_moved(plan.jobs, tensors))
         of_weights, of_alphas = plan.backward(grads, saved)
@@ -88,7 +88,7 @@ def _moved(jobs: Sequence[Job], tensors: Sequence[Tensor]) -> list[Job]:
     return [Job(w, a, *job[2:]) for job, w, a in zip(jobs, tensors[:n], tensors[n:], strict=True)]
 
 
-class _LayerByLayer:
+class LayerByLayer:
     """For backends that know one layer at a time."""
 
     def __init__(self, jobs: Sequence[Job], backend: Backend | None = None) -> None:
@@ -100,9 +100,10 @@ class _LayerByLayer:
         """See `Plan`; saves the means of all layers, then their reciprocal roots."""
         assert self._backend
         kernels, means, rstds = [], [], []
-        for (weight, *others), order in zip(self.jobs, self._orders, strict=True):
-            kernel_OK, mean_O, rstd_O = self._backend.forward(rows_of(weight, order), *others, dtype)
-            kernels.append(unrolled(kernel_OK, weight.shape, order))
+        for job, order in zip(self.jobs, self._orders, strict=True):
+            rows_OK = rows_of(job.weight, order)
+            kernel_OK, mean_O, rstd_O = self._backend.forward(rows_OK, job.alpha, job.c, job.gamma, dtype)
+            kernels.append(unrolled(kernel_OK, job.weight.shape, order))
             means.append(mean_O)
             rstds.append(rstd_O)
         return kernels, means + rstds
@@ -124,11 +125,5 @@ class _LayerByLayer:
 
     def is_for(self, tensors: Sequence[Tensor]) -> bool:
         """See `Plan`."""
-        n = len(self.jobs)
-        return (
-            all(t is job[0] for t, job in zip(tensors[:n], self.jobs))
-            and all(  # noqa: B905
-                t is job[1]
-                for t, job in zip(tensors[n:], self.jobs)  # noqa: B905
-            )
-        )
+        mine = [*(job.weight for job in self.jobs), *(job.alpha for job in self.jobs)]
+        return all(one is other for one, other in zip(tensors, mine, strict=True))

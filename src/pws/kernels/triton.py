@@ -5,7 +5,6 @@ The kernel is written in the dtype that convolves (autocast's), so that no separ
 
 from __future__ import annotations
 
-import os
 from typing import Any, Final
 
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from pws.kernels.backend import Backend
 from pws.kernels.triton_rows import backward_row, forward_row
-from pws.kernels.triton_together import TritonPlan
+from pws.kernels.triton_together import INTERPRETED, TYPES, TritonPlan
 
 LARGEST_BLOCK: Final = 8192
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -86,8 +84,7 @@ def _shape(weight_OK: Tensor, alpha_O: Tensor | None) -> dict[str, Any]:
 
 
 def _refusal(weight_OK: Tensor) -> str | None:
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if weight_OK.dtype not in DTYPES or not (interpreted or weight_OK.is_cuda):
+    if weight_OK.dtype not in TYPES or not (INTERPRETED or weight_OK.is_cuda):
         return (
             "it serves float32, bfloat16 and float16 weights on GPUs; this one is "
             f"{weight_OK.dtype} on {weight_OK.device}"

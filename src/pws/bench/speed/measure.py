@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from pws.bench.speed.contestants import Contestant, contestants_of
 from pws.bench.speed.networks import BACKENDS, TOGETHER
 from pws.bench.speed.suite import Case, Suite
@@ -27,9 +29,11 @@ class Measured:
 
 
 def rows_of(case: Case, rows: Sequence[str]) -> list[str]:
-    """Those of `rows` that differ in this case: a compiled or folded network does not use the kernel backends."""
-    same = (*BACKENDS, TOGETHER) if case.compile or case.task == "inference" else ()
-    return [row for row in rows if row not in same]
+    """Those of `rows` that differ in this case: a compiled or folded network does not use the kernel backends, and standardizes
+    together where it is compiled for a GPU only."""
+    compiled = case.compile or case.task == "inference"
+    apart = case.task == "train" and (not case.compile or torch.cuda.is_available())
+    return [row for row in rows if not (row in BACKENDS and compiled) and (row != TOGETHER or apart)]
 
 
 def measure_case(case: Case, suite: Suite, say: Callable[[str], None]) -> dict[str, Measured]:

@@ -1,0 +1,140 @@
+"""Many layers together, for a compiler: two operators that it calls, where it would launch a kernel a layer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from pws.kernels.backend import Job
+from pws.kernels.rows import is_dense
+from pws.kernels.together import LayerByLayer
+from pws.kernels.triton import TRITON
+from pws.kernels.triton_together import INTERPRETED, TYPES, TritonPlan
+
+MOST_PLANS: Final = 16
+
+_library = torch.library.Library("pws", "FRAGMENT")
+_arguments = "Tensor[] weights, Tensor[] alphas, float[] c, float[] gamma"
+_library.define(f"standardize_together({_arguments}, ScalarType dtype) -> (Tensor[], Tensor, Tensor)")
+_library.define(
+    f"standardize_together_backward(Tensor[] grads, {_arguments}, Tensor mean, Tensor rstd) -> (Tensor[], Tensor)"
+)
+_plans: OrderedDict[tuple[Any, ...], TritonPlan] = OrderedDict()
+Tensors = list[Tensor]
+
+
+def _forward(
+    weights: Tensors, alphas: Tensors, c: list[float], gamma: list[float], dtype: torch.dtype
+) -> tuple[Tensors, Tensor, Tensor]:
+    if _captures(weights[0]):
+        kernels, saved = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON).forward(dtype)
+        return kernels, torch.cat(saved[: len(c)]), torch.cat(saved[len(c) :])
+    kernels, (mean, rstd) = _plan(weights, alphas, c, gamma).forward(dtype)
+    return kernels, mean, rstd
+
+
+def _backward(
+    grads: Tensors,
+    weights: Tensors,
+    alphas: Tensors,
+    c: list[float],
+    gamma: list[float],
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Sequence[Any], Tensor]:
+    if _captures(weights[0]):
+        filters = [len(w) for w in weights]
+        saved = (*mean.split_with_sizes(filters), *rstd.split_with_sizes(filters))
+        of_weights, of_alphas = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON).backward(grads, saved)
+        return of_weights, torch.cat([of_alpha for of_alpha in of_alphas if of_alpha is not None])
+    return _plan(weights, alphas, c, gamma).gradients(grads, (mean, rstd))
+
+
+def _captures(weight: Tensor) -> bool:
+    """Whether the launches go to a CUDA graph, which would read what is uploaded now again when it is replayed."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _plan(weights: Tensors, alphas: Tensors, c: list[float], gamma: list[float]) -> TritonPlan:
+    """The plan for tensors that lie just there, of the last few."""
+    stream = torch.cuda.current_stream().cuda_stream if weights[0].is_cuda else None
+    key = (stream, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*weights, *alphas)], *c, *gamma)
+    found = _plans.get(key)
+    if found is None:
+        found = _plans[key] = TritonPlan(_jobs(weights, alphas, c, gamma))
+        if len(_plans) > MOST_PLANS:
+            _plans.popitem(last=False)
+    return found
+
+
+def _jobs(*columns: Sequence[Any]) -> list[Job]:
+    return [Job(w.detach(), a.detach(), *constants) for w, a, *constants in zip(*columns, strict=True)]
+
+
+def _fake_forward(
+    weights: Tensors, alphas: Tensors, c: list[float], gamma: list[float], dtype: torch.dtype
+) -> tuple[Tensors, Tensor, Tensor]:
+    mean = weights[0].new_empty(sum(len(w) for w in weights), dtype=torch.float32)
+    return [torch.empty_like(w, dtype=dtype) for w in weights], mean, torch.empty_like(mean)
+
+
+def _fake_backward(
+    grads: Tensors,
+    weights: Tensors,
+    alphas: Tensors,
+    c: list[float],
+    gamma: list[float],
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensors, Tensor]:
+    return [torch.empty_like(w) for w in weights], alphas[0].new_empty(sum(len(a) for a in alphas))
+
+
+for _name, _operator, _fake in (
+    ("standardize_together", _forward, _fake_forward),
+    ("standardize_together_backward", _backward, _fake_backward),
+):
+    _library.impl(_name, _operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pws::{_name}", _fake, lib=_library)
+
+
+def serves(pairs: Sequence[tuple[Any, Any]]) -> bool:
+    """Whether these weights and alphas can be standardized together: all on a GPU, of the same dtypes, dense."""
+    (weight, alpha), device = pairs[0], pairs[0][0].device
+    return (INTERPRETED or weight.is_cuda) and all(
+        w.device == device
+        and (w.dtype, a.dtype) == (weight.dtype, alpha.dtype)
+        and w.dtype in TYPES
+        and is_dense(w)
+        and a.is_contiguous()
+        for w, a in pairs
+    )
+
+
+class Traced(torch.autograd.Function):
+    """The kernels of weights, then alphas."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, c: list[float], gamma: list[float], dtype: torch.dtype, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """`kernel = c alpha h`, `h = (w - m) / sqrt(v + gamma)`."""
+        weights, alphas = list(tensors[: len(c)]), list(tensors[len(c) :])
+        kernels, mean, rstd = torch.ops.pws.standardize_together(weights, alphas, c, gamma, dtype)
+        ctx.save_for_backward(*tensors, mean, rstd)
+        ctx.c, ctx.gamma = c, gamma
+        return tuple(kernels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        """`dw = c alpha / sqrt(v + gamma) (g - mean(g) - h mean(g h))`, `dalpha = c sum(g h)`."""
+        *tensors, mean, rstd = ctx.saved_tensors
+        weights, alphas = list(tensors[: len(ctx.c)]), list(tensors[len(ctx.c) :])
+        of_weights, of_alphas = torch.ops.pws.standardize_together_backward(
+            list(grads), weights, alphas, ctx.c, ctx.gamma, mean, rstd
+        )
+        return None, None, None, *of_weights, *torch.split(of_alphas, [len(a) for a in alphas])
