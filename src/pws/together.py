@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pws.errors import PwsError
 from pws.kernels.autocast import result_dtype
@@ -19,6 +19,10 @@ from pws.kernels.rows import is_dense
 from pws.kernels.together import plan_for, prepare
 from pws.layers import StandardizedLayer
 from pws.standardize import constants
+
+
+LARGEST_ON_CPU: Final = 32_768
+"""Entries of a weight."""
 
 
 class Together:
@@ -90,7 +94,7 @@ class Hooks:
         together = defaultdict(list)
         for i, layer in enumerate(self.layers):
             weight, alpha = layer.filters().detach(), layer.alpha.detach()
-            if is_dense(weight) and alpha.is_contiguous():
+            if _gains(weight) and is_dense(weight) and alpha.is_contiguous():
                 job = Job(weight, alpha, *constants(weight, layer.gain, layer.gamma, layer.relative_gamma))
                 together[weight.device, weight.dtype, alpha.dtype].append((i, job))
         return [_Group([i for i, _ in group], plan_for([job for _, job in group])) for group in together.values()]
@@ -118,6 +122,11 @@ def _place(pair: tuple[Any, Any]) -> tuple[Any, ...]:
     """Where weight and alpha lie, and how."""
     weight, alpha = pair
     return weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), alpha.data_ptr(), alpha.dtype, alpha.stride()
+
+
+def _gains(weight: Tensor) -> bool:
+    """On a CPU what one pass over a large kernel costs is more than Python, and it is best read while it is in the cache."""
+    return weight.device.type != "cpu" or weight.numel() <= LARGEST_ON_CPU
 
 
 def _is_usual(tensor: Any) -> bool:

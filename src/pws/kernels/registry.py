@@ -90,9 +90,10 @@ def _load(name: str) -> Backend | ImportError:
 
 
 def traced_operators() -> Any:
-    """The module `pws.kernels.traced`; None where no GPU or no triton is there to run them."""
+    """The module `pws.kernels.traced`; None where no GPU or no triton is there to run them, or a torch that would put them into
+    CUDA graphs."""
     there = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-    if not there or isinstance(_load("triton"), ImportError):
+    if not there or not hasattr(torch.Tag, "cudagraph_unsafe") or isinstance(_load("triton"), ImportError):
         return None
     return importlib.import_module("pws.kernels.traced")
 

@@ -19,9 +19,11 @@ MOST_PLANS: Final = 16
 
 _library = torch.library.Library("pws", "FRAGMENT")
 _arguments = "Tensor[] weights, Tensor[] alphas, float[] c, float[] gamma"
-_library.define(f"standardize_together({_arguments}, ScalarType dtype) -> (Tensor[], Tensor, Tensor)")
+_tags = (torch.Tag.cudagraph_unsafe,)  # they upload addresses: a compiler leaves them out of its CUDA graphs
+_library.define(f"standardize_together({_arguments}, ScalarType dtype) -> (Tensor[], Tensor, Tensor)", tags=_tags)
 _library.define(
-    f"standardize_together_backward(Tensor[] grads, {_arguments}, Tensor mean, Tensor rstd) -> (Tensor[], Tensor)"
+    f"standardize_together_backward(Tensor[] grads, {_arguments}, Tensor mean, Tensor rstd) -> (Tensor[], Tensor)",
+    tags=_tags,
 )
 _plans: OrderedDict[tuple[Any, ...], TritonPlan] = OrderedDict()
 Tensors = list[Tensor]
