@@ -22,7 +22,7 @@ from pws.errors import PwsError
 
 TINY = """
 title: tiny
-rows: [none, pws aten, pws]
+rows: [none, pws aten, pws, pws together]
 seconds: 0.1
 lives: 1
 cases:
@@ -32,8 +32,8 @@ cases:
 
 
 def test_the_shipped_suites() -> None:
-    assert list(shipped_suites()) == ["gpu", "models", "modes", "resnet50", "scaling"]
-    assert [len(load_suite(name).cases) for name in shipped_suites()] == [6, 6, 3, 4, 20]
+    assert list(shipped_suites()) == ["gpu-compiled", "gpu", "models", "modes", "resnet50", "scaling"]
+    assert [len(load_suite(name).cases) for name in shipped_suites()] == [3, 3, 6, 3, 4, 20]
     for name in shipped_suites():
         assert 1 <= len(load_suite(name, quick=True).cases) <= 2
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from typing import Any
 
 import pytest
 import torch
 from backends import INTERPRETED, device_of
 from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch.func import functional_call
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import pws
 from pws import kernels
+from pws.together import LARGEST_ON_CPU
 
 
 class Widen(nn.Module):
@@ -219,12 +223,45 @@ def test_copies_and_folded_models(backend: str, images: Tensor) -> None:
     assert_same([folded(images)], expected[:1])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a compiler does not run the interpreter")
-def test_a_compiled_model() -> None:
-    model = nn.Sequential(pws.Linear(5, 4), nn.ReLU(), pws.Linear(4, 3))
+def test_a_pruned_layer(backend: str, images: Tensor) -> None:
+    model = model_of(backend)
     pws.standardize_together(model)
-    x = torch.randn(2, 5)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    assert_same([model(images)], [nn.Sequential(*model)(images)])
+    pws.standardize_together(model).remove()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_compiled_model(backend: str, images: Tensor, dtype: torch.dtype | None) -> None:
+    """For a GPU the compiled program calls one operator each way; for a CPU it has the formula of each layer in it."""
+    model = model_of(backend)
+    expected = results(model, images, dtype)
+    pws.standardize_together(model)
+    graphs: list[list[str]] = []
+
+    def look(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+        parts = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+        graphs.append([str(node.target) for part in parts for node in part.graph.nodes])
+        return lookup_backend("aot_eager")(graph, examples)
+
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=look)
+    for _ in range(2):
+        assert_same(results(compiled, images, dtype), expected, 1e-4 if dtype is None else 3e-2)
+    assert len(graphs) == 1
+    for operator in ("standardize_together", "standardize_together_backward"):
+        assert graphs[0].count(f"pws.{operator}") == (backend == "triton")
+    assert all(layer.prepared is None for layer in model if isinstance(layer, pws.Conv2d))
+
+
+def test_large_weights_of_a_cpu_stay_apart() -> None:
+    model = nn.Sequential(pws.Linear(8, 4), pws.Linear(4, LARGEST_ON_CPU // 4), pws.Linear(LARGEST_ON_CPU // 4, 5))
+    pws.standardize_together(model)
+    seen = []
+    for layer in model:
+        layer.register_forward_hook(lambda layer, *_: seen.append(layer.prepared is not None))
+    model(torch.randn(2, 8))
+    assert seen == [True, True, False]
 
 
 def test_a_model_without_pws_layers() -> None:

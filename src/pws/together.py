@@ -20,8 +20,7 @@ from pws.kernels.together import plan_for, prepare
 from pws.layers import StandardizedLayer
 from pws.standardize import constants
 
-
-LARGEST_ON_CPU: Final = 32_768
+LARGEST_ON_CPU: Final = 524_288
 """Entries of a weight."""
 
 
@@ -45,9 +44,12 @@ class Hooks:
 
     def __init__(self, layers: list[StandardizedLayer]) -> None:
         self.layers = layers
-        self._groups: list[_Group] = []
-        self._planned: list[tuple[Any, ...]] = []
-        """What `_groups` were made from."""
+        for layer in layers:
+            layer.__dict__["prepared"] = (
+                None  # of its own, from the start: a compiled program checks that it still is as it was
+            )
+        self._planned: tuple[list[Any], list[_Group]] = ([], [])
+        """What the plans were made from, and the plans."""
         self._traced = traced_operators()
 
     def before(self, *_: Any) -> None:
@@ -58,13 +60,14 @@ class Hooks:
             self._compute()
 
     def _compute(self) -> None:
-        pairs = [(layer._parameters["weight"], layer._parameters["alpha"]) for layer in self.layers]
+        pairs = self._pairs()
         if not all(map(_is_usual, chain.from_iterable(pairs))):
             return
-        now = [(chosen(), _stream(), *map(_place, pairs), *((x.gain, x.gamma, x.relative_gamma) for x in self.layers))]
-        if now != self._planned:
-            self._groups, self._planned = self._plan(), now
-        for group in self._groups:
+        now = [chosen(), _stream(), *map(_place, pairs), *((x.gain, x.gamma, x.relative_gamma) for x in self.layers)]
+        planned = self._planned
+        if planned[0] != now:
+            planned = self._planned = now, self._plan()
+        for group in planned[1]:
             group.prepare(pairs, self.layers)
 
     def after(self, *_: Any) -> None:
@@ -73,12 +76,12 @@ class Hooks:
             if torch.compiler.is_compiling():
                 layer.prepared = None
             else:
-                layer.__dict__.pop("prepared", None)  # a module's own __setattr__ takes twenty times as long
+                layer.__dict__["prepared"] = None  # a module's own __setattr__ takes twenty times as long
 
     def _trace(self) -> None:
         """Have a compiled program compute the kernels in one launch, where its own would be one a layer. On a CPU it needs no
         launches, and fuses the formula itself."""
-        pairs = [(layer._parameters["weight"], layer._parameters["alpha"]) for layer in self.layers]
+        pairs = self._pairs()
         if self._traced is None or not self._traced.serves(pairs):
             return
         settings = [
@@ -89,6 +92,10 @@ class Hooks:
         kernels = self._traced.Traced.apply(c, gamma, result_dtype(weights[0]), *weights, *alphas)
         for layer, kernel in zip(self.layers, kernels, strict=True):
             layer.prepared = kernel
+
+    def _pairs(self) -> list[tuple[Any, Any]]:
+        """The weights and alphas of now; None for a weight that is no parameter any more, but pruned or parametrized."""
+        return [(layer._parameters.get("weight"), layer._parameters.get("alpha")) for layer in self.layers]
 
     def _plan(self) -> list[_Group]:
         together = defaultdict(list)
@@ -115,7 +122,7 @@ class _Group(NamedTuple):
     def prepare(self, pairs: Sequence[tuple[Any, Any]], layers: Sequence[StandardizedLayer]) -> None:
         weights, alphas = zip(*(pairs[i] for i in self.numbers), strict=True)
         for i, prepared in zip(self.numbers, prepare(self.plan, weights, alphas), strict=True):
-            layers[i].__dict__["prepared"] = prepared  # a module's own __setattr__ takes twenty times as long
+            layers[i].__dict__["prepared"] = prepared
 
 
 def _place(pair: tuple[Any, Any]) -> tuple[Any, ...]:
@@ -130,16 +137,16 @@ def _gains(weight: Tensor) -> bool:
 
 
 def _is_usual(tensor: Any) -> bool:
-    return is_plain(tensor) and not tensor.is_inference()
+    return tensor is not None and is_plain(tensor) and not tensor.is_inference()
 
 
 def _captures() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _stream() -> int | None:
     """The tables of a plan are uploaded in one stream; another would not wait for them."""
-    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else None
 
 
 def standardize_together(model: nn.Module) -> Together:
@@ -174,7 +181,7 @@ def standardize_together(model: nn.Module) -> Together:
             "a model's own."
         )
     # A transposed convolution's filters are a new tensor each time, which nobody asks for again.
-    return Together(model, Hooks([layer for layer in layers if layer.filters() is layer._parameters["weight"]]))
+    return Together(model, Hooks([layer for layer in layers if layer.filters() is layer._parameters.get("weight")]))
 
 
 def remove_hooks(model: nn.Module) -> None:

@@ -160,7 +160,7 @@ class Recorder:
         for parameter in parameters:
             if parameter not in self._followed:
                 self._followed.add(parameter)
-                handle = parameter.register_hook(self._keep(parameter))  # type: ignore[no-untyped-call]
+                handle = parameter.register_hook(self._keep(parameter))
                 self._handles.append(handle)
 
     def _keep(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
@@ -192,7 +192,7 @@ class Recorder:
         hooks = [(output, of_output), (call.input, of_input), (call.kernel, of_kernel)]
         for tensor, hook in hooks:
             if tensor.requires_grad and torch.is_grad_enabled():
-                tensor.register_hook(torch.no_grad()(hook))  # type: ignore[no-untyped-call]
+                tensor.register_hook(torch.no_grad()(hook))
 
 
 def output_dtype(call: Call) -> torch.dtype:

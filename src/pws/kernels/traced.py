@@ -106,6 +106,8 @@ for _name, _operator, _fake in (
 
 def serves(pairs: Sequence[tuple[Any, Any]]) -> bool:
     """Whether these weights and alphas can be standardized together: all on a GPU, of the same dtypes, dense."""
+    if any(tensor is None for pair in pairs for tensor in pair):
+        return False
     (weight, alpha), device = pairs[0], pairs[0][0].device
     return (INTERPRETED or weight.is_cuda) and all(
         w.device == device

@@ -117,7 +117,7 @@ def nf(*, clip_factor: float = 0.01) -> Method:
 
     def rule(model: nn.Module, _: Optimizer) -> None:
         body = [parameter for name, parameter in model.named_parameters() if not name.startswith("head.")]
-        adaptive_clip_grad(body, clip_factor)  # type: ignore[no-untyped-call]
+        adaptive_clip_grad(body, clip_factor)
 
     return Method(
         *("nf", "Normalizer-free: scaled weight standardization and AGC, Brock et al. 2021", conv),

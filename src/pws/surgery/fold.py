@@ -10,7 +10,7 @@ from torch import nn
 from pws.layers import StandardizedLayer
 from pws.together import remove_hooks
 
-_OURS = ("alpha", "gamma", "relative_gamma", "gain")
+_OURS = ("alpha", "gamma", "relative_gamma", "gain", "prepared")
 
 
 @torch.no_grad()

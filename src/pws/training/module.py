@@ -16,8 +16,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from pws import calibrate, param_groups
 from pws.diagnosis import first_non_finite
 from pws.errors import PwsError
+from pws.layers import StandardizedLayer
 from pws.methods import Method
 from pws.models import ResNet
+from pws.together import Together, standardize_together
 from pws.training.callbacks import ClipGrad
 from pws.training.recipe import OptimConfig
 from pws.training.schedule import lr_factor
@@ -66,6 +68,7 @@ class Classifier(LightningModule):
         )
         self.class_accuracy = MulticlassAccuracy(num_classes, average="none")
         self.test_loss = MeanMetric(nan_strategy="disable")  # the default would leave a batch of NaN out of the mean
+        self._together: Together | None = None
         self.overflowing: str | None = None
         """The layer whose output overflowed first on the test images."""
 
@@ -75,9 +78,19 @@ class Classifier(LightningModule):
         return logits
 
     def on_fit_start(self) -> None:
-        """Calibrate on the first step's batch; a resumed run carries its alpha in the checkpoint."""
-        if self.calibration == "none" or self.trainer.ckpt_path is not None:
-            return
+        """Calibrate on the first step's batch, unless a resumed run carries its alpha in the checkpoint; from then on compute
+        kernels together. Several processes exchange gradients as they come, which must not be all at the end."""
+        if self.calibration != "none" and self.trainer.ckpt_path is None:
+            self._calibrate()
+        if self.trainer.world_size == 1 and any(isinstance(m, StandardizedLayer) for m in self.model.modules()):
+            self._together = standardize_together(self.model)
+
+    def on_fit_end(self) -> None:
+        """Leave the model as it was."""
+        if self._together is not None:
+            self._together.remove()
+
+    def _calibrate(self) -> None:
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         precision = self.trainer.precision_plugin
         batches = [precision.convert_input(b) for b in islice(iter(loader), self.trainer.accumulate_grad_batches)]

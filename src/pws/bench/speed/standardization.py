@@ -71,7 +71,9 @@ class _Work:
 class _Passes(Protocol):
     """The weights through one backend, there and back."""
 
-    kernels: Sequence[Tensor]
+    @property
+    def kernels(self) -> Sequence[Tensor]:
+        """What the first forward pass gave."""
 
     def forward(self) -> Any:
         """All kernels."""
@@ -163,4 +165,4 @@ def _timed_on_gpu(run: Callable[[], Any]) -> float:
     run()
     ended.record()
     torch.cuda.synchronize()
-    return started.elapsed_time(ended) / 1e3
+    return float(started.elapsed_time(ended)) / 1e3
