@@ -283,3 +283,23 @@ def test_the_triton_kernels_in_tritons_interpreter() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_defaults_for_new_tensors_are_not_for_kernels(backend: str, default: torch.dtype) -> None:
+    device = device_of(backend)
+    weight, alpha = torch.randn(6, 9, device=device), torch.rand(6, device=device)
+    g = torch.randn_like(weight)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            leaves = [weight.requires_grad_(), alpha.requires_grad_()]
+            kernel = pws.standardize(*leaves, gain=reference.RELU_GAIN)
+            grads = grad(kernel, leaves, g)
+    finally:
+        torch.set_default_dtype(before)
+    assert kernel.dtype == torch.float32
+    assert_close(kernel.cpu(), reference.kernel(weight.cpu(), alpha.cpu()), "kernel float32")
+    for mine, formula in zip(grads, reference.gradients(weight.cpu(), alpha.cpu(), g.cpu()), strict=True):
+        assert_close(mine.cpu(), formula, "kernel float32")

@@ -118,21 +118,63 @@ def test_each_pass_sees_the_weights_of_its_time(backend: str, images: Tensor) ->
                 parameter.mul_(-1.1)
 
 
-def test_a_layer_changed_during_the_pass_computes_anew(backend: str, images: Tensor) -> None:
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_layer_changed_during_the_pass_computes_anew(backend: str, images: Tensor, through_data: bool) -> None:
     model = model_of(backend)
     pws.standardize_together(model)
 
     def change(layer: nn.Module, _: object) -> None:
         with torch.no_grad():
-            layer.weight[0].neg_()
+            if through_data:
+                layer.weight.data = -layer.weight
+            else:
+                layer.weight.neg_()
 
     handle = model[0].register_forward_pre_hook(change)
+    mine = results(model, images)
+    handle.remove()
+    assert_same(mine, results(model, images))
+    before = model[0].kernel().detach()
+    model[0].gain *= 2
+    assert not torch.allclose(mine[0], model(images))
+    assert_same([model[0].kernel().detach()], [2 * before])
+
+
+def test_a_step_before_the_backward_pass_is_an_error_where_the_gradient_is_wanted(backend: str, images: Tensor) -> None:
+    model = nn.ModuleList([pws.Linear(4, 3), pws.Linear(4, 3)]).to(images.device)
+    both = Both(model)
+    pws.standardize_together(both)
+    first, second = both(images.flatten(1)[:, :4])
     with torch.no_grad():
-        mine = model(images)
-        handle.remove()
-        torch.testing.assert_close(mine, model(images), rtol=1e-5, atol=1e-5)
-        model[0].gain *= 2
-        assert not torch.allclose(mine, model(images))
+        model[0].weight.add_(1)
+    torch.autograd.backward(second.sum())
+    assert model[1].weight.grad is not None
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.backward(first.sum())
+
+
+class Both(nn.Module):
+    """Two towers, of which nothing is common."""
+
+    def __init__(self, towers: nn.ModuleList) -> None:
+        super().__init__()
+        self.towers = towers
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tower(features) for tower in self.towers)
+
+
+def test_two_backward_passes_through_layers_of_their_own(backend: str, images: Tensor) -> None:
+    both = Both(nn.ModuleList([pws.Linear(4, 3), pws.Linear(4, 3)]).to(images.device))
+    features = images.flatten(1)[:, :4]
+    for output in both(features):
+        torch.autograd.backward(output.square().sum())
+    expected = [p.grad for p in both.parameters()]
+    both.zero_grad()
+    pws.standardize_together(both)
+    for output in both(features):
+        torch.autograd.backward(output.square().sum())
+    assert_same([p.grad for p in both.parameters()], expected)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -147,10 +189,14 @@ def test_frozen_and_unused_layers(backend: str, images: Tensor, frozen: bool) ->
             return self.layers(images)
 
     model = Skips()
-    model.layers[0].weight.requires_grad_(not frozen)
+    model.layers[0].requires_grad_(not frozen)
     alone = results(model, images)
     pws.standardize_together(model)
+    seen = []
+    model.layers[0].register_forward_hook(lambda layer, _, output: seen.append((layer.prepared, output)))
     assert_same(results(model, images), alone)
+    prepared, output = seen[0]
+    assert prepared.kernel.requires_grad == output.requires_grad == (not frozen)
     assert model.unused.weight.grad is None
     assert (model.layers[0].weight.grad is None) == frozen
 
@@ -214,7 +260,14 @@ def test_passes_in_several_threads(backend: str, images: Tensor) -> None:
 def test_copies_and_folded_models(backend: str, images: Tensor) -> None:
     model = model_of(backend)
     pws.standardize_together(model)
+    pws.standardize_together(model)  # the second in place of the first
+    assert len(model._forward_hooks) == len(model._forward_pre_hooks) == 1
+    copies: list[nn.Module] = []
+    handle = model[2].register_forward_hook(lambda *_: copies.append(copy.deepcopy(model)))
     expected = results(model, images)
+    handle.remove()
+    copies[0][2]._forward_hooks.clear()
+    assert_same(results(copies[0], images), expected)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert_same(results(other, images), expected)
     folded = pws.fold(model)
@@ -227,7 +280,10 @@ def test_a_pruned_layer(backend: str, images: Tensor) -> None:
     model = model_of(backend)
     pws.standardize_together(model)
     prune.l1_unstructured(model[0], "weight", 0.5)
+    seen = []
+    model[2].register_forward_hook(lambda layer, *_: seen.append(layer.prepared is not None))
     assert_same([model(images)], [nn.Sequential(*model)(images)])
+    assert seen == [True, True, False, False]
     pws.standardize_together(model).remove()
 
 
@@ -262,6 +318,21 @@ def test_large_weights_of_a_cpu_stay_apart() -> None:
         layer.register_forward_hook(lambda layer, *_: seen.append(layer.prepared is not None))
     model(torch.randn(2, 8))
     assert seen == [True, True, False]
+
+
+def test_a_default_device_is_not_for_tables(backend: str, images: Tensor) -> None:
+    model = model_of(backend)
+    pws.standardize_together(model)
+    with torch.device("meta"):
+        assert model(images).device == images.device
+
+
+def test_an_exported_program_has_none_of_our_operators(backend: str, images: Tensor) -> None:
+    model = model_of(backend)
+    pws.standardize_together(model)
+    exported = torch.export.export(model, (images,))
+    assert not [node for node in exported.graph.nodes if "pws" in str(node.target)]
+    assert_same([exported.module()(images)], [model(images)])
 
 
 def test_a_model_without_pws_layers() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from pws.gain import resolve_gain
+from pws.kernels.autocast import result_dtype
 from pws.kernels.together import Prepared
 from pws.standardize import check_fan_in, check_gamma, scaled
 
@@ -81,7 +82,7 @@ class StandardizedLayer(nn.Module):
         """The standardized weight, in the shape of `weight`: what the layer convolves with."""
         prepared = self.prepared
         if torch.compiler.is_compiling():
-            if isinstance(prepared, Tensor):
+            if isinstance(prepared, Tensor) and prepared.dtype == result_dtype(self.filters()):
                 return prepared
         elif isinstance(prepared, Prepared) and prepared.serves(self._parameters):
             return prepared.kernel

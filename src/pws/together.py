@@ -15,8 +15,7 @@ from pws.kernels.autocast import result_dtype
 from pws.kernels.backend import Job, Plan
 from pws.kernels.observed import is_plain, somebody_observes
 from pws.kernels.registry import chosen, traced_operators
-from pws.kernels.rows import is_dense
-from pws.kernels.together import plan_for, prepare
+from pws.kernels.together import can_be_planned, plan_for, prepare
 from pws.layers import StandardizedLayer
 from pws.standardize import constants
 
@@ -52,12 +51,12 @@ class Hooks:
         """What the plans were made from, and the plans."""
         self._traced = traced_operators()
 
-    def before(self, *_: Any) -> None:
+    def before(self, model: nn.Module, *_: Any) -> None:
         """Compute the kernels."""
         if torch.compiler.is_compiling():
             self._trace()
-        elif not (_captures() or somebody_observes()):  # a graph's launches cost no Python
-            self._compute()
+        elif not (_captures() or somebody_observes() or getattr(model, "_is_replica", False)):
+            self._compute()  # a graph's launches cost no Python; DataParallel's replicas have layers of their own
 
     def _compute(self) -> None:
         pairs = self._pairs()
@@ -66,7 +65,7 @@ class Hooks:
         now = [chosen(), _stream(), *map(_place, pairs), *((x.gain, x.gamma, x.relative_gamma) for x in self.layers)]
         planned = self._planned
         if planned[0] != now:
-            planned = self._planned = now, self._plan()
+            planned = self._planned = now, self._plan(pairs)
         for group in planned[1]:
             group.prepare(pairs, self.layers)
 
@@ -80,30 +79,29 @@ class Hooks:
 
     def _trace(self) -> None:
         """Have a compiled program compute the kernels in one launch, where its own would be one a layer. On a CPU it needs no
-        launches, and fuses the formula itself."""
-        pairs = self._pairs()
-        if self._traced is None or not self._traced.serves(pairs):
+        launches, and fuses the formula itself; without gradients a model is best folded."""
+        if self._traced is None or not torch.is_grad_enabled() or torch.compiler.is_exporting():
             return
-        settings = [
-            constants(w, x.gain, x.gamma, x.relative_gamma) for (w, _), x in zip(pairs, self.layers, strict=True)
-        ]
+        layers = [layer for layer, (weight, _) in zip(self.layers, self._pairs(), strict=True) if _trains(weight)]
+        weights, alphas = [x._parameters["weight"] for x in layers], [x._parameters["alpha"] for x in layers]
+        if not layers or not self._traced.serves(weights, alphas):
+            return
+        settings = [constants(x.filters(), x.gain, x.gamma, x.relative_gamma) for x in layers]
         c, gamma = [c for c, _ in settings], [gamma for _, gamma in settings]
-        weights, alphas = [w for w, _ in pairs], [a for _, a in pairs]
-        kernels = self._traced.Traced.apply(c, gamma, result_dtype(weights[0]), *weights, *alphas)
-        for layer, kernel in zip(self.layers, kernels, strict=True):
+        kernels = self._traced.Traced.apply(c, gamma, result_dtype(layers[0].filters()), *weights, *alphas)
+        for layer, kernel in zip(layers, kernels, strict=True):
             layer.prepared = kernel
 
     def _pairs(self) -> list[tuple[Any, Any]]:
         """The weights and alphas of now; None for a weight that is no parameter any more, but pruned or parametrized."""
         return [(layer._parameters.get("weight"), layer._parameters.get("alpha")) for layer in self.layers]
 
-    def _plan(self) -> list[_Group]:
+    def _plan(self, pairs: list[tuple[Any, Any]]) -> list[_Group]:
         together = defaultdict(list)
-        for i, layer in enumerate(self.layers):
-            weight, alpha = layer.filters().detach(), layer.alpha.detach()
-            if _gains(weight) and is_dense(weight) and alpha.is_contiguous():
-                job = Job(weight, alpha, *constants(weight, layer.gain, layer.gamma, layer.relative_gamma))
-                together[weight.device, weight.dtype, alpha.dtype].append((i, job))
+        for i, (layer, (weight, alpha)) in enumerate(zip(self.layers, pairs, strict=True)):
+            if weight is not None and _gains(weight) and can_be_planned(weight, alpha):
+                settings = constants(weight, layer.gain, layer.gamma, layer.relative_gamma)
+                together[weight.device, weight.dtype].append((i, Job(weight.detach(), alpha.detach(), *settings)))
         return [_Group([i for i, _ in group], plan_for([job for _, job in group])) for group in together.values()]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,7 +112,7 @@ class Hooks:
 
 
 class _Group(NamedTuple):
-    """Layers of one device and the same dtypes."""
+    """Layers of one device and one dtype."""
 
     numbers: list[int]
     plan: Plan
@@ -127,8 +125,7 @@ class _Group(NamedTuple):
 
 def _place(pair: tuple[Any, Any]) -> tuple[Any, ...]:
     """Where weight and alpha lie, and how."""
-    weight, alpha = pair
-    return weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), alpha.data_ptr(), alpha.dtype, alpha.stride()
+    return tuple([None if t is None else (t.data_ptr(), t.dtype, t.shape, t.stride()) for t in pair])
 
 
 def _gains(weight: Tensor) -> bool:
@@ -137,7 +134,11 @@ def _gains(weight: Tensor) -> bool:
 
 
 def _is_usual(tensor: Any) -> bool:
-    return tensor is not None and is_plain(tensor) and not tensor.is_inference()
+    return tensor is None or (is_plain(tensor) and not tensor.is_inference())
+
+
+def _trains(weight: Any) -> bool:
+    return weight is not None and is_plain(weight) and weight.requires_grad
 
 
 def _captures() -> bool:
@@ -150,15 +151,21 @@ def _stream() -> int | None:
 
 
 def standardize_together(model: nn.Module) -> Together:
-    """Compute the kernels of all pws layers of `model` in one go at the start of each of its forward passes.
+    """Compute the kernels of the pws layers of `model` in one go at the start of each of its forward passes.
 
     A layer's standardization takes a GPU a few microseconds, and Python and a launch take many times that. Together it is one
     launch each way for the model, and the numbers are the same. Worth it wherever Python is what a step waits for: small
-    batches and small layers. Under `torch.compile`, in CUDA graphs, under `torch.func` and in checkpointed regions each layer
-    computes its own kernel as ever.
+    batches and small layers. On a CPU there is no launch to save, and weights of more than 524,288 entries stay apart. A model
+    that is compiled for a GPU calls one operator each way in place of a kernel a layer.
 
-    What it costs: the gradients of all weights come together, at the end of the backward pass. Where processes exchange
-    gradients while the backward pass runs (DistributedDataParallel), leave it out.
+    A layer that would not compute just this kernel when its turn comes computes its own as ever: in checkpointed regions, where
+    autocast or the gradient mode is another, in another thread or stream, under `torch.func`, in CUDA graphs, and when its
+    parameters were changed meanwhile (in a compiled program, and in place through `.data`, that is not noticed). Transposed,
+    pruned and parametrized layers do so always.
+
+    What it costs: all kernels exist at once, and the gradients of all weights come together, at the end of the backward pass.
+    Leave it out where processes exchange gradients while the backward pass runs (DistributedDataParallel). In a compiled
+    program a layer that a pass does not use gets a gradient of zeros, not None.
 
     Args:
         model: with the layers that it will have: those put in later compute their own kernels.
@@ -180,6 +187,7 @@ def standardize_together(model: nn.Module) -> Together:
             f"standardize_together is for models with pws layers; {type(model).__name__} has none. pws.convert makes them of "
             "a model's own."
         )
+    remove_hooks(model)  # twice would be for nothing
     # A transposed convolution's filters are a new tensor each time, which nobody asks for again.
     return Together(model, Hooks([layer for layer in layers if layer.filters() is layer._parameters.get("weight")]))
 

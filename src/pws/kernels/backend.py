@@ -43,22 +43,21 @@ class Job(NamedTuple):
 
 
 class Plan(Protocol):
-    """The standardization of many layers together: of one device, one dtype of weights and one of alphas."""
+    """The standardization of many layers together, of one device and one dtype. It knows where their tensors lie, and holds
+    none of them: each call brings its own, weights, then alphas."""
 
-    jobs: Sequence[Job]
+    constants: list[tuple[float, float]]
+    """Each layer's c and gamma."""
 
     def __init__(self, jobs: Sequence[Job]) -> None: ...
 
-    def forward(self, dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """The kernels in `dtype`, in the shapes and layouts of the weights; and what the backward pass needs to be saved."""
+    def forward(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The kernels in `dtype`, in the shapes and layouts of the weights; and statistics for the backward pass."""
 
     def backward(
-        self, grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+        self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], statistics: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """The gradients of the weights and of the alphas; None where a kernel got none."""
-
-    def is_for(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these weights, then alphas, lie where those of the jobs lay."""
 
 
 @dataclass(frozen=True)

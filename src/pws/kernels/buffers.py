@@ -30,11 +30,13 @@ class _Lease(np.ndarray):
 def empty(shape: torch.Size) -> Tensor:
     """An uninitialized contiguous float32 tensor."""
     if shape.numel() < SMALLEST:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
     try:
         buffer = _idle[shape].pop()
     except IndexError:
-        buffer = torch.empty(shape).numpy()  # torch's memory is aligned to cache lines, numpy's is not
+        buffer = torch.empty(
+            shape, dtype=torch.float32, device="cpu"
+        ).numpy()  # torch's memory is aligned to cache lines, numpy's is not
     return torch.from_numpy(buffer.view(_Lease))
 
 

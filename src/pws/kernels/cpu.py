@@ -20,7 +20,11 @@ def forward(
     """`kernel = c alpha h`, `h = (w - m) / sqrt(v + gamma)`."""
     weight_OK, alpha_O = _dense(weight_OK), None if alpha_O is None else _dense(alpha_O)
     filters, entries = weight_OK.shape
-    kernel_OK, mean_O, rstd_O = empty(weight_OK.shape), torch.empty(filters), torch.empty(filters)
+    kernel_OK, mean_O, rstd_O = (
+        empty(weight_OK.shape),
+        torch.empty(filters, dtype=torch.float32, device="cpu"),
+        torch.empty(filters, dtype=torch.float32, device="cpu"),
+    )
     tensors = (weight_OK, alpha_O, mean_O, rstd_O, kernel_OK)
     _run(forward_part, Job(0, filters, entries, c, gamma, *map(_address, tensors)))
     return kernel_OK if dtype == torch.float32 else kernel_OK.to(dtype), mean_O, rstd_O
@@ -53,7 +57,7 @@ def _backward(
     weight_OK, mean_O, rstd_O = map(_dense, (weight_OK, mean_O, rstd_O))
     alpha_O = None if alpha_O is None else _dense(alpha_O)
     filters, entries = weight_OK.shape
-    grad_alpha_O = torch.empty(filters)
+    grad_alpha_O = torch.empty(filters, dtype=torch.float32, device="cpu")
     tensors = (weight_OK, alpha_O, mean_O, rstd_O, grad_weight_OK, grad_OK, grad_alpha_O)
     _run(backward_part, Job(0, filters, entries, c, 0.0, *map(_address, tensors)))
     return grad_weight_OK, grad_alpha_O

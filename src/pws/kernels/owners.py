@@ -41,7 +41,7 @@ def _sole() -> Counts | None:
         return None
     seen: list[Counts] = []
     with torch.inference_mode(False), torch.enable_grad():
-        tensor = torch.ones(2, requires_grad=True)
+        tensor = torch.ones(2, requires_grad=True, device="cpu")
         output: Tensor = _Trial.apply(tensor, seen)
         torch.autograd.backward((output * output.detach()).sum())
     return seen[0]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pws.kernels.backend import Job
-from pws.kernels.rows import is_dense
-from pws.kernels.together import LayerByLayer
+from pws.kernels.together import LayerByLayer, can_be_planned
 from pws.kernels.triton import TRITON
 from pws.kernels.triton_together import INTERPRETED, TYPES, TritonPlan
 
@@ -33,9 +32,9 @@ def _forward(
     weights: Tensors, alphas: Tensors, c: list[float], gamma: list[float], dtype: torch.dtype
 ) -> tuple[Tensors, Tensor, Tensor]:
     if _captures(weights[0]):
-        kernels, saved = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON).forward(dtype)
+        kernels, saved = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON).forward((*weights, *alphas), dtype)
         return kernels, torch.cat(saved[: len(c)]), torch.cat(saved[len(c) :])
-    kernels, (mean, rstd) = _plan(weights, alphas, c, gamma).forward(dtype)
+    kernels, (mean, rstd) = _plan(weights, alphas, c, gamma).forward((*weights, *alphas), dtype)
     return kernels, mean, rstd
 
 
@@ -51,7 +50,8 @@ def _backward(
     if _captures(weights[0]):
         filters = [len(w) for w in weights]
         saved = (*mean.split_with_sizes(filters), *rstd.split_with_sizes(filters))
-        of_weights, of_alphas = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON).backward(grads, saved)
+        plan = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON)
+        of_weights, of_alphas = plan.backward(grads, (*weights, *alphas), saved)
         return of_weights, torch.cat([of_alpha for of_alpha in of_alphas if of_alpha is not None])
     return _plan(weights, alphas, c, gamma).gradients(grads, (mean, rstd))
 
@@ -104,18 +104,12 @@ for _name, _operator, _fake in (
     torch.library.register_fake(f"pws::{_name}", _fake, lib=_library)
 
 
-def serves(pairs: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether these weights and alphas can be standardized together: all on a GPU, of the same dtypes, dense."""
-    if any(tensor is None for pair in pairs for tensor in pair):
-        return False
-    (weight, alpha), device = pairs[0], pairs[0][0].device
-    return (INTERPRETED or weight.is_cuda) and all(
-        w.device == device
-        and (w.dtype, a.dtype) == (weight.dtype, alpha.dtype)
-        and w.dtype in TYPES
-        and is_dense(w)
-        and a.is_contiguous()
-        for w, a in pairs
+def serves(weights: Sequence[Any], alphas: Sequence[Any]) -> bool:
+    """Whether these can be standardized together: all on one GPU, of one dtype, as a plan wants them."""
+    first = weights[0]
+    return (INTERPRETED or first.is_cuda) and all(
+        (w.device, w.dtype) == (first.device, first.dtype) and w.dtype in TYPES and can_be_planned(w, a)
+        for w, a in zip(weights, alphas, strict=True)
     )
 
 

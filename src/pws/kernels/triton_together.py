@@ -92,20 +92,20 @@ class TritonPlan:
     """See `pws.kernels.backend.Plan`."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
         weights, alphas = [job.weight for job in jobs], [job.alpha for job in jobs]
-        self._device = weights[0].device
-        self._addresses = [t.data_ptr() for t in (*weights, *alphas)]
+        self.constants = [job[2:] for job in jobs]
+        self._device, self._dtypes = weights[0].device, (weights[0].dtype, alphas[0].dtype)
         self._types = {"weight_type": TYPES[weights[0].dtype], "alpha_type": TYPES[alphas[0].dtype]}
+        self._addresses = [t.data_ptr() for t in (*weights, *alphas)]
         self._filters = [len(w) for w in weights]
         self._rows = sum(self._filters)
         self._layouts = [(w.shape, w.stride()) for w in weights]
         self._strides: list[tuple[int, ...]] = [w.stride() for w in weights]
         self._records = self._uploaded(torch.cat([_records(i, job) for i, job in enumerate(jobs)]))
-        self._constants = self._uploaded(torch.tensor([job[2:] for job in jobs], dtype=torch.float32))
+        self._constants = self._uploaded(torch.tensor(self.constants, dtype=torch.float32, device="cpu"))
         self._tables: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
-    def forward(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """`kernel = c alpha h`, `h = (w - m) / sqrt(v + gamma)`."""
         with torch._C._AutoDispatchBelowAutograd(), torch.cuda.device_of(self._records):
             kernels = self._empty(dtype)
@@ -120,30 +120,30 @@ class TritonPlan:
         return kernels, [mean, rstd]
 
     def backward(
-        self, grads: Sequence[Tensor | None], saved: Sequence[Tensor]
+        self, grads: Sequence[Tensor | None], tensors: Sequence[Tensor], statistics: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """See `Plan`."""
-        of_weights, of_alphas = self.gradients(grads, saved)
+        if [t.data_ptr() for t in tensors] != self._addresses:  # moved since the forward pass
+            n = len(grads)
+            jobs = [Job(w, a, *both) for w, a, both in zip(tensors[:n], tensors[n:], self.constants, strict=True)]
+            return TritonPlan(jobs).backward(grads, tensors, statistics)
+        of_weights, of_alphas = self.gradients(grads, statistics)
         there = [grad is not None for grad in grads]
         return _where(there, of_weights), _where(there, of_alphas.split_with_sizes(self._filters))
 
-    def gradients(self, grads: Sequence[Tensor | None], saved: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    def gradients(self, grads: Sequence[Tensor | None], statistics: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """`dw = c alpha / sqrt(v + gamma) (g - mean(g) - h mean(g h))`, and `dalpha = c sum(g h)` of all layers in one."""
         with torch._C._AutoDispatchBelowAutograd(), torch.cuda.device_of(self._records):
             grads = self._in_order(grads)
-            of_weights = self._empty(self.jobs[0].weight.dtype)
+            of_weights = self._empty(self._dtypes[0])
             of_alphas = torch.empty(self._rows, dtype=torch.float32, device=self._device)
             _backward_layers[(self._rows,)](
-                *(self._table(grads), self._table(of_weights), self._records, self._constants, *saved, of_alphas),
+                *(self._table(grads), self._table(of_weights), self._records, self._constants, *statistics, of_alphas),
                 **self._types,
                 grad_type=next(TYPES[grad.dtype] for grad in grads if grad is not None),
                 num_warps=WARPS,
             )
-            return of_weights, of_alphas.to(self.jobs[0].alpha.dtype)
-
-    def is_for(self, tensors: Sequence[Tensor]) -> bool:
-        """See `Plan`."""
-        return [t.data_ptr() for t in tensors] == self._addresses
+            return of_weights, of_alphas.to(self._dtypes[1])
 
     def _empty(self, dtype: torch.dtype) -> list[Tensor]:
         """A tensor for each layer, laid out as its weight."""
@@ -154,7 +154,7 @@ class TritonPlan:
         strides = [() if g is None else g.stride() for g in grads]
         if strides == self._strides and not any(g is not None and g.data_ptr() % 16 for g in grads):
             return grads
-        found = [None if g is None else _like(g, job.weight) for g, job in zip(grads, self.jobs, strict=True)]
+        found = [None if g is None else _like(g, *layout) for g, layout in zip(grads, self._layouts, strict=True)]
         if all(new is old for new, old in zip(found, grads, strict=True)):
             self._strides = strides  # strides of dimensions of one entry mean nothing
         return found
@@ -165,7 +165,7 @@ class TritonPlan:
         addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
         found = self._tables.get(addresses)
         if found is None:
-            found = self._tables[addresses] = self._uploaded(torch.tensor(addresses))
+            found = self._tables[addresses] = self._uploaded(torch.tensor(addresses, device="cpu"))
             if len(self._tables) > MOST_TABLES:
                 self._tables.popitem(last=False)
         return found
@@ -177,18 +177,18 @@ class TritonPlan:
 def _records(layer: int, job: Job) -> Tensor:
     """A row a filter, for `_filter`."""
     weight, alpha = job.weight, job.alpha
-    count, o = weight[0].numel(), torch.arange(len(weight))
+    count, o = weight[0].numel(), torch.arange(len(weight), device="cpu")
     aligned = weight.data_ptr() % 16 == 0 and count % 8 == 0
     packed = torch.full_like(o, (layer << 32) | (aligned << 31) | count)
     at_weight = weight.data_ptr() + o * count * weight.element_size()
     return torch.stack([at_weight, alpha.data_ptr() + o * alpha.element_size(), o * count, packed], dim=1)
 
 
-def _like(grad: Tensor, weight: Tensor) -> Tensor:
-    strides = zip(grad.stride(), weight.stride(), weight.shape, strict=True)
-    if grad.data_ptr() % 16 == 0 and all(n == 1 or mine == its for mine, its, n in strides):
+def _like(grad: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    pairs = zip(grad.stride(), strides, shape, strict=True)
+    if grad.data_ptr() % 16 == 0 and all(n == 1 or mine == its for mine, its, n in pairs):
         return grad
-    return torch.empty_strided(weight.shape, weight.stride(), dtype=grad.dtype, device=grad.device).copy_(grad)
+    return torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 def _where(there: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:

@@ -114,10 +114,11 @@ class _Together:
         self.kernels, self.saved = self.forward()
 
     def forward(self) -> Any:
-        return self.plan.forward(torch.float32)
+        return self.plan.forward((*self.work.weights, *self.work.alphas), torch.float32)
 
     def backward(self) -> list[Any]:
-        return list(zip(*self.plan.backward(self.work.grads, self.saved), strict=True))
+        tensors = (*self.work.weights, *self.work.alphas)
+        return list(zip(*self.plan.backward(self.work.grads, tensors, self.saved), strict=True))
 
 
 def _deviation(name: str, passes: _Passes, work: _Work) -> float:
