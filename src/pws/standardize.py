@@ -48,6 +48,7 @@ def standardize(
         PwsError: gamma is negative, gain is not positive, or the weight is of integers.
 
     Examples:
+        >>> import torch
         >>> kernel = standardize(torch.tensor([[1.0, 3.0], [5.0, 4.0]]), gain=2**0.5, gamma=0.0)
         >>> kernel.round(decimals=4)
         tensor([[-1.,  1.],
