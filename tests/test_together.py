@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -327,10 +328,13 @@ def test_a_default_device_is_not_for_tables(backend: str, images: Tensor) -> Non
         assert model(images).device == images.device
 
 
-def test_an_exported_program_has_none_of_our_operators(backend: str, images: Tensor) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_has_none_of_our_operators(backend: str, images: Tensor, strict: bool) -> None:
     model = model_of(backend)
     pws.standardize_together(model)
-    exported = torch.export.export(model, (images,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as: side effects in the forward pass
+        exported = torch.export.export(model, (images,), strict=strict)
     assert not [node for node in exported.graph.nodes if "pws" in str(node.target)]
     assert_same([exported.module()(images)], [model(images)])
 

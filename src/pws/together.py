@@ -73,7 +73,8 @@ class Hooks:
         """Let go of them."""
         for layer in self.layers:
             if torch.compiler.is_compiling():
-                layer.prepared = None
+                if layer.prepared is not None:  # a side effect that a compiler would report, and export warn of
+                    layer.prepared = None
             else:
                 layer.__dict__["prepared"] = None  # a module's own __setattr__ takes twenty times as long
 
