@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backends import HERE
+from backends import HERE, device_of
+from torch import Tensor
 
 from pws import kernels
 
@@ -26,3 +27,8 @@ def _seed() -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with kernels.use(request.param):
         yield request.param
+
+
+@pytest.fixture
+def images(backend: str) -> Tensor:
+    return torch.randn(2, 3, 7, 7, device=device_of(backend))

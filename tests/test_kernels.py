@@ -26,7 +26,7 @@ from pws.kernels.operators import standardize_rows, standardize_rows_backward
 
 SHAPES = [(1, 2), (3, 9), (64, 27), (7, 1023), (5, 4608), (2, 25088)]
 SHAPES += [(40, 9)] if INTERPRETED else [(4096, 2), (4096, 9)]
-TOGETHER = str(Path(__file__).with_name("test_together.py"))
+TOGETHER = [str(Path(__file__).with_name(f"test_together{part}.py")) for part in ("", "_traced")]
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -275,7 +275,7 @@ except pws.PwsError as error:
 def test_the_triton_kernels_in_tritons_interpreter() -> None:
     """The tests above once more, for triton on the CPU: the interpreter has to be there when triton is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, TOGETHER],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *TOGETHER],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

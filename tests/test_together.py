@@ -5,69 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-import warnings
-from typing import Any
 
 import pytest
 import torch
 from backends import INTERPRETED, device_of
+from together_model import assert_same, model_of, results
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch.func import functional_call
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import pws
-from pws import kernels
 from pws.together import LARGEST_ON_CPU
-
-
-class Widen(nn.Module):
-    """`features` features, by repetition."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, input: Tensor) -> Tensor:
-        return input.repeat(1, -(-self.features // input.shape[1]))[:, : self.features]
-
-
-def model_of(backend: str) -> nn.Sequential:
-    """Few filters, for the interpreter takes a millisecond for each, with fan-ins for every path of the kernels: 9, 27 and 147,
-    aligned and not, 300 in one block, 1030 and 2052 in several; a layer without a bias, a transposed one, one that is used
-    twice."""
-    twice = pws.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
-    model = nn.Sequential(
-        pws.Conv2d(3, 4, 7, padding=3),
-        *(nn.ReLU(), twice, nn.ReLU(), twice, nn.ReLU(), pws.ConvTranspose2d(4, 3, 3), pws.Conv2d(3, 4, 3, stride=3)),
-        *(nn.Flatten(1), Widen(300), pws.Linear(300, 3, gain="linear"), Widen(1030), pws.Linear(1030, 4, gamma=0.1)),
-        *(Widen(2052), pws.Linear(2052, 2, relative_gamma=True)),
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(device_of(backend))
-
-
-def results(model: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """The output and all gradients."""
-    model.zero_grad()
-    with torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        output = model(images)
-    torch.autograd.backward(output.float().square().sum())
-    return [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-
-@pytest.fixture
-def images(backend: str) -> Tensor:
-    return torch.randn(2, 3, 7, 7, device=device_of(backend))
-
-
-def assert_same(mine: list[Tensor], alone: list[Tensor], closeness: float = 1e-4) -> None:
-    assert len(mine) == len(alone)
-    for a, b in zip(mine, alone, strict=True):
-        assert (a - b).abs().max() <= closeness * b.abs().max()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -288,29 +237,6 @@ def test_a_pruned_layer(backend: str, images: Tensor) -> None:
     pws.standardize_together(model).remove()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_a_compiled_model(backend: str, images: Tensor, dtype: torch.dtype | None) -> None:
-    """For a GPU the compiled program calls one operator each way; for a CPU it has the formula of each layer in it."""
-    model = model_of(backend)
-    expected = results(model, images, dtype)
-    pws.standardize_together(model)
-    graphs: list[list[str]] = []
-
-    def look(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
-        parts = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
-        graphs.append([str(node.target) for part in parts for node in part.graph.nodes])
-        return lookup_backend("aot_eager")(graph, examples)
-
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=look)
-    for _ in range(2):
-        assert_same(results(compiled, images, dtype), expected, 1e-4 if dtype is None else 3e-2)
-    assert len(graphs) == 1
-    for operator in ("standardize_together", "standardize_together_backward"):
-        assert graphs[0].count(f"pws.{operator}") == (backend == "triton")
-    assert all(layer.prepared is None for layer in model if isinstance(layer, pws.Conv2d))
-
-
 def test_large_weights_of_a_cpu_stay_apart() -> None:
     model = nn.Sequential(pws.Linear(8, 4), pws.Linear(4, LARGEST_ON_CPU // 4), pws.Linear(LARGEST_ON_CPU // 4, 5))
     pws.standardize_together(model)
@@ -328,34 +254,6 @@ def test_a_default_device_is_not_for_tables(backend: str, images: Tensor) -> Non
         assert model(images).device == images.device
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_has_none_of_our_operators(backend: str, images: Tensor, strict: bool) -> None:
-    model = model_of(backend)
-    pws.standardize_together(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # such as: side effects in the forward pass
-        exported = torch.export.export(model, (images,), strict=strict)
-    assert not [node for node in exported.graph.nodes if "pws" in str(node.target)]
-    assert_same([exported.module()(images)], [model(images)])
-
-
 def test_a_model_without_pws_layers() -> None:
     with pytest.raises(pws.PwsError, match=r"for models with pws layers; Linear has none. pws.convert makes them"):
         pws.standardize_together(nn.Linear(3, 2))
-
-
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="a graph is captured on a GPU")
-def test_a_captured_graph() -> None:
-    model = model_of("triton").requires_grad_(False)
-    pws.standardize_together(model)
-    images = torch.randn(2, 3, 7, 7, device="cuda")
-    expected = model(images)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        model(images)
-    graph = torch.cuda.CUDAGraph()
-    with kernels.use("triton"), torch.cuda.graph(graph, stream=stream):
-        output = model(images)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same([output], [expected])

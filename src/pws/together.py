@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pws.errors import PwsError
 from pws.kernels.autocast import result_dtype
 from pws.kernels.backend import Job, Plan
-from pws.kernels.observed import is_plain, somebody_observes
+from pws.kernels.observed import captures, is_plain, somebody_observes, stream
 from pws.kernels.registry import chosen, traced_operators
 from pws.kernels.together import can_be_planned, plan_for, prepare
 from pws.layers import StandardizedLayer
@@ -44,9 +44,7 @@ class Hooks:
     def __init__(self, layers: list[StandardizedLayer]) -> None:
         self.layers = layers
         for layer in layers:
-            layer.__dict__["prepared"] = (
-                None  # of its own, from the start: a compiled program checks that it still is as it was
-            )
+            layer.__dict__["prepared"] = None  # of its own from the start: compiled programs check for changes
         self._planned: tuple[list[Any], list[_Group]] = ([], [])
         """What the plans were made from, and the plans."""
         self._traced = traced_operators()
@@ -55,14 +53,14 @@ class Hooks:
         """Compute the kernels."""
         if torch.compiler.is_compiling():
             self._trace()
-        elif not (_captures() or somebody_observes() or getattr(model, "_is_replica", False)):
+        elif not (captures() or somebody_observes() or getattr(model, "_is_replica", False)):
             self._compute()  # a graph's launches cost no Python; DataParallel's replicas have layers of their own
 
     def _compute(self) -> None:
         pairs = self._pairs()
         if not all(map(_is_usual, chain.from_iterable(pairs))):
             return
-        now = [chosen(), _stream(), *map(_place, pairs), *((x.gain, x.gamma, x.relative_gamma) for x in self.layers)]
+        now = [chosen(), stream(), *map(_place, pairs), *((x.gain, x.gamma, x.relative_gamma) for x in self.layers)]
         planned = self._planned
         if planned[0] != now:
             planned = self._planned = now, self._plan(pairs)
@@ -140,15 +138,6 @@ def _is_usual(tensor: Any) -> bool:
 
 def _trains(weight: Any) -> bool:
     return weight is not None and is_plain(weight) and weight.requires_grad
-
-
-def _captures() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def _stream() -> int | None:
-    """The tables of a plan are uploaded in one stream; another would not wait for them."""
-    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else None
 
 
 def standardize_together(model: nn.Module) -> Together:

@@ -1,4 +1,5 @@
-"""Who has to see an operator: transforms of torch.func, tracers and other dispatch modes, and subclasses of Tensor."""
+"""What stands around a call: transforms of torch.func, tracers and other dispatch modes, which have to see an operator; CUDA
+graphs and streams."""
 
 from __future__ import annotations
 
@@ -20,3 +21,13 @@ def somebody_observes() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
     )
+
+
+def captures() -> bool:
+    """Whether launches go to a CUDA graph, which would read again, when it is replayed, what is uploaded now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def stream() -> int | None:
+    """Where launches and uploads go to; another stream would not wait for them."""
+    return torch.cuda.current_stream().cuda_stream if torch.cuda.is_initialized() else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pws.kernels.backend import Job
+from pws.kernels.observed import captures, stream
 from pws.kernels.together import LayerByLayer, can_be_planned
 from pws.kernels.triton import TRITON
 from pws.kernels.triton_together import INTERPRETED, TYPES, TritonPlan
@@ -31,7 +32,7 @@ Tensors = list[Tensor]
 def _forward(
     weights: Tensors, alphas: Tensors, c: list[float], gamma: list[float], dtype: torch.dtype
 ) -> tuple[Tensors, Tensor, Tensor]:
-    if _captures(weights[0]):
+    if captures():
         kernels, saved = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON).forward((*weights, *alphas), dtype)
         return kernels, torch.cat(saved[: len(c)]), torch.cat(saved[len(c) :])
     kernels, (mean, rstd) = _plan(weights, alphas, c, gamma).forward((*weights, *alphas), dtype)
@@ -47,7 +48,7 @@ def _backward(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Sequence[Any], Tensor]:
-    if _captures(weights[0]):
+    if captures():
         filters = [len(w) for w in weights]
         saved = (*mean.split_with_sizes(filters), *rstd.split_with_sizes(filters))
         plan = LayerByLayer(_jobs(weights, alphas, c, gamma), TRITON)
@@ -56,15 +57,9 @@ def _backward(
     return _plan(weights, alphas, c, gamma).gradients(grads, (mean, rstd))
 
 
-def _captures(weight: Tensor) -> bool:
-    """Whether the launches go to a CUDA graph, which would read what is uploaded now again when it is replayed."""
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _plan(weights: Tensors, alphas: Tensors, c: list[float], gamma: list[float]) -> TritonPlan:
     """The plan for tensors that lie just there, of the last few."""
-    stream = torch.cuda.current_stream().cuda_stream if weights[0].is_cuda else None
-    key = (stream, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*weights, *alphas)], *c, *gamma)
+    key = (stream(), *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (*weights, *alphas)], *c, *gamma)
     found = _plans.get(key)
     if found is None:
         found = _plans[key] = TritonPlan(_jobs(weights, alphas, c, gamma))
@@ -77,22 +72,13 @@ def _jobs(*columns: Sequence[Any]) -> list[Job]:
     return [Job(w.detach(), a.detach(), *constants) for w, a, *constants in zip(*columns, strict=True)]
 
 
-def _fake_forward(
-    weights: Tensors, alphas: Tensors, c: list[float], gamma: list[float], dtype: torch.dtype
-) -> tuple[Tensors, Tensor, Tensor]:
+def _fake_forward(weights: Tensors, alphas: Tensors, *others: Any) -> tuple[Tensors, Tensor, Tensor]:
+    *_, dtype = others
     mean = weights[0].new_empty(sum(len(w) for w in weights), dtype=torch.float32)
     return [torch.empty_like(w, dtype=dtype) for w in weights], mean, torch.empty_like(mean)
 
 
-def _fake_backward(
-    grads: Tensors,
-    weights: Tensors,
-    alphas: Tensors,
-    c: list[float],
-    gamma: list[float],
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensors, Tensor]:
+def _fake_backward(grads: Tensors, weights: Tensors, alphas: Tensors, *_: Any) -> tuple[Tensors, Tensor]:
     return [torch.empty_like(w) for w in weights], alphas[0].new_empty(sum(len(a) for a in alphas))
 
 

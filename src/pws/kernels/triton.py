@@ -92,4 +92,4 @@ def _refusal(weight_OK: Tensor) -> str | None:
     return None
 
 
-TRITON = Backend("triton", forward, backward, _refusal, None, TritonPlan)
+TRITON = Backend("triton", forward, backward, _refusal, plan=TritonPlan)
