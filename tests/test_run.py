@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
 from pws.errors import PwsError
+from pws.kernels.together import Prepared
 from pws.training import Recipe, evaluate, load_recipe, train
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
@@ -285,6 +288,25 @@ def test_a_methods_gradient_rule_acts_in_training() -> None:
     means = {key: change.flatten(1).mean(1).abs().max() for key, change in centred.items() if change.dim() > 1}
     assert max(means.values()) < 1e-6
     assert plain["features.0.weight"].flatten(1).mean(1).abs().max() > 1e-4
+
+
+def test_one_process_computes_the_kernels_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    serves = Prepared.serves
+
+    def look(prepared: Prepared, parameters: Any) -> bool:
+        taken.append(serves(prepared, parameters))
+        return taken[-1]
+
+    monkeypatch.setattr(Prepared, "serves", look)
+    together = first_step()
+    assert taken
+    assert all(taken)
+    monkeypatch.setattr("pws.training.module.standardize_together", lambda _: SimpleNamespace(remove=lambda: None))
+    count = len(taken)
+    for key, change in first_step().items():
+        torch.testing.assert_close(change, together[key], rtol=1e-4, atol=1e-7)
+    assert len(taken) == count
 
 
 def test_the_steps_are_bounded_as_the_recipe_says() -> None:
