@@ -1,5 +1,8 @@
 """The CPU backend's loops, compiled by numba: a filter at a time while it is in the cache, one pass over memory each way.
 
+A filter is read to be summed, then written. So that memory is not read and written in turn but at once, as in a copy, a thread
+fetches its next filter into the cache while it writes one.
+
 Each thread that calls `forward_part` or `backward_part` takes the next few filters until none is left. A filter is always
 summed by one thread, so results do not depend on the number of threads.
 """
@@ -20,7 +23,7 @@ GRAIN: Final = 16_384
 HEAD: Final = 8
 """Entries whose mean is the first guess at a filter's mean."""
 STREAMED: Final = 131_072
-"""Entries from which a result goes to memory past the caches, which it would only empty, and without being read first."""
+"""Entries from which a kernel goes to memory past the caches, which it would only empty, and without being read first."""
 # Sums may be reordered, into vector lanes; NaN and infinity keep their meaning.
 FAST: Final = {"reassoc", "contract", "arcp", "nsz"}
 
@@ -46,7 +49,9 @@ class Job(ctypes.Structure):
 
 
 JOB: Final = np.dtype(Job)
-LANES: Final = 8
+LINE: Final = 64
+"""Bytes of a cache line."""
+LANES: Final = LINE // 4
 _VECTOR: Final = ir.VectorType(ir.FloatType(), LANES)
 
 
@@ -69,20 +74,63 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), code
 
 
+def _lanes(context: Any, builder: Any, kind: Any, array: Any, k: Any) -> Any:
+    """Address of `LANES` entries of an array."""
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [k]), _VECTOR.as_pointer())
+
+
+def _all_lanes(builder: Any, number: Any) -> Any:
+    index, undefined = ir.IntType(32), ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(index, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(index, LANES), [0] * LANES))
+
+
+def _fetch(builder: Any, address: Any) -> None:
+    """Begin to read a cache line, which is needed soon; any address will do."""
+    flags = [ir.Constant(ir.IntType(32), value) for value in (0, 3, 1)]  # to read, into every cache, data
+    kind = ir.FunctionType(ir.VoidType(), [voidptr_t, *(flag.type for flag in flags)])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [voidptr_t], kind)
+    builder.call(prefetch, [builder.bitcast(address, voidptr_t), *flags])
+
+
 @intrinsic
-def _stream_lanes(typing_context: Any, source: Any, target: Any, k: Any) -> Any:
-    """`target[k : k + LANES] = source[k : k + LANES]` without reading the target's cache line first."""
+def _forward_lanes(typing_context: Any, row: Any, out: Any, k: Any, ahead: Any, mean: Any, factor: Any) -> Any:
+    """`out = (row - mean) factor` for the entries from k on, past the caches, while those `ahead` of them are fetched."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        places = []
-        for kind, array in zip(signature.args[:2], arguments[:2], strict=True):
-            data = context.make_array(kind)(context, builder, array).data
-            places.append(builder.bitcast(builder.gep(data, [arguments[2]]), _VECTOR.as_pointer()))
-        store = builder.store(builder.load(places[0], align=4), places[1], align=4 * LANES)
+        row, out, k, ahead = arguments[:4]
+        mean, factor = (_all_lanes(builder, number) for number in arguments[4:])
+        _fetch(builder, _lanes(context, builder, signature.args[0], row, builder.add(k, ahead)))
+        w = builder.load(_lanes(context, builder, signature.args[0], row, k), align=4)
+        kernel = builder.fmul(builder.fsub(w, mean), factor)
+        store = builder.store(kernel, _lanes(context, builder, signature.args[1], out, k), align=LINE)
         store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
         return context.get_dummy_value()
 
-    return types.void(source, target, types.int64), code
+    return types.void(row, out, types.int64, types.int64, types.float32, types.float32), code
+
+
+@intrinsic
+def _backward_lanes(
+    typing_context: Any, g: Any, row: Any, out: Any, k: Any, ahead: Any, factor: Any, centre: Any, mean: Any, slope: Any
+) -> Any:
+    """`out = factor (g - centre - (row - mean) slope)` likewise, but through the caches, where `g` is: `out` may be `g`. (Of a
+    plain loop the compiler asks that they do not overlap, or it goes without vectors.)"""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        g, row, out, k, ahead = arguments[:5]
+        factor, centre, mean, slope = (_all_lanes(builder, number) for number in arguments[5:])
+        loaded = []
+        for kind, array in ((signature.args[0], g), (signature.args[1], row)):
+            _fetch(builder, _lanes(context, builder, kind, array, builder.add(k, ahead)))
+            loaded.append(builder.load(_lanes(context, builder, kind, array, k), align=4))
+        along = builder.fmul(builder.fsub(loaded[1], mean), slope)
+        result = builder.fmul(builder.fsub(builder.fsub(loaded[0], centre), along), factor)
+        builder.store(result, _lanes(context, builder, signature.args[2], out, k), align=4)
+        return context.get_dummy_value()
+
+    return types.void(g, row, out, types.int64, types.int64, *[types.float32] * 4), code
 
 
 @njit(fastmath=FAST)
@@ -119,17 +167,21 @@ def _moments(row: Any) -> Any:
 
 
 @njit(fastmath=FAST)
-def _forward_row(row: Any, out: Any, scale: Any, gamma: Any) -> Any:
+def _forward_row(row: Any, out: Any, streams: Any, ahead: Any, scale: Any, gamma: Any) -> Any:
     mean, variance = _moments(row)
     rstd = np.float32(1) / np.sqrt(variance + gamma)
     factor = rstd * scale
-    for k in range(row.shape[0]):
-        out[k] = (row[k] - mean) * factor
+    if streams:
+        for k in range(0, row.shape[0], LANES):
+            _forward_lanes(row, out, k, ahead, mean, factor)
+    else:
+        for k in range(row.shape[0]):
+            out[k] = (row[k] - mean) * factor
     return mean, rstd
 
 
 @njit(fastmath=FAST)
-def _backward_row(g: Any, row: Any, out: Any, scale: Any, mean: Any, rstd: Any) -> Any:
+def _backward_row(g: Any, row: Any, out: Any, ahead: Any, scale: Any, mean: Any, rstd: Any) -> Any:
     """Returns the sum of `g h`."""
     count = np.float32(row.shape[0])
     total = np.float32(0)
@@ -138,7 +190,10 @@ def _backward_row(g: Any, row: Any, out: Any, scale: Any, mean: Any, rstd: Any) 
         total += g[k]
         product += g[k] * (row[k] - mean)
     factor, centre, slope = scale * rstd, total / count, product * rstd * rstd / count
-    for k in range(row.shape[0]):
+    whole = row.shape[0] - row.shape[0] % LANES
+    for k in range(0, whole, LANES):
+        _backward_lanes(g, row, out, k, ahead, factor, centre, mean, slope)
+    for k in range(whole, row.shape[0]):
         out[k] = factor * (g[k] - centre - (row[k] - mean) * slope)
     return product * rstd
 
@@ -155,20 +210,14 @@ def _per_filter(address: Any, job: Any) -> Any:
 
 @njit
 def _streams(job: Any) -> Any:
-    whole = job.entries % LANES == 0 and job.result % (4 * LANES) == 0
-    return whole and job.filters * job.entries >= STREAMED
+    aligned = job.entries % LANES == 0 and job.result % LINE == 0
+    return aligned and job.filters * job.entries >= STREAMED
 
 
 @njit
-def _stream(source: Any, target: Any) -> None:
-    for k in range(0, source.shape[0], LANES):
-        _stream_lanes(source, target, k)
-
-
-@njit
-def _copy(source: Any, target: Any) -> None:
-    for k in range(source.shape[0]):
-        target[k] = source[k]
+def _ahead(o: Any, end: Any, following: Any, job: Any) -> Any:
+    """How many entries on this thread's next filter is."""
+    return ((o + 1 if o + 1 < end else following) - o) * job.entries
 
 
 @cfunc(types.void(types.voidptr), cache=True)
@@ -177,18 +226,15 @@ def forward_part(pointer: Any) -> None:
     job = carray(pointer, 1, JOB)[0]
     weight_OK, kernel_OK = _rows(job.weight, job), _rows(job.result, job)
     alpha_O, mean_O, rstd_O = _per_filter(job.alpha, job), _per_filter(job.mean, job), _per_filter(job.rstd, job)
-    streams, row = _streams(job), np.empty(job.entries, np.float32)
-    few = max(1, GRAIN // job.entries)
-    while True:
-        first = _take(pointer, few)
-        if first >= job.filters:
-            break
+    streams, few = _streams(job), max(1, GRAIN // job.entries)
+    first = _take(pointer, few)
+    while first < job.filters:
+        following = _take(pointer, few)
         for o in range(first, min(first + few, job.filters)):
             scale = job.c * alpha_O[o] if job.alpha != 0 else job.c
-            out = row if streams else kernel_OK[o]
-            mean_O[o], rstd_O[o] = _forward_row(weight_OK[o], out, scale, job.gamma)
-            if streams:
-                _stream(row, kernel_OK[o])
+            ahead = _ahead(o, first + few, following, job)
+            mean_O[o], rstd_O[o] = _forward_row(weight_OK[o], kernel_OK[o], streams, ahead, scale, job.gamma)
+        first = following
 
 
 @cfunc(types.void(types.voidptr), cache=True)
@@ -197,21 +243,13 @@ def backward_part(pointer: Any) -> None:
     job = carray(pointer, 1, JOB)[0]
     grad_OK, weight_OK, grad_weight_OK = _rows(job.grad, job), _rows(job.weight, job), _rows(job.result, job)
     alpha_O, mean_O, rstd_O = _per_filter(job.alpha, job), _per_filter(job.mean, job), _per_filter(job.rstd, job)
-    grad_alpha_O = _per_filter(job.grad_alpha, job)
-    in_place, row = job.result == job.grad, np.empty(job.entries, np.float32)
-    streams = _streams(job) and not in_place
-    few = max(1, GRAIN // job.entries)
-    while True:
-        first = _take(pointer, few)
-        if first >= job.filters:
-            break
+    grad_alpha_O, few = _per_filter(job.grad_alpha, job), max(1, GRAIN // job.entries)
+    first = _take(pointer, few)
+    while first < job.filters:
+        following = _take(pointer, few)
         for o in range(first, min(first + few, job.filters)):
             scale = job.c * alpha_O[o] if job.alpha != 0 else job.c
-            # Where source and target are one, the compiler's check for overlap would choose the loop without vectors.
-            out = row if streams or in_place else grad_weight_OK[o]
-            product = _backward_row(grad_OK[o], weight_OK[o], out, scale, mean_O[o], rstd_O[o])
+            ahead = _ahead(o, first + few, following, job)
+            product = _backward_row(grad_OK[o], weight_OK[o], grad_weight_OK[o], ahead, scale, mean_O[o], rstd_O[o])
             grad_alpha_O[o] = job.c * product
-            if streams:
-                _stream(row, grad_weight_OK[o])
-            elif in_place:
-                _copy(row, grad_weight_OK[o])
+        first = following
