@@ -16,7 +16,7 @@ import pytest
 import pws
 from pws.bench.accuracy import load_grid, shipped_grids
 from pws.bench.accuracy.cell import train_cell
-from pws.bench.accuracy.table import accuracy_table, range_table, steps_table, summarize
+from pws.bench.accuracy.table import accuracy_table, range_table, rates_of, steps_table, summarize
 from pws.bench.fill import MARKED, fill_tables
 from pws.cli import main
 from pws.training.callbacks import Clock
@@ -139,6 +139,21 @@ def test_the_tables() -> None:
     assert steps_table(RESULT).splitlines()[2:] == ["| a | 7.5 | - | - |", "| b | - | - | - |"]
     assert range_table(RESULT).splitlines()[2:] == ["| a | 0.1 to 0.2 |", "| b | none |"]
     assert summarize(RESULT)["a", "LR 0.4"].mean is None
+
+
+def test_settings_left_at_their_defaults_are_named_in_the_tables() -> None:
+    plain, augmented = stored_cell("a", 0.1, 0, 0.9, []), stored_cell("a", 0.2, 0, 0.8, [])
+    plain["settings"], augmented["settings"] = {}, {"data.augment": True, "optim.lr": 0.2}
+    assert rates_of({**RESULT, "cells": [plain, augmented]}) == {
+        "allconv, batch 128": [(0.1, "LR 0.1")],
+        "allconv, batch 128, augmented": [(0.2, "LR 0.2")],
+    }
+
+
+def test_columns_can_differ_in_augmentation(tmp_path: Path) -> None:
+    columns = "data.batch_size: 8, data.augment: true", "data.batch_size: 8, data.augment: false", "data.batch_size: 2"
+    text = GRID.replace("  - {optim.lr: 0.01}\n  - {optim.lr: 1.0e+9}", "\n".join(f"  - {{{c}}}" for c in columns))
+    assert load_grid(str(write(tmp_path, text))).columns == ("batch 8, augmented", "batch 8, not augmented", "batch 2")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ change settings of one recipe. Settings are written as in a recipe (`optim: {lr:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -119,11 +119,16 @@ def _read(path: Path) -> dict[str, Any]:
 def _columns(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Label to settings; a label names whatever differs among the columns, in the words of the field."""
     columns = [flatten(settings or {}) for settings in listed]
-    words = {"model.name": "{}", "data.batch_size": "batch {}", "optim.lr": "LR {:g}"}
+    words: dict[str, Callable[[Any], str]] = {
+        "model.name": str,
+        "data.batch_size": "batch {}".format,
+        "data.augment": lambda augment: "augmented" if augment else "not augmented",
+        "optim.lr": "LR {:g}".format,
+    }
     varied = [key for key in words if len({str(column.get(key)) for column in columns}) > 1]
-    labels = [", ".join(words[key].format(column[key]) for key in varied if key in column) for column in columns]
+    labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
     if len(set(labels)) < len(columns):
-        raise PwsError(f"columns must differ in network, batch size or learning rate; got {labels}.")
+        raise PwsError(f"columns must differ in network, batch size, augmentation or learning rate; got {labels}.")
     return {label or "accuracy": column for label, column in zip(labels, columns, strict=True)}
 
 

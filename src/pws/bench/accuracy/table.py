@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pws.training.recipe_file import recipe_of
+
 CHANCE: Final = 0.2
 """Below this accuracy a network of ten classes has learnt nothing."""
 
@@ -106,12 +108,13 @@ def range_table(result: Mapping[str, Any]) -> str:
 
 
 def rates_of(result: Mapping[str, Any]) -> dict[str, list[tuple[float, str]]]:
-    """Network and batch size to learning rates, in order, each with its column."""
+    """Network, batch size and augmentation to learning rates, in order, each with its column."""
     groups: dict[str, dict[float, str]] = {}
     for cell in result["cells"]:
-        settings = cell["settings"]
-        group = f"{settings['model.name']}, batch {settings['data.batch_size']}"
-        groups.setdefault(group, {})[float(settings["optim.lr"])] = cell["column"]
+        recipe = recipe_of(cell["settings"])
+        augmented = ", augmented" if recipe.data.augment else ""
+        group = f"{recipe.model.name}, batch {recipe.data.batch_size}{augmented}"
+        groups.setdefault(group, {})[recipe.optim.lr] = cell["column"]
     return {group: sorted(rates.items()) for group, rates in groups.items()}
 
 
