@@ -122,13 +122,14 @@ def _columns(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     words: dict[str, Callable[[Any], str]] = {
         "model.name": str,
         "data.batch_size": "batch {}".format,
+        "data.train_images": "{:,} images".format,
         "data.augment": lambda augment: "augmented" if augment else "not augmented",
         "optim.lr": "LR {:g}".format,
     }
     varied = [key for key in words if len({str(column.get(key)) for column in columns}) > 1]
     labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
     if len(set(labels)) < len(columns):
-        raise PwsError(f"columns must differ in network, batch size, augmentation or learning rate; got {labels}.")
+        raise PwsError(f"columns must differ in network, batch size, images, augmentation or learning rate; got {labels}.")
     return {label or "accuracy": column for label, column in zip(labels, columns, strict=True)}
 
 
