@@ -142,18 +142,21 @@ def test_the_tables() -> None:
 
 
 def test_settings_left_at_their_defaults_are_named_in_the_tables() -> None:
-    plain, augmented = stored_cell("a", 0.1, 0, 0.9, []), stored_cell("a", 0.2, 0, 0.8, [])
-    plain["settings"], augmented["settings"] = {}, {"data.augment": True, "optim.lr": 0.2}
-    assert rates_of({**RESULT, "cells": [plain, augmented]}) == {
-        "allconv, batch 128": [(0.1, "LR 0.1")],
-        "allconv, batch 128, augmented": [(0.2, "LR 0.2")],
+    cells = [{"column": "accuracy", "settings": {}}, {"column": "1,200 images, LR 0.2", "settings": {"optim.lr": 0.2}}]
+    assert rates_of({"cells": cells}) == {
+        "allconv, batch 128": [(0.1, "accuracy")],
+        "allconv, batch 128, 1,200 images": [(0.2, "1,200 images, LR 0.2")],
     }
 
 
-def test_columns_can_differ_in_augmentation(tmp_path: Path) -> None:
-    columns = "data.batch_size: 8, data.augment: true", "data.batch_size: 8, data.augment: false", "data.batch_size: 2"
+def test_columns_can_differ_in_images_and_augmentation(tmp_path: Path) -> None:
+    columns = (
+        "data.batch_size: 8, data.augment: true",
+        "data.batch_size: 8, data.train_images: 1200",
+        "data.batch_size: 2",
+    )
     text = GRID.replace("  - {optim.lr: 0.01}\n  - {optim.lr: 1.0e+9}", "\n".join(f"  - {{{c}}}" for c in columns))
-    assert load_grid(str(write(tmp_path, text))).columns == ("batch 8, augmented", "batch 8, not augmented", "batch 2")
+    assert load_grid(str(write(tmp_path, text))).columns == ("batch 8, augmented", "batch 8, 1,200 images", "batch 2")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from pws.training.recipe_file import flatten, recipe_of
 
 KEYS: Final = ("title", "target", "evaluations", "evaluation_images", "seeds", "settings", "columns", "rows")
 QUICK_STEPS: Final = 4
+ONLY_COLUMN: Final = "accuracy"
+"""Label of a column with nothing to be told apart from."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,10 @@ def _columns(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     varied = [key for key in words if len({str(column.get(key)) for column in columns}) > 1]
     labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
     if len(set(labels)) < len(columns):
-        raise PwsError(f"columns must differ in network, batch size, images, augmentation or learning rate; got {labels}.")
-    return {label or "accuracy": column for label, column in zip(labels, columns, strict=True)}
+        raise PwsError(
+            f"columns must differ in network, batch size, images, augmentation or learning rate; got {labels}."
+        )
+    return {label or ONLY_COLUMN: column for label, column in zip(labels, columns, strict=True)}
 
 
 def _quick(settings: dict[str, Any]) -> dict[str, Any]:

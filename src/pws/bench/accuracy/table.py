@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from pws.bench.accuracy.grid import ONLY_COLUMN
 from pws.training.recipe_file import recipe_of
 
 CHANCE: Final = 0.2
@@ -108,13 +109,14 @@ def range_table(result: Mapping[str, Any]) -> str:
 
 
 def rates_of(result: Mapping[str, Any]) -> dict[str, list[tuple[float, str]]]:
-    """Network, batch size and augmentation to learning rates, in order, each with its column."""
+    """Network, batch size and what else tells columns apart, to learning rates, in order, each with its column."""
     groups: dict[str, dict[float, str]] = {}
     for cell in result["cells"]:
         recipe = recipe_of(cell["settings"])
-        augmented = ", augmented" if recipe.data.augment else ""
-        group = f"{recipe.model.name}, batch {recipe.data.batch_size}{augmented}"
-        groups.setdefault(group, {})[recipe.optim.lr] = cell["column"]
+        parts = [recipe.model.name, f"batch {recipe.data.batch_size}"]
+        told = [] if cell["column"] == ONLY_COLUMN else cell["column"].split(", ")
+        parts += [part for part in told if part not in parts and not part.startswith("LR ")]
+        groups.setdefault(", ".join(parts), {})[recipe.optim.lr] = cell["column"]
     return {group: sorted(rates.items()) for group, rates in groups.items()}
 
 

@@ -45,11 +45,14 @@ def standardization_alone(model: str, width: float, rounds: int) -> dict[str, An
     targets = [torch.empty_like(w) for w in weights]
     ways: dict[str, Callable[[], Any]] = {"copy": lambda: torch._foreach_copy_(targets, weights)}
     deviation = {}
-    for name, passes in _passes(work).items():
+    everything = _passes(work)
+    for name, passes in everything.items():
         deviation[name] = _deviation(name, passes, work)
         ways[f"{name} forward"], ways[f"{name} backward"] = passes.forward, passes.backward
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):
+        for passes in everything.values():
+            passes.refresh()
         for way, run in ways.items():
             taken[way].append(_timed(run))
     return {
@@ -75,6 +78,9 @@ class _Passes(Protocol):
     def kernels(self) -> Sequence[Tensor]:
         """What the first forward pass gave."""
 
+    def refresh(self) -> None:
+        """Bring back the gradients that a backward pass has written over; not timed."""
+
     def forward(self) -> Any:
         """All kernels."""
 
@@ -97,14 +103,21 @@ class _LayerByLayer:
         self.backend, self.work = backend, work
         self.outputs = self.forward()
         self.kernels = [kernel for kernel, _, _ in self.outputs]
+        # As in training, where nobody needs the kernels' gradients any more.
+        self.run_backward = backend.overwriting or backend.backward
+        self.grads = [grad.clone() for grad in work.grads] if backend.overwriting else work.grads
+
+    def refresh(self) -> None:
+        if self.backend.overwriting:
+            torch._foreach_copy_(self.grads, self.work.grads)
 
     def forward(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         pairs = zip(self.work.weights, self.work.alphas, strict=True)
         return [self.backend.forward(w, a, C, GAMMA, torch.float32) for w, a in pairs]
 
     def backward(self) -> list[Any]:
-        everything = zip(self.work.grads, self.work.weights, self.work.alphas, self.outputs, strict=True)
-        return [self.backend.backward(g, w, a, mean, rstd, C) for g, w, a, (_, mean, rstd) in everything]
+        everything = zip(self.grads, self.work.weights, self.work.alphas, self.outputs, strict=True)
+        return [self.run_backward(g, w, a, mean, rstd, C) for g, w, a, (_, mean, rstd) in everything]
 
 
 class _Together:
@@ -112,6 +125,9 @@ class _Together:
         self.plan = plan([Job(w, a, C, GAMMA) for w, a in zip(work.weights, work.alphas, strict=True)])
         self.work = work
         self.kernels, self.saved = self.forward()
+
+    def refresh(self) -> None:
+        pass
 
     def forward(self) -> Any:
         return self.plan.forward((*self.work.weights, *self.work.alphas), torch.float32)
