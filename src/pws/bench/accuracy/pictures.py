@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from pws.bench.accuracy.table import Summary, rates_of, summarize
 from pws.bench.figure import new_figure, save_figure
 from pws.bench.pictures import COLOURS
+from pws.training.recipe_file import recipe_of
 
 Result = Mapping[str, Any]
 Summaries = Mapping[tuple[str, str], Summary]
@@ -27,8 +28,8 @@ def draw_heat(result: Result, path: Path) -> None:
     summaries, groups = summarize(result), rates_of(result)
     rates = sorted({lr for group in groups.values() for lr, _ in group})
     rows = _rows(result)
-    height = 1.1 + 0.42 * len(groups)
-    figure, panels = _panels(len(rows), (1.9 + 0.62 * len(rates), height))
+    width = 0.8 + 0.075 * max(map(len, groups)) + 0.62 * len(rates)
+    figure, panels = _panels(len(rows), (width, 1.1 + 0.42 * len(groups)))
     for axes, row in zip(panels, rows, strict=False):
         grid = [[_value(summaries, row, dict(group).get(lr)) for lr in rates] for group in groups.values()]
         axes.imshow(grid, vmin=10, vmax=95, cmap="RdYlGn", aspect="auto")
@@ -48,29 +49,41 @@ def draw_heat(result: Result, path: Path) -> None:
 
 def draw_lines(result: Result, path: Path) -> None:
     """Accuracy against the learning rate, a panel a network and batch size of several rates; against the batch size, a panel
-    a network, where there are three or more; else against the columns as they are listed."""
+    a network, where there are three or more; else a line of dots a column."""
     groups = {name: rates for name, rates in rates_of(result).items() if len(rates) > 1}
     panels = [(name, "learning rate", rates) for name, rates in groups.items()]
     if not panels:
         batches = _batches(result)
         panels = [(name, "batch size", sizes) for name, sizes in batches.items() if len(sizes) > 2]
     if not panels:
-        panels = [("", "", [(float(i), column) for i, column in enumerate(result["columns"])])]
+        _draw_dots(result, path)
+        return
     figure, axes_list = _panels(len(panels), (4.6, 3.6), columns=2)
     for axes, (name, what, points) in zip(axes_list, panels, strict=False):
         _accuracies(axes, result, points)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel(what)
-        if what:
-            axes.set_xscale("log")
-            axes.set_xticks([x for x, _ in points], [f"{x:.3g}" for x, _ in points], fontsize=8)
-            axes.minorticks_off()
-        else:
-            axes.set_xticks(
-                [x for x, _ in points], [column for _, column in points], fontsize=7, rotation=30, ha="right"
-            )
+        axes.set_xscale("log")
+        axes.set_xticks([x for x, _ in points], [f"{x:.3g}" for x, _ in points], fontsize=8)
+        axes.minorticks_off()
     axes_list[0].set_ylabel("test accuracy, % (0: non-finite)")
     _legend(figure, axes_list[0])
+    save_figure(figure, path)
+
+
+def _draw_dots(result: Result, path: Path) -> None:
+    summaries, columns = summarize(result), result["columns"]
+    height = max(1.2 + 0.4 * len(columns), 0.6 + 0.2 * len(result["rows"]))
+    figure = new_figure(5.5 + 0.07 * max(map(len, columns)), height)
+    axes = figure.subplots()
+    for number, row in enumerate(_rows(result)):
+        values = [_value(summaries, row, column) for column in columns]
+        axes.plot(values, range(len(columns)), "o", label=row, **_style(row, number))
+    axes.set_yticks(range(len(columns)), columns, fontsize=8)
+    axes.set_ylim(len(columns) - 0.5, -0.5)
+    axes.set_xlabel("test accuracy, % (0: non-finite)", fontsize=9)
+    axes.grid(alpha=0.3)
+    _legend(figure, axes)
     save_figure(figure, path)
 
 
@@ -108,8 +121,8 @@ def _batches(result: Result) -> dict[str, list[tuple[float, str]]]:
     """Network to batch sizes, in order, each with its column."""
     found: dict[str, dict[float, str]] = {}
     for cell in result["cells"]:
-        name, size = cell["settings"]["model.name"], float(cell["settings"]["data.batch_size"])
-        found.setdefault(name, {})[size] = cell["column"]
+        recipe = recipe_of(cell["settings"])
+        found.setdefault(recipe.model.name, {})[float(recipe.data.batch_size)] = cell["column"]
     return {name: sorted(sizes.items()) for name, sizes in found.items()}
 
 
