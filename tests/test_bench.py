@@ -101,7 +101,7 @@ def test_warm_start_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
     assert entry["before"] > 30
     assert abs(entry["fitted on 1024"] - entry["before"]) < 30
     assert entry["output error, 1024"] > 0
-    assert "| stack4 x 0.25 | 1200 | 6 |" in fill_tables("<!-- table warm-start -->\n<!-- end -->", tmp_path)
+    assert "| stack4 x 0.25 | 1200 | 6 | 0 |" in fill_tables("<!-- table warm-start -->\n<!-- end -->", tmp_path)
     monkeypatch.setattr("pws.bench.warm_start.convert_trained", lambda *_: pytest.fail("it was trained already"))
     assert bench("warm-start", tmp_path)["networks"] == result["networks"]
 

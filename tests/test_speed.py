@@ -32,7 +32,16 @@ cases:
 
 
 def test_the_shipped_suites() -> None:
-    assert list(shipped_suites()) == ["gpu-compiled", "gpu", "lives", "models", "modes", "resnet50", "scaling", "together"]
+    assert list(shipped_suites()) == [
+        "gpu-compiled",
+        "gpu",
+        "lives",
+        "models",
+        "modes",
+        "resnet50",
+        "scaling",
+        "together",
+    ]
     assert [len(load_suite(name).cases) for name in shipped_suites()] == [3, 3, 1, 6, 3, 4, 20, 3]
     for name in shipped_suites():
         assert 1 <= len(load_suite(name, quick=True).cases) <= 2

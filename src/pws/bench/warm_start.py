@@ -36,6 +36,7 @@ class Trained:
     epochs: int
     dataset: str = "fashion-mnist"
     width: float = 1.0
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -43,13 +44,13 @@ class Trained:
         return self.network if self.width == 1 else f"{self.network} x {self.width:.2g}"
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def settings(self) -> dict[str, Any]:
         """What tells results apart."""
-        return self.name, self.train_images, self.epochs
+        return {"network": self.name, "train_images": self.train_images, "epochs": self.epochs, "seed": self.seed}
 
 
 NETWORKS: Final = (
-    Trained("allconv", 12_800, 6, width=1 / 3),
+    *(Trained("allconv", 12_800, 6, width=1 / 3, seed=seed) for seed in range(3)),
     Trained("cifar-resnet18", 12_800, 6, width=0.25),
     Trained("timm:mobilenetv3_small_100", 12_800, 6),
 )
@@ -61,24 +62,24 @@ def run_warm_start(out: Path, quick: bool, say: Callable[[str], None]) -> dict[s
     path, chosen = out / "warm-start.json", QUICK if quick else NETWORKS
     done = (read_result(path, "networks") or {"networks": []})["networks"]
     # An entry of other settings is made anew.
-    networks = [e for e in done if (e["network"], e["train_images"], e["epochs"]) in {t.key for t in chosen}]
-    result: dict[str, Any] = {"batch_size": 128, "lr": LR, "fine_tuning_lr": FINE_LR, "seed": 0, "networks": networks}
+    found = {t: entry for t in chosen for entry in done if entry.items() >= t.settings.items()}
+    result: dict[str, Any] = {"batch_size": 128, "lr": LR, "fine_tuning_lr": FINE_LR}
     for trained in chosen:
-        if trained.name in {entry["network"] for entry in networks}:
-            continue
-        networks.append(convert_trained(trained, say))
+        if trained not in found:
+            found[trained] = convert_trained(trained, say)
+        result["networks"] = [found[t] for t in chosen if t in found]
         write_result(path, "pws bench warm-start", result)
-    _draw(networks, out / "warm-start.png")
+    _draw(result["networks"], out / "warm-start.png")
     return result
 
 
 def convert_trained(trained: Trained, say: Callable[[str], None]) -> dict[str, Any]:
     """One network through all states; accuracies in percent of the test images."""
-    seed_everything(0, verbose=False)
-    data = ImageData(DataConfig(trained.dataset, train_images=trained.train_images, batch_size=128), 0)
+    seed_everything(trained.seed, verbose=False)
+    data = ImageData(DataConfig(trained.dataset, train_images=trained.train_images, batch_size=128), trained.seed)
     model = _network(trained, data)
     _fit(model, data, "bn", LR, trained.epochs)
-    found: dict[str, Any] = {"network": trained.name, "train_images": trained.train_images, "epochs": trained.epochs}
+    found: dict[str, Any] = dict(trained.settings)
     found["before"] = _accuracy(model, data)
     for images in EXAMPLES:
         numbers = list(range(min(images, len(data.splits.train))))
@@ -132,7 +133,7 @@ def _draw(networks: list[dict[str, Any]], path: Path) -> None:
         bars = axes.bar(states, values, color=colours)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
         axes.set_ylim(0, 105)
-        axes.set_title(entry["network"].rpartition(":")[2], fontsize=9)
+        axes.set_title(f"{entry['network'].rpartition(':')[2]}, seed {entry['seed']}", fontsize=9)
         axes.tick_params(axis="x", rotation=30, labelsize=8)
     figure.supylabel("test accuracy, %", fontsize=9)
     save_figure(figure, path)
