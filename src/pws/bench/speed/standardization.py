@@ -1,4 +1,4 @@
-"""The standardization alone: checked against float64, then timed beside a copy of the same bytes, the limit of any pass."""
+"""The standardization alone: checked against float64, then timed beside torch's copy of the same bytes."""
 
 from __future__ import annotations
 
