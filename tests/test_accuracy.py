@@ -152,11 +152,11 @@ def test_settings_left_at_their_defaults_are_named_in_the_tables() -> None:
 def test_columns_can_differ_in_images_and_augmentation(tmp_path: Path) -> None:
     columns = (
         "data.batch_size: 8, data.augment: true",
-        "data.batch_size: 8, data.train_images: 1200",
+        "data.batch_size: 8, data.train_images: null",
         "data.batch_size: 2",
     )
     text = GRID.replace("  - {optim.lr: 0.01}\n  - {optim.lr: 1.0e+9}", "\n".join(f"  - {{{c}}}" for c in columns))
-    assert load_grid(str(write(tmp_path, text))).columns == ("batch 8, augmented", "batch 8, 1,200 images", "batch 2")
+    assert load_grid(str(write(tmp_path, text))).columns == ("batch 8, augmented", "batch 8, all images", "batch 2")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,7 @@ def test_columns_can_differ_in_images_and_augmentation(tmp_path: Path) -> None:
         (GRID.replace("rows:", "lines:"), "grid key in .*: 'lines'"),
         (GRID.replace("optim.lr: 0.01", "optim.lrr: 0.01"), "row 'none', column .*lrr"),
         (GRID.replace("optim.lr: 0.01", "optim.lr: 1.0e+9"), "columns must differ"),
+        (GRID.replace("optim.lr: 0.01", "optim.lr: small"), "optim.lr must be numbers .*small"),
         (GRID.replace("optim.lr: 0.01", "optim.lr: -1"), "optim.lr must be at least 0"),
         ("rows: {bn: {}}", "columns must be a list of settings"),
         ("- 1", "must hold a grid's keys"),

@@ -124,12 +124,15 @@ def _columns(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     words: dict[str, Callable[[Any], str]] = {
         "model.name": str,
         "data.batch_size": "batch {}".format,
-        "data.train_images": "{:,} images".format,
+        "data.train_images": lambda count: "all images" if count is None else f"{int(count):,} images",
         "data.augment": lambda augment: "augmented" if augment else "not augmented",
-        "optim.lr": "LR {:g}".format,
+        "optim.lr": lambda lr: f"LR {float(lr):g}",  # YAML reads 1e-3 as a word
     }
-    varied = [key for key in words if len({str(column.get(key)) for column in columns}) > 1]
-    labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
+    varied = [key for key in words if len({str(column.get(key, "left out")) for column in columns}) > 1]
+    try:
+        labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
+    except (TypeError, ValueError) as error:
+        raise PwsError(f"columns: data.train_images and optim.lr must be numbers ({error}); got {columns}.") from error
     if len(set(labels)) < len(columns):
         raise PwsError(
             f"columns must differ in network, batch size, images, augmentation or learning rate; got {labels}."
