@@ -5,6 +5,7 @@ from pws.diagnosis import CollapseWarning, Diagnosis, Monitor, diagnose, forecas
 from pws.errors import PwsError, ShapeError
 from pws.gain import PAPER_GAIN, variance_preserving_gain
 from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
+from pws.mark import Mark, mark, marked, unmark
 from pws.param_groups import param_groups
 from pws.standardize import standardize
 from pws.surgery import Plan, calibrate, convert, fold, plan
@@ -21,6 +22,7 @@ __all__ = [
     "ConvTranspose3d",
     "Diagnosis",
     "Linear",
+    "Mark",
     "Monitor",
     "Plan",
     "PwsError",
@@ -31,9 +33,12 @@ __all__ = [
     "diagnose",
     "fold",
     "forecast",
+    "mark",
+    "marked",
     "param_groups",
     "plan",
     "standardize",
     "standardize_together",
+    "unmark",
     "variance_preserving_gain",
 ]

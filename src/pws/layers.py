@@ -21,7 +21,7 @@ from torch.nn import init
 from pws.gain import resolve_gain
 from pws.kernels.autocast import result_dtype
 from pws.kernels.together import Prepared
-from pws.standardize import check_fan_in, check_gamma, scaled
+from pws.standardize import check_fan_in, check_gamma, scaled, swap_channels
 
 Layer = TypeVar("Layer", bound=type["StandardizedLayer"])
 
@@ -138,15 +138,6 @@ class Conv2d(_Conv, nn.Conv2d):
 @_with_signature_of(nn.Conv3d)
 class Conv3d(_Conv, nn.Conv3d):
     """`torch.nn.Conv3d` with a standardized kernel."""
-
-
-def swap_channels(weight: Tensor, groups: int) -> Tensor:
-    """A transposed convolution's weight `(in_channels, out_channels / groups, ...)` with one filter an entry of the leading
-    dimension, `(out_channels, in_channels / groups, ...)`, or back: `(G a, b, ...)` to `(G b, a, ...)` is its own inverse.
-    """
-    a, b = weight.shape[0] // groups, weight.shape[1]
-    grouped = weight.reshape(groups, a, b, *weight.shape[2:]).transpose(1, 2)
-    return grouped.reshape(groups * b, a, *weight.shape[2:])
 
 
 class _ConvTranspose(StandardizedLayer):

@@ -95,3 +95,12 @@ def check_gamma(gamma: float) -> None:
     """Raise `PwsError` unless gamma can stand inside the root."""
     if not 0 <= gamma < float("inf"):
         raise PwsError(f"gamma is added to a variance and must be finite and at least 0; got {gamma!r}. Usual: 1e-3.")
+
+
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight `(in_channels, out_channels / groups, ...)` with one filter an entry of the leading
+    dimension, `(out_channels, in_channels / groups, ...)`, or back: `(G a, b, ...)` to `(G b, a, ...)` is its own inverse.
+    """
+    a, b = weight.shape[0] // groups, weight.shape[1]
+    grouped = weight.reshape(groups, a, b, *weight.shape[2:]).transpose(1, 2)
+    return grouped.reshape(groups * b, a, *weight.shape[2:])

@@ -16,8 +16,8 @@ from pws.layers import (
     ConvTranspose3d,
     Linear,
     StandardizedLayer,
-    swap_channels,
 )
+from pws.standardize import swap_channels
 
 PARENTS: Final[dict[type[nn.Module], type[StandardizedLayer]]] = {
     nn.Conv1d: Conv1d,
