@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from backends import HERE, device_of
-from torch import Tensor
-
-from pws import kernels
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,14 +15,3 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=HERE)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def images(backend: str) -> Tensor:
-    return torch.randn(2, 3, 7, 7, device=device_of(backend))

@@ -17,18 +17,25 @@ import pws
 from pws.layers import StandardizedLayer
 
 
+FORMS = {"optimizer": nn, "layers": pws}
+
+
 class Net(nn.Module):
     """Every kind of thing `calibrate` must cope with; registered in another order than it runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: str) -> None:
         super().__init__()
-        self.head = pws.Linear(6, 5)
-        self.up = pws.ConvTranspose2d(8, 6, 3, stride=2, groups=2)
+        kinds: Any = FORMS[form]
+        self.head = kinds.Linear(6, 5)
+        self.up = kinds.ConvTranspose2d(8, 6, 3, stride=2, groups=2)
         self.plain = nn.Conv2d(8, 8, 1)
-        self.twice = pws.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.stem = pws.Conv2d(3, 8, 3)
+        self.twice = kinds.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.stem = kinds.Conv2d(3, 8, 3)
         self.norm = nn.BatchNorm2d(8)
         self.drop = nn.Dropout(0.5)
+        if form == "optimizer":
+            for layer in (self.head, self.up, self.twice, self.stem):
+                pws.mark(layer, reset_parameters=True)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.norm(self.stem(images)).relu()
@@ -37,25 +44,38 @@ class Net(nn.Module):
 
 
 ORDER = ["stem", "twice", "up", "head"]
+Made = tuple[Net, Tensor]
 
 
-def make() -> tuple[Net, Tensor]:
-    """A net whose alphas and biases are not at their initial values, and a batch with a mean."""
-    net = Net()
-    for layer in pws_layers(net).values():
-        nn.init.uniform_(layer.alpha, 0.5, 3)
+def make(form: str) -> Made:
+    """A net whose scales and biases are not at their initial values, and a batch with a mean."""
+    net = Net(form)
+    for layer in standardized(net).values():
+        scale = scale_of(layer)
+        scale.data.mul_(torch.empty(len(scale), *[1] * (scale.dim() - 1)).uniform_(0.5, 3))
         if layer.bias is not None:
             nn.init.normal_(layer.bias)
     return net, torch.randn(12, 3, 9, 9) + 0.5
 
 
-def pws_layers(model: nn.Module) -> dict[str, StandardizedLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, StandardizedLayer)}
+@pytest.fixture(params=FORMS)
+def made(request: pytest.FixtureRequest) -> Made:
+    return make(request.param)
+
+
+def standardized(model: nn.Module) -> dict[str, Any]:
+    marked = pws.marked(model)
+    return {name: m for name, m in model.named_modules() if name in marked or isinstance(m, StandardizedLayer)}
+
+
+def scale_of(layer: Any) -> nn.Parameter:
+    """What `calibrate` multiplies."""
+    return layer.alpha if isinstance(layer, StandardizedLayer) else layer.weight
 
 
 @torch.no_grad()
 def variances(model: nn.Module, images: Tensor, per_channel: bool = False) -> dict[str, Tensor]:
-    """`(channels,)` or `(1,)` for every pws layer: of its first output less its bias, by hooks of our own."""
+    """`(channels,)` or `(1,)` for every standardized layer: of its first output less its bias, by hooks of our own."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -68,7 +88,7 @@ def variances(model: nn.Module, images: Tensor, per_channel: bool = False) -> di
 
         return look
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in pws_layers(model).items()]
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in standardized(model).items()]
     mode = model.training
     model.eval()(images)
     model.train(mode)
@@ -79,8 +99,8 @@ def variances(model: nn.Module, images: Tensor, per_channel: bool = False) -> di
 
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("target", [1.0, 2.0])
-def test_every_layer_gets_the_target_variance(target: float, per_channel: bool) -> None:
-    net, images = make()
+def test_every_layer_gets_the_target_variance(made: Made, target: float, per_channel: bool) -> None:
+    net, images = made
     before = variances(net, images, per_channel)
     pws.calibrate(net, images, target=target, per_channel=per_channel)
     for name, variance in variances(net, images, per_channel).items():
@@ -90,30 +110,30 @@ def test_every_layer_gets_the_target_variance(target: float, per_channel: bool) 
         )
 
 
-def test_one_factor_a_layer_unless_per_channel() -> None:
-    (net, images), ratios = make(), {}
+def test_one_factor_a_layer_unless_per_channel(made: Made) -> None:
+    (net, images), ratios = made, {}
     for per_channel in (False, True):
         calibrated = deepcopy(net)
         pws.calibrate(calibrated, images, per_channel=per_channel)
-        ratios[per_channel] = (calibrated.up.alpha / net.up.alpha).detach()
+        ratios[per_channel] = (scale_of(calibrated.up) / scale_of(net.up)).detach()
     assert_close(ratios[False].std() / ratios[False].mean(), 0.0, "float32")
     assert ratios[True].std() > 0.01
 
 
-def test_the_report_is_in_execution_order_and_says_what_was_done() -> None:
-    net, images = make()
-    old = {name: layer.alpha.clone() for name, layer in pws_layers(net).items()}
+def test_the_report_is_in_execution_order_and_says_what_was_done(made: Made) -> None:
+    net, images = made
+    old = {name: scale_of(layer).detach().clone() for name, layer in standardized(net).items()}
     report = pws.calibrate(net, images)
-    assert [entry.layer for entry in report] == ORDER != list(pws_layers(net))
+    assert [entry.layer for entry in report] == ORDER != list(standardized(net))
     for entry in report:
-        ratio = pws_layers(net)[entry.layer].alpha / old[entry.layer]
+        ratio = scale_of(standardized(net)[entry.layer]).detach() / old[entry.layer]
         assert_close(ratio, torch.full_like(ratio, entry.factor), "calibrated")
         assert_close(entry.variance * entry.factor**2, 1.0, "calibrated")
 
 
-def test_later_layers_see_calibrated_earlier_ones() -> None:
+def test_later_layers_see_calibrated_earlier_ones(made: Made) -> None:
     """What the report found for a layer is what it puts out once those that run before it are calibrated."""
-    net, images = make()
+    net, images = made
     stepwise = deepcopy(net)
     for entry in pws.calibrate(net, images):
         found = variances(stepwise, images)[entry.layer]
@@ -121,34 +141,34 @@ def test_later_layers_see_calibrated_earlier_ones() -> None:
         pws.calibrate(stepwise, images, only=lambda name, _, now=entry.layer: name == now)
 
 
-def test_only_the_chosen_layers_change() -> None:
-    net, images = make()
-    old = {name: layer.alpha.clone() for name, layer in pws_layers(net).items()}
+def test_only_the_chosen_layers_change(made: Made) -> None:
+    net, images = made
+    old = {name: scale_of(layer).detach().clone() for name, layer in standardized(net).items()}
     asked: list[str] = []
 
     def only(name: str, layer: nn.Module) -> bool:
         asked.append(name)
         assert layer is net.get_submodule(name)
-        return isinstance(layer, pws.Conv2d)
+        return isinstance(layer, nn.Conv2d)
 
     assert [entry.layer for entry in pws.calibrate(net, images, only=only)] == ["stem", "twice"]
     assert sorted(asked) == sorted(ORDER)
-    changed = {name for name, layer in pws_layers(net).items() if not torch.equal(layer.alpha, old[name])}
+    changed = {name for name, layer in standardized(net).items() if not torch.equal(scale_of(layer), old[name])}
     assert changed == {"stem", "twice"}
 
 
 @pytest.mark.parametrize("per_channel", [False, True])
-def test_deterministic_and_idempotent(per_channel: bool) -> None:
-    net, images = make()
+def test_deterministic_and_idempotent(made: Made, per_channel: bool) -> None:
+    net, images = made
     copies = [deepcopy(net) for _ in range(2)]
     for copy in copies:
         pws.calibrate(copy, images, per_channel=per_channel)
     again = deepcopy(copies[0])
     report = pws.calibrate(again, images, per_channel=per_channel)
     for name in ORDER:
-        alpha = pws_layers(copies[0])[name].alpha
-        assert torch.equal(alpha, pws_layers(copies[1])[name].alpha)
-        assert_close(pws_layers(again)[name].alpha, alpha, "calibrated")
+        scale = scale_of(standardized(copies[0])[name])
+        assert torch.equal(scale, scale_of(standardized(copies[1])[name]))
+        assert_close(scale_of(standardized(again)[name]), scale, "calibrated")
     assert all(entry.factor == pytest.approx(1, rel=1e-5) for entry in report)
 
 
@@ -162,8 +182,8 @@ BATCHES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("form", BATCHES)
-def test_batches_are_joined(form: str) -> None:
-    net, images = make()
+def test_batches_are_joined(made: Made, form: str) -> None:
+    net, images = made
     other = deepcopy(net)
     pws.calibrate(net, images)
     pws.calibrate(other, BATCHES[form](images))
@@ -171,14 +191,16 @@ def test_batches_are_joined(form: str) -> None:
 
 
 @contextmanager
-def unchanged_but_alpha(model: nn.Module, *, alpha_too: bool = False) -> Iterator[None]:
+def unchanged_but_scales(model: nn.Module, *, scales_too: bool = False) -> Iterator[None]:
     """Asserts that modes, buffers, parameters, flags, hooks and the random state are the same after as before."""
+
+    scales = {scale_of(layer) for layer in standardized(model).values()}
 
     def state() -> dict[str, Any]:
         tensors = {
             name: (id(t), t.clone(), t.requires_grad, t.grad)
             for name, t in [*model.named_parameters(), *model.named_buffers()]
-            if alpha_too or not name.endswith("alpha")
+            if scales_too or t not in scales
         }
         hooks = [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()]
         modes = [m.training for m in model.modules()]
@@ -195,14 +217,14 @@ def unchanged_but_alpha(model: nn.Module, *, alpha_too: bool = False) -> Iterato
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_all_but_alpha_is_left_alone(training: bool) -> None:
-    net, images = make()
+def test_all_but_the_scales_stays(made: Made, training: bool) -> None:
+    net, images = made
     net.train(training)
     net.norm.train(not training)
     net.stem.register_forward_hook(lambda *_: None)
-    with unchanged_but_alpha(net):
+    with unchanged_but_scales(net):
         pws.calibrate(net, images)
-    assert all(layer.alpha.requires_grad and layer.alpha.is_leaf for layer in pws_layers(net).values())
+    assert all(scale_of(layer).requires_grad and scale_of(layer).is_leaf for layer in standardized(net).values())
 
 
 def nan_in(images: Tensor) -> Tensor:
@@ -226,41 +248,42 @@ UNUSABLE: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_unusable_batches_are_refused_and_change_nothing(case: str) -> None:
-    net, images = make()
-    with unchanged_but_alpha(net, alpha_too=True), pytest.raises(pws.PwsError, match="calibrate needs"):
+def test_unusable_batches_are_refused_and_change_nothing(made: Made, case: str) -> None:
+    net, images = made
+    with unchanged_but_scales(net, scales_too=True), pytest.raises(pws.PwsError, match="calibrate needs"):
         pws.calibrate(net, UNUSABLE[case](images))
 
 
-def test_a_constant_image_is_refused_not_amplified() -> None:
+@pytest.mark.parametrize("layer", [pws.Conv2d(3, 8, 3), pws.mark(nn.Conv2d(3, 8, 3), reset_parameters=True)])
+def test_a_constant_image_is_refused_not_amplified(layer: nn.Module) -> None:
     """A kernel that sums to 0 answers a constant with rounding noise, whose variance is 1e-15 and not exactly 0."""
-    net = nn.Sequential(pws.Conv2d(3, 8, 3))
-    with unchanged_but_alpha(net, alpha_too=True), pytest.raises(pws.PwsError, match="output that varies"):
+    net = nn.Sequential(layer)
+    with unchanged_but_scales(net, scales_too=True), pytest.raises(pws.PwsError, match="output that varies"):
         pws.calibrate(net, torch.full((4, 3, 8, 8), 0.3))
 
 
 @pytest.mark.parametrize("broken", ["twice", "up", "head"])
-def test_an_error_in_a_later_layer_restores_the_earlier_ones(broken: str) -> None:
-    net, images = make()
-    nn.init.zeros_(pws_layers(net)[broken].alpha)
+def test_an_error_in_a_later_layer_restores_the_earlier_ones(made: Made, broken: str) -> None:
+    net, images = made
+    nn.init.zeros_(scale_of(standardized(net)[broken]))
     with (
-        unchanged_but_alpha(net, alpha_too=True),
+        unchanged_but_scales(net, scales_too=True),
         pytest.raises(pws.PwsError, match=f"layer '{broken}' has variance 0"),
     ):
         pws.calibrate(net, images)
 
 
-def test_one_dead_channel_is_an_error_per_channel_only() -> None:
-    net, images = make()
-    net.stem.alpha.data[2] = 0
+def test_one_dead_channel_is_an_error_per_channel_only(made: Made) -> None:
+    net, images = made
+    scale_of(net.stem).data[2] = 0
     pws.calibrate(deepcopy(net), images)
-    with unchanged_but_alpha(net, alpha_too=True), pytest.raises(pws.PwsError, match="'stem' has variance 0"):
+    with unchanged_but_scales(net, scales_too=True), pytest.raises(pws.PwsError, match="'stem' has variance 0"):
         pws.calibrate(net, images, per_channel=True)
 
 
-def test_an_error_of_the_model_itself_restores_too() -> None:
-    net, images = make()
-    with unchanged_but_alpha(net, alpha_too=True), pytest.raises(RuntimeError, match="channels"):
+def test_an_error_of_the_model_itself_restores_too(made: Made) -> None:
+    net, images = made
+    with unchanged_but_scales(net, scales_too=True), pytest.raises(RuntimeError, match="channels"):
         pws.calibrate(nn.Sequential(net.stem, net.stem), images)
 
 
@@ -269,20 +292,20 @@ def test_an_error_of_the_model_itself_restores_too() -> None:
     [nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.ReLU())],
     ids=["plain convolution", "no parameters at all"],
 )
-def test_a_model_without_pws_layers_is_refused(model: nn.Module) -> None:
-    with pytest.raises(pws.PwsError, match="no pws layer that ran"):
+def test_a_model_without_standardized_layers_is_refused(model: nn.Module) -> None:
+    with pytest.raises(pws.PwsError, match="no marked layer and no pws layer that ran"):
         pws.calibrate(model, torch.randn(2, 3, 9, 9))
 
 
-def test_a_choice_of_no_layer_is_refused() -> None:
-    net, images = make()
-    with unchanged_but_alpha(net, alpha_too=True), pytest.raises(pws.PwsError, match="`only`"):
+def test_a_choice_of_no_layer_is_refused(made: Made) -> None:
+    net, images = made
+    with unchanged_but_scales(net, scales_too=True), pytest.raises(pws.PwsError, match="`only`"):
         pws.calibrate(net, images, only=lambda *_: False)
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, float("nan"), float("inf")])
-def test_targets_outside_their_range_are_refused(target: float) -> None:
-    net, images = make()
+def test_targets_outside_their_range_are_refused(made: Made, target: float) -> None:
+    net, images = made
     with pytest.raises(pws.PwsError, match="positive finite target") as caught:
         pws.calibrate(net, images, target=target)
     assert repr(target) in str(caught.value)
@@ -294,24 +317,68 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     net, images = torch.load(f"{folder}/input.pt", weights_only=False)
     half = images[:5] if rank == 0 else images[5:]
-    alphas = {}
+    scales = {}
     for per_channel in (False, True):
         copy = deepcopy(net)
         pws.calibrate(copy, half, per_channel=per_channel)
-        alphas[per_channel] = [layer.alpha.detach() for layer in pws_layers(copy).values()]
-    torch.save(alphas, f"{folder}/{rank}.pt")
+        scales[per_channel] = [scale_of(layer).detach() for layer in standardized(copy).values()]
+    torch.save(scales, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
-def test_two_ranks_agree_to_the_bit_and_with_one_process(tmp_path: Path) -> None:
-    net, images = (part.double() for part in make())  # a float32 alpha would round away the order of the ranks
+def test_two_ranks_agree_to_the_bit_and_with_one_process(made: Made, tmp_path: Path) -> None:
+    net, images = (part.double() for part in made)  # float32 would round away the order of the ranks
     torch.save((net, images), tmp_path / "input.pt")
     multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for per_channel in (False, True):
         single = deepcopy(net)
         pws.calibrate(single, images, per_channel=per_channel)
-        pairs = zip(pws_layers(single).values(), *(rank[per_channel] for rank in ranks), strict=True)
+        pairs = zip(standardized(single).values(), *(rank[per_channel] for rank in ranks), strict=True)
         for layer, first, second in pairs:
             assert torch.equal(first, second)
-            assert_close(first, layer.alpha, "float64")
+            assert_close(first, scale_of(layer), "float64")
+
+
+def test_both_forms_come_out_the_same() -> None:
+    layers, images = (part.double() for part in make("layers"))
+    plain = pws.fold(layers)
+    for name in ORDER:
+        pws.mark(plain.get_submodule(name))
+    reports = [pws.calibrate(model, images, per_channel=True, mean=0.1) for model in (layers, plain)]
+    assert [entry.layer for entry in reports[0]] == [entry.layer for entry in reports[1]] == ORDER
+    for name in ORDER:
+        layer, other = layers.get_submodule(name), plain.get_submodule(name)
+        assert_close(other.weight, layer.kernel(), "float64")
+        if layer.bias is not None:
+            assert_close(other.bias, layer.bias, "float64")
+
+
+def test_a_weight_of_two_layers_is_set_by_the_first() -> None:
+    first, second = (pws.mark(nn.Linear(6, 6), reset_parameters=True) for _ in range(2))
+    second.weight = first.weight
+    images = torch.randn(9, 6)
+    report = pws.calibrate(nn.Sequential(first, nn.ReLU(), second), images)
+    assert [entry.layer for entry in report] == ["0"]
+    assert_close(first(images).var(correction=0), 1.0, "calibrated")
+
+
+def test_autocast_computes_with_the_new_weights_at_once(made: Made) -> None:
+    """It keeps copies of the weights, and would go on with those of before."""
+    net, images = made
+    net.eval()
+    with torch.no_grad():
+        with torch.autocast("cpu"):
+            before = net(images)
+            pws.calibrate(net, images)
+            inside = net(images)
+        with torch.autocast("cpu"):
+            assert torch.equal(net(images), inside)
+    assert not torch.equal(before, inside)
+
+
+def test_a_marked_layer_whose_weight_is_computed_is_refused(made: Made) -> None:
+    net = nn.Sequential(pws.mark(nn.Conv2d(3, 8, 3)))
+    nn.utils.parametrizations.weight_norm(net[0])
+    with pytest.raises(pws.PwsError, match="holds its weight and bias as parameters"):
+        pws.calibrate(net, made[1])

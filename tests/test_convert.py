@@ -19,6 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import pws
 from pws.layers import StandardizedLayer
+from pws.mark import filters_of
 
 
 def images(*shape: int) -> Tensor:
@@ -65,7 +66,7 @@ def test_conv_bn_whatever_the_order_of_registration() -> None:
     assert converted.c1.bias is not None
     assert sum(p.numel() for p in converted.parameters()) == plan.parameters_after
     assert plan.gains == {"c2": 1.0, "c1": pws.variance_preserving_gain("relu")}
-    assert type(model.c1) is nn.Conv2d
+    assert pws.marked(model) == {}
 
 
 def test_conv_activation_bn_and_pre_activation() -> None:
@@ -125,10 +126,13 @@ def test_shared_modules_and_modules_called_twice() -> None:
     model = nn.Sequential(shared, norm, nn.ReLU(), shared, norm)
     converted = pws.convert(model, X)
     assert converted[0] is converted[3]
-    assert isinstance(converted[0], pws.Conv2d)
     assert isinstance(converted[1], nn.Identity)
     assert isinstance(converted[4], nn.Identity)
-    assert len(list(converted.parameters())) == 3
+    assert len(list(converted.parameters())) == 2
+    layers = pws.convert(model, X, form="layers")
+    assert layers[0] is layers[3]
+    assert isinstance(layers[0], pws.Conv2d)
+    assert len(list(layers.parameters())) == 3
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,8 @@ def test_kinds_of_batch_norm(norm: nn.Module) -> None:
 def test_lazy_modules() -> None:
     model = nn.Sequential(nn.LazyConv2d(6, 3, bias=False), nn.LazyBatchNorm2d(), nn.ReLU())
     converted = pws.convert(model, X)
-    assert isinstance(converted[0], pws.Conv2d)
+    assert type(converted[0]) is nn.Conv2d
+    assert pws.marked(converted).keys() == {"0"}
     assert converted[0].weight.shape == (6, 4, 3, 3)
     assert isinstance(model[0], nn.LazyConv2d)
 
@@ -191,16 +196,17 @@ def test_keep(keep: Any) -> None:
     assert (found["3"], found["4"]) == ("standardize", "remove")
 
 
-def test_what_a_layer_is_stays() -> None:
+@pytest.mark.parametrize("form", ["optimizer", "layers"])
+def test_what_a_layer_is_stays(form: str) -> None:
     layer = nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular", dilation=2, groups=2, bias=False)
     layer.weight.requires_grad_(False)
     seen: list[Any] = []
     layer.register_forward_hook(lambda *args: seen.append(args))
     model = nn.Sequential(layer, nn.BatchNorm2d(6)).double().to(memory_format=torch.channels_last).eval()
     model[1].train()
-    converted = pws.convert(model, X.double())
+    converted = pws.convert(model, X.double(), calibrate=False, form=form)
     new = converted[0]
-    assert type(new) is pws.Conv2d
+    assert type(new) is (nn.Conv2d if form == "optimizer" else pws.Conv2d)
     assert (new.padding_mode, new.dilation, new.groups, new.padding) == ("circular", (2, 2), 2, (2, 2))
     assert not any(p.requires_grad for p in new.parameters())
     assert {p.dtype for p in new.parameters()} == {torch.float64}
@@ -209,24 +215,129 @@ def test_what_a_layer_is_stays() -> None:
     before = len(seen)
     converted(X.double())
     assert len(seen) == before + 1
-    assert torch.equal(new.weight, layer.weight)
+    kernel = new.weight if form == "optimizer" else new.kernel()
+    assert_close(kernel, pws.standardize(layer.weight, gain="linear"), "float64")
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(4, 6), lambda: nn.BatchNorm1d(6), (9, 4)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), lambda: nn.BatchNorm1d(6), (2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, dilation=2, bias=False), lambda: nn.BatchNorm2d(6), (2, 4, 8, 8)),
+    "Conv3d": (lambda: nn.Conv3d(4, 6, 2), lambda: nn.BatchNorm3d(6), (2, 4, 4, 4, 4)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3), lambda: nn.BatchNorm1d(6), (2, 4, 9)),
+    "ConvTranspose2d": (
+        lambda: nn.ConvTranspose2d(4, 6, 4, stride=2, groups=2, bias=False),
+        lambda: nn.BatchNorm2d(6),
+        (2, 4, 8, 8),
+    ),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 6, 2), lambda: nn.BatchNorm3d(6), (2, 4, 4, 4, 4)),
+    "Conv2dSame": (lambda: Conv2dSame(4, 6, 3, stride=2), lambda: nn.BatchNorm2d(6), (2, 4, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("relative_gamma", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_keeps_its_class_and_its_weight_becomes_the_kernel(kind: str, relative_gamma: bool) -> None:
+    layer, norm, shape = KINDS[kind]
+    model, example = nn.Sequential(layer(), norm()).double(), images(*shape).double()
+    settings: dict[str, Any] = {"gamma": 0.01, "relative_gamma": relative_gamma}
+    converted = pws.convert(model, example, calibrate=False, **settings)
+    assert type(converted[0]) is type(model[0])
+    assert pws.marked(converted) == {"0": pws.Mark(1.0, 0.01, relative_gamma)}
+    filters = filters_of(model[0], model[0].weight)
+    kernel = filters_of(model[0], pws.standardize(filters, gain=1.0, **settings))
+    assert_close(converted[0].weight, kernel, "float64")
+    scaled = pws.convert(model, example, **settings)
+    nn.init.zeros_(scaled[0].bias)
+    assert_close(scaled(example).var(unbiased=False), 1.0, "float64")
+    ratio = scaled[0].weight / kernel
+    assert_close(ratio, ratio.mean().expand_as(ratio), "float64")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_both_forms_compute_the_same(kind: str) -> None:
+    layer, norm, shape = KINDS[kind]
+    model, example = nn.Sequential(layer(), norm()).double(), images(*shape).double()
+    for settings in ({}, {"calibrate": False}):
+        plain, layers = (pws.convert(model, example, form=form, **settings) for form in ("optimizer", "layers"))
+        assert isinstance(layers[0], StandardizedLayer)
+        assert isinstance(layers[0], type(model[0]))
+        assert pws.marked(layers) == {}
+        assert (layers[0].gain, layers[0].gamma, layers[0].relative_gamma) == (1.0, 1e-3, False)
+        assert layers[0].alpha.shape == (6,)
+        assert_close(layers(example), plain(example), "float64")
+
+
+@torch.no_grad()
+def test_both_forms_of_a_real_model_compute_the_same() -> None:
+    model, example = torchvision.models.resnet18(num_classes=10).double(), images(4, 3, 32, 32).double()
+    plain, layers = (pws.convert(model, example, form=form) for form in ("optimizer", "layers"))
+    assert [type(m) for m in plain.modules() if isinstance(m, nn.Conv2d)] == [nn.Conv2d] * 20
+    assert [type(m) for m in layers.modules() if isinstance(m, nn.Conv2d)] == [pws.Conv2d] * 20
+    assert_close(layers(example), plain(example), "float64")
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(pws.PwsError, match="unknown form of conversion 'optimiser'; did you mean optimizer"):
+        pws.convert(nn.Sequential(conv(), nn.BatchNorm2d(4)), X, form="optimiser")
+
+
+def test_copies_keep_the_marks() -> None:
+    converted = pws.convert(nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4)), X)
+    marks = {"0": pws.Mark(1.0), "3": pws.Mark(pws.variance_preserving_gain("relu"))}
+    for copy in (converted, deepcopy(converted), pickle.loads(pickle.dumps(converted)), deepcopy(converted).half()):
+        assert pws.marked(copy) == marks
+
+
+def test_a_state_dict_has_the_keys_of_plain_layers() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
+    converted = pws.convert(model, X)
+    state = converted.state_dict()
+    assert list(state) == ["0.weight", "0.bias", "4.weight", "4.bias"]
+    plain = nn.Sequential(conv(bias=True), nn.Identity(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
+    plain.load_state_dict(state)
+    assert torch.equal(plain(X), converted(X))
+
+
+def test_marked_layers_stay_as_they_are() -> None:
+    """A model whose norms are taken out in two goes."""
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4), conv(), nn.GroupNorm(2, 4))
+    first = pws.convert(model, X, norms=("group",), gamma=0.1)
+    plan = pws.plan(first, X)
+    assert [(s.action, s.reason) for s in plan.steps] == [
+        ("standardize", "its output went to 1"),
+        ("remove", "behind 0"),
+        ("keep", "it is marked"),
+    ]
+    assert pws.marked(plan.apply()) == {"0": pws.Mark(1.0, 1e-3), "2": pws.Mark(1.0, 0.1)}
+    beside = nn.Sequential(pws.mark(conv()), nn.BatchNorm2d(4))
+    assert actions(beside, X) == {"0": "keep", "1": "remove"}
+
+
+def test_half_precision_weights_get_kernels_that_are_rounded_once() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4)).bfloat16()
+    converted = pws.convert(model, X.bfloat16(), calibrate=False)
+    assert converted[0].weight.dtype == torch.bfloat16
+    assert_close(converted[0].weight, pws.standardize(model[0].weight.double(), gain=1.0), "bfloat16")
+
+
+def test_autocast_does_not_round_the_kernels() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4))
+    with torch.autocast("cpu"):
+        converted = pws.convert(model, X, calibrate=False)
+    assert torch.equal(converted[0].weight, pws.convert(model, X, calibrate=False)[0].weight)
 
 
 def test_a_subclass_keeps_its_forward() -> None:
     model = nn.Sequential(Conv2dSame(4, 6, 3, stride=2, bias=False), nn.BatchNorm2d(6))
-    converted = pws.convert(model, X)
+    converted = pws.convert(model, X, form="layers")
     layer = converted[0]
-    assert isinstance(layer, StandardizedLayer)
-    assert isinstance(layer, Conv2dSame)
     assert layer(X).shape == model[0](X).shape
     raw = dict(layer.named_parameters())["weight"]
-    assert torch.equal(raw, model[0].weight)
     plain = Conv2dSame(4, 6, 3, stride=2)
     plain.weight.data, plain.bias.data = pws.standardize(raw, layer.alpha, gain="linear"), layer.bias.data
     assert_close(layer(X), plain(X), "float32")
-    folded = pws.fold(converted)
-    assert type(folded[0]) is Conv2dSame
-    assert_close(folded(X), converted(X), "float32")
     for copy in (deepcopy(converted), pickle.loads(pickle.dumps(converted))):
         assert torch.equal(copy(X), converted(X))
     converted(X).square().sum().backward()
@@ -234,12 +345,16 @@ def test_a_subclass_keeps_its_forward() -> None:
     assert_close(raw.grad.mean((1, 2, 3)), torch.zeros(6), "float32")
 
 
-def test_transposed_convolutions() -> None:
-    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 4, stride=2, groups=2, bias=False), nn.BatchNorm2d(6))
-    converted = pws.convert(model, X)
-    assert type(converted[0]) is pws.ConvTranspose2d
-    assert converted[0].alpha.shape == (6,)
-    assert_close(converted(X).var(unbiased=False), 1.0, "calibrated")
+def test_the_classes_of_timm_stay() -> None:
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=10)
+    plan = pws.plan(model, images(2, 3, 64, 64))
+    converted = plan.apply()
+    assert type(converted.conv_stem) is Conv2dSame
+    for name in plan.named("standardize"):
+        assert type(converted.get_submodule(name)) is type(model.get_submodule(name))
+    assert list(pws.marked(converted)) == plan.named("standardize")
+    kept = pws.convert(model, images(2, 3, 64, 64), keep="bn1")
+    assert type(kept.bn1) is BatchNormAct2d
 
 
 def test_the_model_and_the_random_state_are_left_alone() -> None:
@@ -265,14 +380,17 @@ def test_what_cannot_be_converted(model: nn.Module, example: Tensor, words: str)
         pws.convert(model, example)
 
 
-def test_the_plan_is_a_table() -> None:
-    text = str(pws.plan(nn.Sequential(conv(), nn.BatchNorm2d(4)), X))
+@pytest.mark.parametrize(("form", "after"), [("optimizer", 148), ("layers", 152)])
+def test_the_plan_is_a_table(form: str, after: int) -> None:
+    plan = pws.plan(nn.Sequential(conv(), nn.BatchNorm2d(4)), X, form=form)
+    text = str(plan)
+    assert sum(p.numel() for p in plan.apply().parameters()) == after
     assert text.splitlines() == [
         "layer  class        what         why",
         "0      Conv2d       standardize  its output went to 1",
         "1      BatchNorm2d  remove       behind 0",
         "",
-        "standardize 1, remove 1; parameters 152 before, 152 after",
+        f"standardize 1, remove 1; parameters 152 before, {after} after",
     ]
 
 
@@ -308,8 +426,8 @@ def test_a_real_model(name: str) -> None:
     output = converted(example)
     assert torch.isfinite(output).all()
     folded = pws.fold(converted)
-    assert not any(isinstance(m, StandardizedLayer) for m in folded.modules())
-    assert_close(folded(example) / output.std(), output / output.std(), "identity float32")
+    assert pws.marked(folded) == {}
+    assert torch.equal(folded(example), output)
     again = deepcopy(converted)
     again.load_state_dict(converted.state_dict())
     assert torch.equal(again(example), output)
@@ -324,7 +442,7 @@ def test_every_layer_transmits_its_variance_after_conversion(name: str) -> None:
     batch = (torch.randn(8, 3, 64, 64), torch.arange(8))
     diagnosis = pws.diagnose(converted.eval(), batch, F.cross_entropy)
     for layer in diagnosis.layers:
-        if isinstance(converted.get_submodule(layer.name), StandardizedLayer):
+        if layer.name in pws.marked(converted):
             assert 0.25 < layer.output.variance / ends.get(layer.name, 1.0) < 4, layer.name
 
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import pws
 from pws.diagnosis import Diagnosis, diagnose
 from pws.errors import PwsError
+from pws.mark import mark
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -658,13 +659,14 @@ def test_a_data_parallel_wrapper() -> None:
 def test_a_layer_that_is_the_model() -> None:
     for layer, kind in (
         (nn.Linear(3, 2), "Linear"),
-        (pws.Linear(3, 2), "Linear"),
+        (pws.Linear(3, 2), "Linear, pws"),
+        (mark(nn.Linear(3, 2)), "Linear, pws"),
         (nn.Linear(3, 2, bias=False), "Linear"),
     ):
         diagnosis = diagnose(layer, torch.randn(8, 3), square)
-        assert [(found.name, found.kind) for found in diagnosis.layers] == [(kind, kind)]
+        assert [(found.name, found.kind) for found in diagnosis.layers] == [("Linear", kind)]
         assert diagnosis.unused == ()
-        assert diagnosis.model == kind
+        assert diagnosis.model == "Linear"
 
 
 class OwnConvolutions(nn.Module):

@@ -13,10 +13,12 @@ import torch
 from timm.layers import Conv2dSame
 from tolerances import assert_close
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import pws
 from pws.methods import build_method
 from pws.models import build_model
+from pws.surgery.standardized import to_layers
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (lambda: pws.Conv1d(4, 6, 3, stride=2, padding=1, padding_mode="circular"), (2, 4, 9)),
@@ -55,14 +57,21 @@ def test_precisions(dtype: torch.dtype) -> None:
     assert torch.equal(folded(x), model(x))
 
 
+@pytest.mark.parametrize("form", ["optimizer", "layers"])
 @pytest.mark.parametrize("name", ["allconv", "preact11", "cifar-resnet18"])
-def test_a_network_in_eval_mode(name: str) -> None:
-    model = shaken(build_model(name, build_method("pws"), width=0.25)).eval()
+def test_a_network_in_eval_mode(name: str, form: str) -> None:
+    model = build_model(name, build_method("pws"), width=0.25).eval()
+    if form == "layers":
+        to_layers(model)
+    shaken(model)
     x = torch.randn(2, 3, 32, 32)
-    before = deepcopy(model.state_dict())
+    before, marks = deepcopy(model.state_dict()), pws.marked(model)
     folded = pws.fold(model)
+    assert bool(marks) == (form == "optimizer")
+    assert pws.marked(folded) == {}
     assert not any(type(module).__module__ == "pws.layers" for module in folded.modules())
     assert_close(folded(x), model(x), "identity float32")
+    assert pws.marked(model) == marks
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -85,17 +94,65 @@ def test_what_stays_as_it_was() -> None:
     assert shared.weight.abs().sum() > 0
 
 
+@pytest.mark.parametrize("form", ["optimizer", "layers"])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_converted_subclass_folds_with_its_requires_grad(frozen: bool) -> None:
+def test_a_converted_subclass_folds_with_its_requires_grad(frozen: bool, form: str) -> None:
     model = nn.Sequential(Conv2dSame(3, 4, 3), nn.BatchNorm2d(4))
     model[0].weight.requires_grad_(not frozen)
-    folded = pws.fold(pws.convert(model, torch.randn(2, 3, 6, 6)))
+    converted = pws.convert(model, torch.randn(2, 3, 6, 6), form=form)
+    folded = pws.fold(converted)
     assert type(folded[0]) is Conv2dSame
     assert folded[0].weight.requires_grad is not frozen
+    x = torch.randn(2, 3, 6, 6)
+    assert_close(folded(x), converted(x), "float32")
+
+
+COMPUTED: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]] = {
+    "pruned": (lambda m: prune.l1_unstructured(m, "weight", 0.5), lambda m: prune.remove(m, "weight")),
+    "weight norm": (parametrizations.weight_norm, lambda m: parametrize.remove_parametrizations(m, "weight")),
+    "parametrized bias": (
+        lambda m: parametrize.register_parametrization(m, "bias", nn.Softplus()),
+        lambda m: parametrize.remove_parametrizations(m, "bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_pws_layer_with_a_computed_weight_folds_once_that_is_permanent(name: str) -> None:
+    change, make_permanent = COMPUTED[name]
+    model, x = nn.Sequential(pws.Conv2d(3, 4, 3)), torch.randn(2, 3, 6, 6)
+    change(model[0])
+    with pytest.raises(pws.PwsError, match="make it permanent first"):
+        pws.fold(model)
+    make_permanent(model[0])
+    assert_close(pws.fold(model)(x), model(x), "float32")
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_marked_layer_with_a_computed_weight_folds_to_itself(name: str) -> None:
+    model, x = nn.Sequential(pws.mark(nn.Conv2d(3, 4, 3))), torch.randn(2, 3, 6, 6)
+    COMPUTED[name][0](model[0])
+    with torch.no_grad():
+        model(x)  # else a pruned layer keeps a weight that autograd made
+    folded = pws.fold(model)
+    assert torch.equal(folded(x), model(x))
+    assert pws.marked(folded) == {}
+
+
+def test_a_model_that_keeps_an_activation_is_refused() -> None:
+    model = nn.Sequential(pws.mark(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 6, 6)
+    model[0].seen = model(x)
+    for refused in (lambda: pws.fold(model), lambda: pws.plan(model, x)):
+        with pytest.raises(pws.PwsError, match="keeps a tensor that autograd made"):
+            refused()
+    model[0].seen = model[0].seen.detach()
+    assert torch.equal(pws.fold(model)(x), model(x))
 
 
 def test_a_folded_network_loads_where_pws_is_not_installed(tmp_path: Path) -> None:
-    model = shaken(nn.Sequential(pws.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), pws.Linear(16, 2)))
+    marked = pws.mark(nn.Conv2d(3, 4, 3))
+    model = shaken(nn.Sequential(marked, nn.ReLU(), nn.Flatten(), pws.Linear(16, 2)))
     x = torch.randn(1, 3, 4, 4)
     torch.save((pws.fold(model), x, model(x).detach()), tmp_path / "model.pt")
     code = f"""

@@ -323,6 +323,36 @@ def test_per_sample_gradients(name: str, groups: int) -> None:
     assert not torch.equal(together["weight"][0], together["weight"][1])
 
 
+class OneLayer(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Reference(OneLayer):
+    """A layer whose output is the reference's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference_output(self.layer, x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_mode_derivatives(name: str) -> None:
+    layer = disturb(build(name, dtype=torch.float64, **GAIN))
+    x = inputs(layer)
+    values = {key: p.detach() for key, p in Reference(layer).named_parameters()}
+    tangents = {key: torch.randn_like(value) for key, value in values.items()}
+
+    def along(model: nn.Module) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda v: torch.func.functional_call(model, v, (x,)), (values,), (tangents,))
+
+    for mine, expected in zip(along(OneLayer(layer)), along(Reference(layer)), strict=True):
+        assert_close(mine, expected, "float64")
+
+
 @pytest.mark.parametrize(
     "layer",
     [

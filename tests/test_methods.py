@@ -36,10 +36,6 @@ def weight_standardized(layer: nn.Module) -> Tensor:
     return (centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()).view_as(layer.weight)
 
 
-def parametric(layer: nn.Module) -> Tensor:
-    return reference.kernel(layer.weight, layer.alpha)
-
-
 def centred(layer: nn.Module) -> Tensor:
     rows = layer.parametrizations.weight.original.flatten(1)
     return (rows - rows.mean(1, keepdim=True)).view_as(layer.parametrizations.weight.original)
@@ -48,10 +44,6 @@ def centred(layer: nn.Module) -> Tensor:
 def normalizer_free(layer: nn.Module) -> Tensor:
     """`gain (w - m) / sqrt(v + 1e-6)` times ReLU's `1 / sqrt(Var relu)`, over the root of the fan-in (Brock et al. 2021)."""
     return layer.gain * reference.RELU_GAIN * weight_standardized(layer) / layer.weight[0].numel() ** 0.5
-
-
-def as_published(layer: nn.Module) -> Tensor:
-    return reference.kernel(layer.weight, layer.alpha, gain=2**0.5)
 
 
 Kernel = Callable[[nn.Module], Tensor]
@@ -71,8 +63,8 @@ ROWS: dict[str, tuple[type[nn.Module], Kernel, Kernel, Kind, Kind]] = {
     "gc": (nn.Conv2d, plain, plain, None, None),
     "nf": (ScaledStdConv2d, normalizer_free, plain, None, None),
     "skipinit": (nn.Conv2d, plain, plain, None, None),
-    "pws-paper": (pws.Conv2d, as_published, plain, None, nn.GroupNorm),
-    "pws": (pws.Conv2d, parametric, parametric, None, None),
+    "pws-paper": (nn.Conv2d, plain, plain, None, nn.GroupNorm),
+    "pws": (nn.Conv2d, plain, plain, None, None),
 }
 
 
@@ -248,7 +240,7 @@ def test_group_norm_takes_every_number_of_channels(channels: int) -> None:
     assert channels % norm.num_groups == 0
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name not in ("wn", "centred")])
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in ("wn", "centred", "pws-paper", "pws")])
 def test_convolutions_start_kaiming_normal_with_bias_zero(name: str) -> None:
     conv = build_method(name).conv(64, 128, 3, bias=True)
     assert_close(conv.weight.std(), (2 / 576) ** 0.5, "initial deviation")
@@ -260,10 +252,29 @@ def test_weight_norm_starts_as_the_plain_convolution() -> None:
     assert_close(conv.weight.std(), (2 / 576) ** 0.5, "initial deviation")
 
 
+@pytest.mark.parametrize(("name", "gain"), [("pws-paper", 2**0.5), ("pws", reference.RELU_GAIN)])
+def test_pws_builds_plain_layers_with_a_mark_whose_kernels_start_standardized(name: str, gain: float) -> None:
+    """Mean 0, and the deviation `gain / sqrt(n) * sqrt(v / (v + gamma))` of Kaiming's `v = 2 / n`."""
+    conv = build_method(name).conv(64, 128, 3, bias=True)
+    assert type(conv) is nn.Conv2d
+    assert (conv.pws.gain, conv.pws.gamma, conv.pws.relative_gamma) == (pytest.approx(gain), 1e-3, False)
+    assert_close(conv.weight.flatten(1).mean(1), torch.zeros(128), "float32")
+    v = 2 / 576
+    assert_close(conv.weight.std(), gain * 576**-0.5 * (v / (v + 1e-3)) ** 0.5, "initial deviation")
+    assert not conv.bias.any()
+
+
+def test_pws_standardizes_the_head_if_not_told_otherwise_and_the_paper_does_not() -> None:
+    heads = [build_method(*given).head(8, 4) for given in (["pws"], ["pws-paper"])]
+    heads.append(build_method("pws", standardize_head=False).head(8, 4))
+    assert [type(head) for head in heads] == [nn.Linear] * 3
+    assert [len(pws.marked(head)) for head in heads] == [1, 0, 0]
+
+
 def test_options_reach_the_layers() -> None:
     method = build_method("pws", gain="linear", gamma=0.5, relative_gamma=True)
     for layer in (method.conv(3, 4, 3, bias=True), method.head(4, 2)):
-        assert (layer.gain, layer.gamma, layer.relative_gamma) == (1.0, 0.5, True)
+        assert layer.pws == pws.Mark(gain=1.0, gamma=0.5, relative_gamma=True)
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("pw", "pws"), ("BN", None), ("gnn", "gn"), ("batchnorm", None)])

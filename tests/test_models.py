@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from pws.methods.weights import Scale
 from pws.models import MODELS, build_model
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-PWS_LAYERS = (pws.Conv2d, pws.Linear)
 
 
 def on_meta(name: str, method: str, **settings: Any) -> nn.Module:
@@ -77,8 +77,9 @@ def test_resnet50_has_the_published_number_of_parameters() -> None:
         sum(p.numel() for key, p in net.named_parameters() if not key.startswith(("fc.", "head.")))
         for net in (ours, theirs)
     ]
-    end_norms = 2 * 64 + 2 * 2048
-    assert without_head == [23_512_256, 23_512_256 - end_norms]
+    # The published alpha, one a channel, is in the optimizer's state.
+    alphas, end_norms = sum(conv.out_channels for conv in of_kind(ours, nn.Conv2d)), 2 * 64 + 2 * 2048
+    assert [without_head[0] + alphas, without_head[1]] == [23_512_256, 23_512_256 - end_norms]
 
 
 @pytest.mark.parametrize(("name", "layers"), [("preact11", 11), ("preact29", 29), ("preact", 56), ("preact101", 101)])
@@ -117,21 +118,26 @@ def test_preact_is_the_published_structure() -> None:
 def test_pws_has_no_norm_and_standardizes_every_layer(name: str) -> None:
     net = on_meta(name, "pws")
     assert not [m for m in net.modules() if "norm" in type(m).__name__.lower()]
-    standardized = of_kind(net, *PWS_LAYERS)
-    assert len(standardized) == len(of_kind(net, nn.Conv2d, nn.Linear)) >= 5
-    assert all(layer.bias is not None for layer in standardized)
+    layers = of_kind(net, nn.Conv2d, nn.Linear)
+    assert len(layers) >= 5
+    assert {net.get_submodule(key) for key in pws.marked(net)} == set(layers)
+    assert all(layer.bias is not None for layer in layers)
 
 
 @pytest.mark.parametrize(
     ("name", "blocks"), [("preact", 18), ("preact101", 33), ("cifar-resnet18", 8), ("resnet50", 16)]
 )
 def test_the_branches_of_pws_share_the_variance(name: str, blocks: int) -> None:
-    net = build_model(name, build_method("pws"), width=0.125)
-    assert len(net.blocks) == blocks
-    for block in net.blocks:
-        *others, last = [conv.alpha.unique().item() for conv in block.convs]
-        assert others == [1.0] * len(others)
-        assert_close(last, blocks**-0.5, "float32")
+    nets = []
+    for method in (build_method("pws"), replace(build_method("pws"), end_branch=None)):
+        torch.manual_seed(0)
+        nets.append(build_model(name, method, width=0.125))
+    shared, unshared = nets
+    assert len(shared.blocks) == blocks
+    for block, other in zip(shared.blocks, unshared.blocks, strict=True):
+        *convs, last = zip(block.convs, other.convs, strict=True)
+        assert all(torch.equal(ours.weight, theirs.weight) for ours, theirs in convs)
+        assert_close(last[0].weight, last[1].weight * blocks**-0.5, "float32")
 
 
 @pytest.mark.parametrize("name", ["preact", "preact101", "cifar-resnet18"])

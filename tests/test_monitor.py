@@ -30,6 +30,7 @@ from pws.diagnosis import CollapseWarning, Diagnosis, diagnose
 from pws.errors import PwsError
 from pws.methods import build_method
 from pws.models import build_model
+from pws.surgery.standardized import to_layers
 from pws.training.monitor import MonitorCallback
 
 Batch = tuple[Tensor, Tensor]
@@ -44,7 +45,9 @@ def digits(count: int, size: int = 16) -> list[Batch]:
 
 def net(method: str = "none", model: str = "stack4") -> nn.Module:
     torch.manual_seed(1)
-    return build_model(model, build_method(method), in_channels=1, num_classes=10, width=0.06)
+    built = build_model(model, build_method(method), in_channels=1, num_classes=10, width=0.06)
+    to_layers(built)  # which torch's own optimizers train; test_diagnose_marked.py has the other form
+    return built
 
 
 def noisy() -> nn.Sequential:

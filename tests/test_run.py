@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -10,20 +11,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor
+from lightning.pytorch import Callback, Trainer, seed_everything
+from timm.optim import Muon
+from torch import Tensor, nn
 
+import pws
 from pws.errors import PwsError
-from pws.kernels.together import Prepared
+from pws.mark import adopt
 from pws.training import Recipe, evaluate, load_recipe, train
+from pws.training.callbacks import ClipGrad
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.monitor import MonitorCallback
 from pws.training.run import method_for, model_for
 
 TINY = (
@@ -148,16 +151,20 @@ def test_accumulated_parts_train_as_one_batch(tmp_path: Path) -> None:
 
 
 def test_calibration_runs_once_and_not_on_resume(tmp_path: Path) -> None:
-    recipe = tiny("--trainer.epochs=1", "--optim.lr=0", "--model.calibrate=all")
+    flags = ("--trainer.epochs=1", "--optim.lr=0")
+    train(tiny(*flags), tmp_path / "plain", quiet=True)
+    recipe = tiny(*flags, "--model.calibrate=all")
     train(recipe, tmp_path / "run", quiet=True)
-    alpha = {key: value for key, value in weights(tmp_path / "run").items() if key.endswith("alpha")}
-    assert alpha
-    assert all((value != 1).all() for value in alpha.values())
+    calibrated, plain = weights(tmp_path / "run"), weights(tmp_path / "plain")
+    kernels = [key for key, value in plain.items() if value.dim() > 1]
+    assert kernels
+    for key in kernels:
+        ratio = calibrated[key] / plain[key]
+        assert ratio.std() < 1e-3 * ratio.mean()  # one factor a layer
+        assert abs(ratio.mean() - 1) > 1e-3
     (tmp_path / "run" / "summary.json").unlink()
     train(recipe, tmp_path / "run", resume=True, quiet=True)
-    resumed = weights(tmp_path / "run")
-    for key, value in alpha.items():
-        assert torch.equal(resumed[key], value)
+    assert_equal(weights(tmp_path / "run"), calibrated, 0.0)
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
@@ -216,14 +223,14 @@ def test_early_stop(tmp_path: Path) -> None:
 
 
 def test_learning_rate_and_clipping_reach_the_optimizer(tmp_path: Path) -> None:
-    start = train(tiny("--optim.lr=0", "--trainer.epochs=1", "--trainer.max_steps=1"), tmp_path / "a", quiet=True)
-    train(tiny("--optim.lr=0.1", "--trainer.epochs=1", "--trainer.max_steps=1"), tmp_path / "b", quiet=True)
+    flags = ("--model.method=none", "--optim.clip_norm=0.5", "--optim.weight_decay=0", "--trainer.max_steps=1")
+    start = train(tiny(*flags, "--optim.lr=0"), tmp_path / "a", quiet=True)
+    train(tiny(*flags, "--optim.lr=0.1"), tmp_path / "b", quiet=True)
     assert start.steps == 1
     assert start.accuracy is not None
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     squares = sum(float((first[key] - second[key]).double().square().sum()) for key in first)
-    # One SGD step of a gradient clipped to norm 1, and 5e-4 times weights of a norm below 40, which Lightning adds later.
-    assert 0.05 < math.sqrt(squares) < 0.1 * (1 + 5e-4 * 40)
+    assert math.sqrt(squares) == pytest.approx(0.1 * 0.5, rel=1e-3)
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
@@ -257,21 +264,38 @@ def test_two_processes_end_together_when_one_overflows(tmp_path: Path) -> None:
     assert run.stderr.count("non-finite at step") == 1
 
 
-def first_step(*flags: str) -> dict[str, Tensor]:
-    """What one step without momentum and decay adds to each parameter, at learning rate 1."""
-    still = ("--optim.momentum=0", "--optim.weight_decay=0", "--optim.schedule=constant", "--optim.lr=1")
+def one_step(*flags: str, callback: Callback | None = None) -> tuple[Trainer, Classifier, nn.Module]:
+    """The trainer and its module after one step without decay at a constant rate, and the network before."""
+    still = ("--optim.weight_decay=0", "--optim.schedule=constant")
     recipe = tiny("--trainer.max_steps=1", *still, *flags)
     data = ImageData(recipe.data, recipe.seed)
     seed_everything(0, verbose=False)
     model = model_for(recipe.model, data.splits)
-    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    before = copy.deepcopy(model)
     module = Classifier(model, recipe.optim, 10, method=method_for(recipe.model))
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet["callbacks"] = callback
     trainer = Trainer(
         accelerator="cpu", max_steps=1, logger=False, limit_val_batches=0, use_distributed_sampler=False, **quiet
     )
     trainer.fit(module, datamodule=data)
-    return {key: p.detach() - before[key] for key, p in model.named_parameters()}
+    return trainer, module, before
+
+
+def first_step(*flags: str) -> dict[str, Tensor]:
+    """What one step without momentum adds to each parameter at learning rate 1, and to the latents of a standardized one."""
+    trainer, module, before = one_step("--optim.momentum=0", "--optim.lr=1", *flags)
+    step = {}
+    for key, old in before.named_parameters():
+        new, name = module.model.get_parameter(key), key.rpartition(".")[0]
+        mark = pws.marked(before).get(name)
+        if mark is None or not key.endswith("weight"):
+            step[key] = (new - old).detach()
+            continue
+        w, alpha = adopt(old, mark)
+        state = trainer.optimizers[0].state[new]
+        step[f"{name}.w"], step[f"{name}.alpha"] = state["w"] - w, state["alpha"] - alpha
+    return step
 
 
 def lengths(step: dict[str, Tensor]) -> list[float]:
@@ -290,25 +314,6 @@ def test_a_methods_gradient_rule_acts_in_training() -> None:
     assert plain["features.0.weight"].flatten(1).mean(1).abs().max() > 1e-4
 
 
-def test_one_process_computes_the_kernels_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    serves = Prepared.serves
-
-    def look(prepared: Prepared, parameters: Any) -> bool:
-        taken.append(serves(prepared, parameters))
-        return taken[-1]
-
-    monkeypatch.setattr(Prepared, "serves", look)
-    together = first_step()
-    assert taken
-    assert all(taken)
-    monkeypatch.setattr("pws.training.module.standardize_together", lambda _: SimpleNamespace(remove=lambda: None))
-    count = len(taken)
-    for key, change in first_step().items():
-        torch.testing.assert_close(change, together[key], rtol=1e-4, atol=1e-7)
-    assert len(taken) == count
-
-
 def test_the_steps_are_bounded_as_the_recipe_says() -> None:
     assert max(lengths(first_step("--optim.step_bound=null"))) > 0.1
     assert max(lengths(first_step())) == pytest.approx(0.03, rel=1e-3)
@@ -316,3 +321,70 @@ def test_the_steps_are_bounded_as_the_recipe_says() -> None:
     bounded = first_step("--model.method=none", "--optim.step_bound=0.01")
     assert max(lengths(bounded)) == pytest.approx(0.01, rel=1e-3)
     assert max(lengths(first_step("--model.method=none"))) > 0.03
+
+
+NAMES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "muon": Muon}
+STANDARDIZING = {
+    "sgd": pws.optim.SGD,
+    "adamw": pws.optim.AdamW,
+    "rmsprop": pws.optim.Wrapped,
+    "muon": pws.optim.Wrapped,
+}
+
+
+@pytest.mark.parametrize("method", ["pws", "pws-paper", "bn", "none"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_optimizer_trains_every_kind_of_method(name: str, method: str) -> None:
+    trainer, module, before = one_step(f"--model.method={method}", f"--optim.name={name}", "--optim.lr=0.01")
+    kinds = STANDARDIZING if method.startswith("pws") else NAMES
+    assert type(trainer.optimizers[0]) is kinds[name]
+    for key, old in before.named_parameters():
+        new = module.model.get_parameter(key)
+        assert new.isfinite().all(), key
+        assert not torch.equal(new, old), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bound_of_marked_layers_is_inside_the_optimizer(name: str) -> None:
+    flags = (f"--optim.name={name}", "--optim.step_bound=0.01")
+    assert max(lengths(first_step(*flags))) == pytest.approx(0.01, rel=1e-2)
+    callbacks = [one_step(*flags, f"--model.method={method}")[0].callbacks for method in ("pws", "none")]
+    assert [sum(isinstance(callback, ClipGrad) for callback in each) for each in callbacks] == [0, 1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_marked_network_that_was_trained_has_kernels_of_mean_zero(name: str, tmp_path: Path) -> None:
+    train(tiny("--trainer.epochs=2", f"--optim.name={name}"), tmp_path / "run", quiet=True)
+    kernels = {key: value for key, value in weights(tmp_path / "run").items() if value.dim() > 1}
+    assert len(kernels) == 10
+    for key, kernel in kernels.items():
+        filters = kernel.flatten(1)
+        assert (filters.mean(1).abs() < 1e-6 * filters.abs().amax(1)).all(), key
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(module: Classifier, optimizer: torch.optim.Optimizer) -> None:
+        module.model.head.weight.grad[0, 0] = math.nan
+
+    seen: list[nn.Module] = []
+    monkeypatch.setattr(Classifier, "on_before_optimizer_step", spoil)
+    monkeypatch.setattr(Classifier, "on_fit_start", lambda module: seen.append(module.model))
+    with pytest.raises(
+        NonFiniteLossError, match="a gradient went non-finite at step 0: every layer's output was finite"
+    ):
+        one_step()
+    recipe = tiny()
+    seed_everything(0, verbose=False)
+    fresh = model_for(recipe.model, ImageData(recipe.data, recipe.seed).splits)
+    assert_equal(seen[0].state_dict(), fresh.state_dict(), 0.0)
+
+
+@pytest.mark.parametrize(("name", "judged"), [("sgd", (0.01, 0.9)), ("adamw", (None, 0.0))])
+@pytest.mark.parametrize("method", ["pws", "bn"])
+def test_the_monitor_knows_the_optimizer_and_judges_by_sgds_rate(
+    method: str, name: str, judged: tuple[float | None, float]
+) -> None:
+    watch = MonitorCallback()
+    trainer, _, _ = one_step(f"--model.method={method}", f"--optim.name={name}", "--optim.lr=0.01", callback=watch)
+    assert watch.monitor.optimizer is trainer.optimizers[0]
+    assert (watch.monitor.lr, watch.monitor.momentum) == judged

@@ -15,6 +15,7 @@ from tolerances import TOLERANCES, assert_close
 from torch import Tensor
 from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pws
 
@@ -68,8 +69,25 @@ def test_gradcheck_and_gradgradcheck(with_alpha: bool, gamma: float, relative: b
         return standardize(*leaves, gamma=gamma, relative_gamma=relative)
 
     leaves = (weight, alpha) if with_alpha else (weight,)
-    assert gradcheck(kernel, leaves)
-    assert gradgradcheck(kernel, leaves)
+    assert gradcheck(kernel, leaves, check_forward_ad=True)
+    assert gradgradcheck(kernel, leaves, check_fwd_over_rev=True)
+
+
+LONG = [(1, 2), (3, 9), (64, 27), (7, 1023), (4096, 9), (5, 4608), (2, 25088)]
+
+
+@pytest.mark.parametrize("with_alpha", [True, False])
+@pytest.mark.parametrize("shape", LONG, ids=str)
+def test_float32_of_every_length(shape: tuple[int, int], with_alpha: bool) -> None:
+    weight, some_alpha, g = make(shape)
+    alpha = some_alpha if with_alpha else None
+    kernel = standardize(weight, alpha)
+    assert kernel.dtype == torch.float32
+    assert_close(kernel, reference.kernel(weight, alpha), "kernel float32")
+    leaves = [weight, some_alpha] if with_alpha else [weight]
+    for mine, formula in zip(grad(kernel, leaves, g), reference.gradients(weight, alpha, g), strict=False):
+        scale = formula.abs().max().clamp(min=1.0)
+        assert_close(mine / scale, formula / scale, "kernel float32")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -143,6 +161,36 @@ def test_channels_last_stays(shape: tuple[int, ...], layout: torch.memory_format
         assert_close(mine, expected, "float64")
 
 
+class Seen(TorchDispatchMode):
+    """The names of the operators that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((6, 4, 3, 2), torch.contiguous_format),
+        ((6, 4, 3, 2), torch.channels_last),
+        ((3, 4, 2, 3, 2), torch.channels_last_3d),
+    ],
+    ids=str,
+)
+def test_batch_norm_each_way_and_no_copy(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    weight, alpha, g = make(shape)
+    weight, g = weight.detach().to(memory_format=layout).requires_grad_(), g.to(memory_format=layout)
+    with Seen() as seen:
+        grad(standardize(weight, alpha), [weight, alpha], g)
+    assert seen.names >= {"native_batch_norm", "native_batch_norm_backward"}
+    assert seen.names.isdisjoint({"clone", "copy_", "_to_copy"})
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels swapped": lambda base: base.transpose(0, 1),
     "entries swapped": lambda base: base.transpose(1, 3),
@@ -157,11 +205,37 @@ def test_non_contiguous_weights(view: str) -> None:
     base = torch.randn(6, 4, 3, 5, dtype=torch.float64, requires_grad=True)
     weight = VIEWS[view](base)
     assert not weight.is_contiguous()
-    alpha = torch.randn(weight.shape[0], dtype=torch.float64)
+    alpha = torch.randn(weight.shape[0], 2, dtype=torch.float64)[:, 0]
     g = torch.randn(weight.shape, dtype=torch.float64)
     ours, theirs = standardize(weight, alpha), reference.kernel(weight, alpha)
     assert_close(ours, theirs, "float64")
     assert_close(grad(ours, base, g)[0], grad(theirs, base, g)[0], "float64")
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_defaults_for_new_tensors_are_not_for_kernels(default: torch.dtype) -> None:
+    weight, alpha, g = make((6, 9))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            kernels = standardize(weight, alpha), standardize(weight)
+            grads = grad(kernels[0], [weight, alpha], g)
+    finally:
+        torch.set_default_dtype(before)
+    for kernel, some_alpha in zip(kernels, (alpha, None), strict=True):
+        assert kernel.dtype == torch.float32
+        assert_close(kernel, reference.kernel(weight, some_alpha), "float32")
+    for mine, formula in zip(grads, reference.gradients(weight, alpha, g), strict=True):
+        assert_close(mine, formula, "float32")
+
+
+@pytest.mark.parametrize("with_alpha", [True, False])
+def test_a_weight_without_filters_has_an_empty_kernel(with_alpha: bool) -> None:
+    weight, alpha, g = make((0, 3, 2))
+    kernel = standardize(weight, alpha if with_alpha else None)
+    assert kernel.shape == weight.shape
+    assert grad(kernel, weight, g)[0].shape == weight.shape
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -262,6 +336,45 @@ def test_vmap_without_alpha() -> None:
     assert_close(torch.func.vmap(standardize)(weights), expected, "float64")
 
 
+@pytest.mark.parametrize("with_alpha", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_forward_mode_gives_the_references_derivative(layout: torch.memory_format, with_alpha: bool) -> None:
+    leaves = [t.detach() for t in make((4, 3, 2, 3), dtype=torch.float64)[: 2 if with_alpha else 1]]
+    leaves[0] = leaves[0].to(memory_format=layout)
+    tangents = [torch.randn_like(leaf) for leaf in leaves]
+    kernel, tangent = torch.func.jvp(standardize, tuple(leaves), tuple(tangents))
+    expected = torch.func.jvp(reference.kernel, tuple(leaves), tuple(tangents))
+    assert_close(kernel, expected[0], "float64")
+    assert_close(tangent, expected[1], "float64")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_forward_mode_in_smaller_dtypes(dtype: torch.dtype) -> None:
+    leaves = tuple(t.detach().to(dtype) for t in make((4, 9))[:2])
+    tangents = tuple(torch.randn_like(leaf) for leaf in leaves)
+    tangent = torch.func.jvp(standardize, leaves, tangents)[1]
+    wide = [tuple(t.double() for t in tensors) for tensors in (leaves, tangents)]
+    assert tangent.dtype == dtype
+    assert_close(tangent, torch.func.jvp(reference.kernel, *wide)[1], str(dtype).removeprefix("torch."))
+
+
+def test_forward_mode_over_a_batch_of_weights_and_over_backward() -> None:
+    weights, tangents = torch.randn(2, 5, 4, 3, dtype=torch.float64)
+
+    def derivatives(form: Callable[[Tensor], Tensor], weight: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        def loss(w: Tensor) -> Tensor:
+            return form(w).exp().sum()
+
+        along = torch.func.jvp(form, (weight,), (tangent,))[1]
+        return along, torch.func.jvp(torch.func.grad(loss), (weight,), (tangent,))[1]
+
+    ours = torch.func.vmap(partial(derivatives, standardize))(weights, tangents)
+    for i in range(5):
+        expected = derivatives(reference.kernel, weights[i], tangents[i])
+        for mine, theirs in zip(ours, expected, strict=True):
+            assert_close(mine[i], theirs, "float64")
+
+
 def compiled_equals_eager(gain: float | str, backend: str) -> None:
     torch.compiler.reset()
     weight, alpha, g = make((4, 3, 3, 3))
@@ -278,6 +391,34 @@ def test_compile_with_a_number_as_gain() -> None:
 def test_compile_with_the_default_gain() -> None:
     """Tracing alone: a gain given by name, as the default is, must not break the graph."""
     compiled_equals_eager("relu", "aot_eager")
+
+
+@pytest.mark.parametrize("with_alpha", [True, False])
+def test_compile_in_autocast_and_channels_last(with_alpha: bool) -> None:
+    torch.compiler.reset()
+    weight, some_alpha, g = make((4, 8, 3, 3))
+    weight = weight.detach().to(memory_format=torch.channels_last).requires_grad_()
+    alpha = some_alpha if with_alpha else None
+    with torch.autocast("cpu", torch.bfloat16):
+        kernel = torch.compile(standardize, fullgraph=True, backend="aot_eager")(weight, alpha)
+    assert kernel.dtype == torch.bfloat16
+    assert_close(kernel, reference.kernel(weight, alpha), "bfloat16")
+    (grad_weight,) = grad(kernel, weight, g.bfloat16())
+    assert_close(grad_weight, reference.gradients(weight, alpha, g.bfloat16())[0], "float32")
+
+
+class Standardize(torch.nn.Module):
+    def forward(self, weight: Tensor, alpha: Tensor) -> Tensor:
+        return standardize(weight, alpha)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_program_holds_no_batch_norm(strict: bool) -> None:
+    """It would ask whoever reads the program what training mode is."""
+    weight, alpha, _ = (t.detach() for t in make((4, 8, 3, 3)))
+    exported = torch.export.export(Standardize(), (weight, alpha), strict=strict)
+    assert "batch_norm" not in str(exported.graph)
+    assert_close(exported.module()(weight, alpha), reference.kernel(weight, alpha), "float32")
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (4, 1, 1, 1), (4,), (), (4, 0)], ids=str)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor, Verdict, diagnose
 from pws.methods import build_method
 from pws.models import build_model
+from pws.surgery.standardized import to_layers
 
 Batch = tuple[Tensor, Tensor]
 
@@ -30,7 +31,9 @@ def digits(count: int = 1, size: int = 32) -> list[Batch]:
 def net(method: str = "none", model: str = "stack4") -> nn.Module:
     """Convolutions features.0, .2, .4, .6 (without a norm) and head."""
     torch.manual_seed(1)
-    return build_model(model, build_method(method), in_channels=1, num_classes=10, width=0.1)
+    built = build_model(model, build_method(method), in_channels=1, num_classes=10, width=0.1)
+    to_layers(built)  # which torch's own optimizers train; test_diagnose_marked.py has the other form
+    return built
 
 
 def explain(model: nn.Module, **settings: Any) -> Diagnosis:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import pws
 from pws.cli import main
-from pws.layers import StandardizedLayer, swap_channels
+from pws.mark import filters_of
 from pws.surgery.nearest import nearest_filters
-from pws.surgery.standardized import TRANSPOSED, standardize_layer
 
 
 def images(*shape: int) -> Tensor:
@@ -121,18 +120,17 @@ def test_no_zero_mean_filters_are_nearer(
     monkeypatch.setattr("pws.surgery.nearest._ENTRIES", 500)  # in several parts
     torch.manual_seed(0)
     layer, example = build().double(), images(*shape).abs().double()  # of one sign: the means of filters count
-    standardize_layer(layer, gain=1.0, gamma=1e-3, relative_gamma=False, bias=True)
-    assert isinstance(layer, StandardizedLayer)
-    channel = 1 - layer.filters().dim()
+    channel = 1 - layer.weight.dim()
     targets = torch.randn(layer(example).shape, dtype=torch.float64)
-    output = nearest_filters(layer, example, targets.movedim(channel, -1), layer.filters().flatten(1))
+    trained_OK = filters_of(layer, layer.weight).flatten(1)
+    output = nearest_filters(layer, example, targets.movedim(channel, -1), trained_OK)
     assert_close(output, layer(example), "exact")
+    kernel_OK = filters_of(layer, layer.weight).flatten(1)
+    assert_close(kernel_OK.mean(1), torch.zeros(len(kernel_OK)), "float64")
 
-    plain = pws.fold(layer)
-    loss = (plain(example) - targets).square().sum()
-    along, of_bias = torch.autograd.grad(loss, [plain.weight, plain.bias])
-    along_OK = swap_channels(along, layer.groups) if isinstance(layer, TRANSPOSED) else along
-    along_OK = along_OK.flatten(1)
+    loss = (layer(example) - targets).square().sum()
+    along, of_bias = torch.autograd.grad(loss, [layer.weight, layer.bias])
+    along_OK = filters_of(layer, along).flatten(1)
     assert (along_OK - along_OK.mean(1, keepdim=True)).abs().max() < 1e-9 * loss
     assert of_bias.abs().max() < 1e-9 * loss
     assert along_OK.mean(1).abs().min() > 1e-6 * loss  # with a mean they could be nearer
@@ -175,13 +173,13 @@ def test_a_model_that_is_not_finite_is_refused(where: str) -> None:
 
 
 def test_inputs_that_say_nothing_leave_the_trained_filters() -> None:
-    layer = pws.Conv2d(3, 4, 3)
+    layer = nn.Conv2d(3, 4, 3)
     trained_OK = layer.weight.detach().flatten(1).clone()
     for example in (torch.ones(4, 3, 6, 6), torch.zeros(4, 3, 6, 6)):
         targets = torch.full((4, 4, 4, 4), 2.0)
         output = nearest_filters(layer, example, targets, trained_OK)
         assert_close(output, targets, "kernel float32")
-        assert_close(layer.kernel().flatten(1), trained_OK - trained_OK.mean(1, keepdim=True), "kernel float32")
+        assert_close(layer.weight.flatten(1), trained_OK - trained_OK.mean(1, keepdim=True), "kernel float32")
 
 
 def test_depthwise_layers_stay_plain_and_take_over_their_norms() -> None:
@@ -197,16 +195,36 @@ def test_depthwise_layers_stay_plain_and_take_over_their_norms() -> None:
     assert actions["6.0"] == "standardize"  # from scratch they are standardized
 
 
-def test_weights_become_as_large_as_new_ones_or_as_the_kernel() -> None:
-    layer = pws.Linear(20, 5)
-    with torch.no_grad():
-        layer.weight.mul_(1e-3)
-    example = images(100, 20)
-    nearest_filters(layer, example, 0.1 * images(100, 5), layer.weight.detach())
-    assert_close(layer.weight.std(dim=1, correction=0), torch.full((5,), 0.1**0.5), "kernel float32")
-    nearest_filters(layer, example, 70 * images(100, 5), layer.weight.detach())
-    assert layer.weight.std(dim=1).min() > 1
-    assert_close(layer.weight, layer.kernel(), "kernel float32")
+@torch.no_grad()
+def test_both_forms_are_fitted_to_the_same() -> None:
+    example = images(16, 3, 16, 16).double()
+    model = trained(small().double(), example)
+    plans = [pws.plan(model, example, warm_start=True, form=form) for form in ("optimizer", "layers")]
+    plain, layers = (plan.apply().eval() for plan in plans)
+    assert pws.marked(plain).keys() == {"3"}
+    assert type(plain[3]) is nn.Conv2d
+    assert type(layers[3]) is pws.Conv2d
+    assert_close(layers(example), plain(example), "float64")
+    assert plans[0].output_error == plans[1].output_error
+    assert [plan.parameters_after for plan in plans] == [
+        sum(p.numel() for p in converted.parameters()) for converted in (plain, layers)
+    ]
+
+
+def test_a_warm_start_under_autocast_computes_with_the_fitted_weights() -> None:
+    """Autocast keeps copies of the weights, and would go on with those of before."""
+    example = images(16, 3, 16, 16)
+    shared = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    model = trained(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), shared, nn.BatchNorm2d(4), nn.ReLU(), shared),
+        example,
+    )
+    plan = pws.plan(model, example, warm_start=True)
+    with torch.autocast("cpu"), torch.no_grad():
+        converted = plan.apply().eval()
+        inside = converted(example)
+    with torch.autocast("cpu"), torch.no_grad():
+        assert torch.equal(converted(example), inside)
 
 
 def test_a_plan_is_fitted_once() -> None:
@@ -237,7 +255,9 @@ def test_the_command_with_a_warm_start(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(arguments) == 2
     assert "--data is random" in capsys.readouterr().err
     assert main([*arguments, "--data", "digits"]) == 0
-    assert "warm start: outputs differ by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "warm start: outputs differ by" in printed
+    assert "an optimizer of pws.optim trains it" in printed
     torch.save({"nothing": torch.ones(1)}, tmp_path / "other.pt")
     assert main([*arguments[:-1], str(tmp_path / "other.pt"), "--data", "digits", "--out", str(tmp_path / "b")]) == 2
     assert "must be a state dict of the model" in capsys.readouterr().err

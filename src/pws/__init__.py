@@ -1,5 +1,6 @@
 """Parametric Weights Standardization: train convolutional networks without BatchNorm."""
 
+from pws import kernels, optim
 from pws.clip_grad import clip_grad
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor, diagnose, forecast
 from pws.errors import PwsError, ShapeError
@@ -9,7 +10,6 @@ from pws.mark import Mark, mark, marked, unmark
 from pws.param_groups import param_groups
 from pws.standardize import standardize
 from pws.surgery import Plan, calibrate, convert, fold, plan
-from pws.together import standardize_together
 
 __all__ = [
     "PAPER_GAIN",
@@ -33,12 +33,13 @@ __all__ = [
     "diagnose",
     "fold",
     "forecast",
+    "kernels",
     "mark",
     "marked",
+    "optim",
     "param_groups",
     "plan",
     "standardize",
-    "standardize_together",
     "unmark",
     "variance_preserving_gain",
 ]

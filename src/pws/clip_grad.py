@@ -41,7 +41,7 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
     """
     if not 0 < bound < float("inf"):
         raise PwsError(f"the bound on a step's length must be positive and finite; got {bound!r}. Usual: {STEP_BOUND}.")
-    rates = {parameter: _peak_lr(group) for group in optimizer.param_groups for parameter in group["params"]}
+    rates = {parameter: peak_lr(group) for group in optimizer.param_groups for parameter in group["params"]}
     layers = _layers(model, rates)
     gradients = [parameter.grad for layer in layers for parameter in layer if parameter.grad is not None]
     if not gradients:
@@ -75,5 +75,6 @@ def _layers(model: nn.Module, rates: dict[Tensor, float]) -> list[list[nn.Parame
     return layers
 
 
-def _peak_lr(group: dict[str, Any]) -> float:
+def peak_lr(group: dict[str, Any]) -> float:
+    """The largest rate of a group over its schedule, as far as the group tells."""
     return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)

@@ -19,8 +19,6 @@ from torch.nn import functional as F
 from torch.nn import init
 
 from pws.gain import resolve_gain
-from pws.kernels.autocast import result_dtype
-from pws.kernels.together import Prepared
 from pws.standardize import check_fan_in, check_gamma, scaled, swap_channels
 
 Layer = TypeVar("Layer", bound=type["StandardizedLayer"])
@@ -55,8 +53,6 @@ class StandardizedLayer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     alpha: nn.Parameter
-    prepared: Prepared | Tensor | None = None
-    """The kernel, during a forward pass for which `standardize_together` has computed it; a tensor in a compiled program."""
 
     def __init__(
         self,
@@ -80,12 +76,6 @@ class StandardizedLayer(nn.Module):
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of `weight`: what the layer convolves with."""
-        prepared = self.prepared
-        if torch.compiler.is_compiling():
-            if isinstance(prepared, Tensor) and prepared.dtype == result_dtype(self.filters()):
-                return prepared
-        elif isinstance(prepared, Prepared) and prepared.serves(self._parameters):
-            return prepared.kernel
         return scaled(self.filters(), self.alpha, self.gain, self.gamma, self.relative_gamma)
 
     def reset_parameters(self) -> None:

@@ -1,4 +1,4 @@
-"""Parametric Weights Standardization of one weight: what it is; `pws.kernels` computes it.
+"""Parametric Weights Standardization of one weight, by torch's own batch norm.
 
 Shape letters: O filters (output channels), K entries of a filter (the fan-in n).
 Source: Liu, Ge, Li, Gui, "Delving into Variance Transmission and Normalization", AAAI 2021 (arXiv 2103.11590).
@@ -7,12 +7,18 @@ We differ in one place: the constant c is `gain / sqrt(fan_in)` with any gain, n
 
 from __future__ import annotations
 
+from typing import Final
+
+import torch
 from torch import Tensor
 
 from pws.errors import PwsError, ShapeError
 from pws.gain import resolve_gain
-from pws.kernels.apply import kernel_of
-from pws.kernels.autocast import result_dtype
+
+# Asked once: torch.compile of torch 2.11 can't trace the question, and would compile each layer's call on its own.
+_AUTOCAST_DEVICES: Final = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia") if torch.amp.is_autocast_available(device)
+)
 
 
 def standardize(
@@ -70,7 +76,39 @@ def standardize(
 
 def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
     """`standardize` of arguments that are known to be right."""
-    return kernel_of(weight, alpha, *constants(weight, gain, gamma, relative_gamma), result_dtype(weight))
+    c, gamma = constants(weight, gain, gamma, relative_gamma)
+    # In float32 at least: half-precision statistics would overflow.
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    scale_O = wide.new_full(wide.shape[:1], c) if alpha is None else c * alpha.to(wide.dtype)
+    # Torch's batch norm refuses zero channels.
+    form = _composed if torch.compiler.is_compiling() or not len(weight) else _batch_normed
+    return form(wide, scale_O, gamma).to(result_dtype(weight))
+
+
+def _batch_normed(weight: Tensor, scale_O: Tensor, gamma: float) -> Tensor:
+    """The kernel as batch norm of one sample, whose channels are the filters and whose positions are their entries."""
+    if not weight.is_contiguous():
+        # Statistics do not care about the order of entries. The memory's order needs no copy, and the kernel keeps it.
+        order = [0, *sorted(range(1, weight.dim()), key=weight.stride, reverse=True)]
+        kernel = _batch_normed(weight.permute(order).contiguous(), scale_O, gamma)
+        return kernel.permute([order.index(dim) for dim in range(len(order))])
+    rows_1OK = weight.view(1, len(weight), weight.shape[1:].numel())
+    return torch.batch_norm(rows_1OK, scale_O, None, None, None, True, 0.0, gamma, False).view(weight.shape)
+
+
+def _composed(weight: Tensor, scale_O: Tensor, gamma: float) -> Tensor:
+    """The kernel for a compiler to fuse: in the weight's own shape, so that it can be written in the layout that the
+    convolution asks for. Rows in between would be copied, each way."""
+    h = torch.nn.functional.layer_norm(weight, weight.shape[1:], None, None, gamma)
+    return h * scale_O.view(-1, *[1] * (weight.dim() - 1))
+
+
+def result_dtype(weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where that is enabled, else the weight's. Autocast leaves float64 alone, and so do we."""
+    device = weight.device.type
+    if weight.dtype == torch.float64 or device not in _AUTOCAST_DEVICES:
+        return weight.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def constants(weight: Tensor, gain: float, gamma: float, relative_gamma: bool) -> tuple[float, float]:

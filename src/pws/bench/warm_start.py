@@ -24,7 +24,7 @@ from pws.training.recipe import DataConfig, OptimConfig
 LR: Final = 0.1
 FINE_LR: Final = 0.01
 EXAMPLES: Final = (64, 1024)
-"""Training images that the conversion fits alpha and bias on."""
+"""Training images that the conversion fits the layers on."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ def run(arguments: list[str]) -> int:
     """Parse, check the models, write the table."""
     parser = command_parser(
         "bench convert",
-        f"Convert {len(SPECS)} models of torchvision and timm, and check of each that no norm is left which the plan does not "
-        "list, that outputs are finite, that five steps at learning rate 0.1 are, that the fold and copies are equal. Each "
-        "model is stored when it is done: the same command goes on where it was interrupted.",
+        f"Convert {len(SPECS)} models of torchvision and timm, and check of each that its layers keep their classes, that no "
+        "norm is left which the plan does not list, that outputs are finite, that five steps at learning rate 0.1 are, that "
+        "the fold and copies are equal. Each model is stored when it is done: the same command goes on where it was "
+        "interrupted.",
         "pws bench convert --only 'timm:resnet*'",
     )
     parser.add_argument("--only", type=str, default="*", help="pattern of the models' names")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from jsonargparse import ArgumentParser
@@ -13,10 +13,11 @@ from torch import nn
 from pws.cli.arguments import check_sizes, command_parser, parse
 from pws.errors import PwsError, one_line
 from pws.surgery import plan
+from pws.surgery.plan import Form
 from pws.training.datasets import DATASETS
 from pws.training.subject import RANDOM, subject_of_model
 
-LOAD = '''"""The converted model: `from load import model`, in this folder."""
+LOAD = '''"""The converted model: `from load import model`, in this folder. {training}"""
 
 from pathlib import Path
 
@@ -26,10 +27,17 @@ import pws
 from pws.models import model_of
 
 example = torch.randn{shape}
-plan = pws.plan(model_of({spec!r}), example, norms={norms!r}, keep={keep!r}, warm_start={warm_start!r})
+plan = pws.plan(
+    model_of({spec!r}), example, norms={norms!r}, keep={keep!r}, warm_start={warm_start!r}, form={form!r}
+)
 model = plan.apply(calibrate=False)
 model.load_state_dict(torch.load(Path(__file__).with_name("weights.pt")))
 '''
+TRAINING: Final[dict[Form, str]] = {
+    "optimizer": "Its layers are plain and marked; an optimizer of pws.optim trains it: pws.optim.SGD(model, lr=0.1).",
+    "layers": "Its layers are pws layers; any optimizer trains it, with pws.clip_grad(model, optimizer) before each step.",
+}
+"""How to go on, a line a form."""
 
 
 def run(arguments: list[str]) -> int:
@@ -41,7 +49,7 @@ def run(arguments: list[str]) -> int:
     subject = subject_of_model(parsed.model, parsed.data, batch_size=images, image_size=parsed.image_size)
     if parsed.weights:
         load_weights(subject.model, Path(parsed.weights))
-    settings: dict[str, Any] = {"norms": tuple(parsed.norms), "keep": parsed.keep, "warm_start": parsed.warm_start}
+    settings: dict[str, Any] = {name: getattr(parsed, name) for name in ("norms", "keep", "warm_start", "form")}
     with Console(stderr=True).status("reading the model") as status:
         made = plan(
             subject.model,
@@ -55,8 +63,11 @@ def run(arguments: list[str]) -> int:
     torch.save(converted.state_dict(), out / "weights.pt")
     (out / "plan.txt").write_text(f"{table}\n")
     shape = (2, *subject.images.shape[1:])
-    (out / "load.py").write_text(LOAD.format(shape=shape, spec=parsed.model, **settings))
+    (out / "load.py").write_text(
+        LOAD.format(shape=shape, spec=parsed.model, training=TRAINING[parsed.form], **settings)
+    )
     print(f"Files: {out / 'weights.pt'}, {out / 'load.py'}, {out / 'plan.txt'}")
+    print(TRAINING[parsed.form])
     return 0
 
 
@@ -64,8 +75,8 @@ def _parser() -> ArgumentParser:
     parser = command_parser(
         "convert",
         "Take the norms out of a model: print what happens to each layer and why, and write weights.pt, load.py (how to load "
-        "them) and plan.txt. Alpha is set on the images of --data, so that each layer keeps the variance that its norm saw to; "
-        "with --warm-start the layers are fitted to what the trained model computes.",
+        "them) and plan.txt. Kernels are scaled on the images of --data, so that each layer keeps the variance that its norm "
+        "saw to; with --warm-start the layers are fitted to what the trained model computes.",
         "pws convert --model timm:resnet18 --weights resnet18.pt --warm-start --data fashion-mnist --out converted",
     )
     parser.add_argument(
@@ -87,6 +98,12 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--norms", type=str, nargs="+", default=["batch"], help="families to take out: batch group layer instance"
+    )
+    parser.add_argument(
+        "--form",
+        type=str,
+        default="optimizer",
+        help="optimizer (plain layers with marks, which an optimizer of pws.optim trains) or layers (pws layers)",
     )
     parser.add_argument("--out", type=str, required=True, help="folder to write; it must not hold anything yet")
     return parser

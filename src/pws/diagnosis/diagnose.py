@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from pws.diagnosis.batch import REJECTIONS, Batch, Loss, batch_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
+from pws.diagnosis.marked import check_optimizer
 from pws.diagnosis.preserve import preserved
 from pws.diagnosis.recorder import Recorder
 from pws.errors import PwsError, one_line
@@ -31,6 +32,7 @@ def diagnose(
     lr: float | None = None,
     momentum: float = 0.0,
     steps: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Diagnosis:
     """Explain a model on a batch: variance transmission, average gradients, critical learning rates, and a verdict.
 
@@ -46,10 +48,13 @@ def diagnose(
         lr: the learning rate to judge; without it the verdict names the smallest critical one.
         momentum: SGD's, for the forecast.
         steps: how many steps ahead the shift share is predicted.
+        optimizer: that of a model with marked layers (`pws.mark`), after some training. It holds `w`, whose size decides how
+            far a step moves the kernel; without it, the size is assumed that an optimizer starts with. Other models need none.
 
     Raises:
         PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized; the input holds NaN or
-            infinity; the loss is not a scalar or does not depend on the model's parameters.
+            infinity; the loss is not a scalar or does not depend on the model's parameters; the optimizer is one of torch's own
+            and the model has marked layers.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
@@ -60,9 +65,10 @@ def diagnose(
     """
     model = bare(model)
     check_model(model)
+    check_optimizer(model, optimizer)
     settings = Settings(lr, momentum, steps, training=model.training)
     parsed = batch_of(batch)
-    recorder = Recorder(model)
+    recorder = Recorder(model, optimizer)
     try:
         with torch.inference_mode(False), torch.enable_grad(), preserved(model):
             with recorder.forward():
@@ -83,7 +89,7 @@ def diagnosis_of(
     """What a recorder has seen, as numbers."""
     layers: list[LayerDiagnosis] = []
     for record in recorder.layers.values():
-        change = None if record.step_map is None else record.step_map.kernel_change(recorder.gradients)
+        change = None if record.step_map is None else record.step_map.kernel_change(recorder.steps)
         if change is not None:
             change = record.layout.filters(change.double()) / loss_scale
         product = layers[-1].transmission_product if layers else 1.0

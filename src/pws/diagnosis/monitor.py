@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pws.diagnosis.batch import tensors_in
 from pws.diagnosis.diagnose import bare, diagnosis_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.marked import check_optimizer
 from pws.diagnosis.preserve import preserved
 from pws.diagnosis.record import is_finite
 from pws.diagnosis.recorder import Recorder
@@ -54,13 +55,16 @@ class Monitor:
         every: steps between measurements.
         lr: the learning rate that verdicts judge by.
         momentum: SGD's.
+        optimizer: that of a model with marked layers (`pws.mark`). It holds `w`, whose size decides how far a step moves the
+            kernel; without it, the size is assumed that an optimizer starts with.
         shift_bound: the shift share at which a layer that started below it counts as taken over.
         csv_path: a new file to write the measurements to, a row a layer and step.
         log: called with (metrics, step) at each measurement: a Lightning logger's `log_metrics`, or one line around
             TensorBoard's `add_scalar`.
 
     Raises:
-        PwsError: `every` is below 1, or `shift_bound` not between 0 and 1.
+        PwsError: `every` is below 1, or `shift_bound` not between 0 and 1; or the optimizer is one of torch's own and the
+            model has marked layers.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Monitor:
         *,
         lr: float | None = None,
         momentum: float = 0.0,
+        optimizer: torch.optim.Optimizer | None = None,
         shift_bound: float = 0.9,
         csv_path: str | Path | None = None,
         log: Log | None = None,
@@ -80,8 +85,9 @@ class Monitor:
                 f"shift_bound is a share of the variance, above 0 and below 1; got {shift_bound}. Usual: 0.9."
             )
         Settings(lr, momentum)  # which checks them
+        check_optimizer(model, optimizer)
         self.model, self.every, self.shift_bound = model, every, shift_bound
-        self.lr, self.momentum, self.log = lr, momentum, log
+        self.lr, self.momentum, self.optimizer, self.log = lr, momentum, optimizer, log
         self.csv_path = None if csv_path is None else _new_file(Path(csv_path))
         self.history: list[Diagnosis] = []
         """The diagnoses of the measured steps, in order."""
@@ -144,7 +150,7 @@ class Monitor:
         if self._is_due():
             self._drop()  # a measurement whose backward pass never came
             inner = bare(model)
-            self._recorder = recorder = Recorder(inner)
+            self._recorder = recorder = Recorder(inner, self.optimizer)
             recorder.on_backward_end = lambda: self._measured(recorder)
             self._recording = recorder.forward(running=(args, kwargs) if inner is model else None)
             self._recording.__enter__()
@@ -177,7 +183,7 @@ class Monitor:
     def _again(self, args: Any, kwargs: Any) -> Recorder:
         """The forward pass of a step that was not measured, once more."""
         inner = bare(self.model)
-        recorder = Recorder(inner)
+        recorder = Recorder(inner, self.optimizer)
         # The other processes do not run this pass: a synchronized norm would wait for them for ever.
         synchronized = [m for m in inner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
         try:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pws.diagnosis.batch import REJECTIONS
+from pws.diagnosis.marked import kernel_step, marked_weights
 from pws.diagnosis.moments import batched
 from pws.diagnosis.operation import Call, call_of
 from pws.diagnosis.preserve import preserved
@@ -24,6 +25,7 @@ from pws.diagnosis.record import (
     sum_of_squares,
     wide,
 )
+from pws.surgery.standardized import is_standardized
 
 
 @dataclass
@@ -43,12 +45,19 @@ class Recorder:
     `with recorder.forward():` around the forward pass collects its statistics and leaves hooks on the tensors of the
     graph, which collect those of the backward pass. Nothing stays on the model: module hooks are removed at the end of
     the forward pass, the hooks on parameters by `close`.
+
+    Args:
+        model: what is recorded.
+        optimizer: holds `w` and `alpha` of marked layers.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        self.model, self.optimizer = model, optimizer
         self.layers: dict[tuple[str, int], LayerRecord] = {}
-        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.steps: dict[nn.Parameter, Tensor] = {}
+        """By how much a gradient step at learning rate 1 moves a parameter, with its sign turned: its gradient, but for the
+        kernel of a marked layer."""
+        self._marked = marked_weights(model)
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[_Running] = []
         self._computed: dict[tuple[str, int], _Running] = {}
@@ -123,7 +132,7 @@ class Recorder:
             filters = call.filters(wide(call.kernel))
             layer = self.layers[name, ordinal] = LayerRecord(
                 name=(name or kind) + (f" ({ordinal + 1})" if ordinal else ""),
-                kind=kind.removeprefix("Parametrized"),
+                kind=kind.removeprefix("Parametrized") + (", pws" if is_standardized(running.module) else ""),
                 operation=call.function.__name__,
                 kernel_shape=tuple(kernel.shape),
                 dtype=output_dtype(call),
@@ -164,8 +173,14 @@ class Recorder:
                 self._handles.append(handle)
 
     def _keep(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        layer = self._marked.get(parameter)
+
+        @torch.no_grad()
         def hook(gradient: Tensor) -> None:
-            self.gradients[parameter] = gradient.detach()
+            # At once: an optimizer that steps in the backward pass moves the latents next.
+            self.steps[parameter] = (
+                gradient.detach() if layer is None else kernel_step(layer, gradient, self.optimizer).to(gradient.dtype)
+            )
 
         return hook
 

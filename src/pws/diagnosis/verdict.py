@@ -179,7 +179,7 @@ def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
         f"The variance {'explodes' if exploding else 'vanishes'} along the depth: from {layers[0].output.variance:.3g} behind "
         f"{_named(layers[0])} to {layer.output.variance:.3g} behind {_named(layer)}, {mean:.2g} times a layer.",
         f"The gain is too {'large' if exploding else 'small'}: multiply each layer's weights by about {mean**-0.5:.2g}, "
-        "calibrate (pws.calibrate), or take pws layers with their variance-preserving gain.",
+        "calibrate (pws.calibrate), or convert the network to PWS, whose gain preserves the variance.",
     )
 
 

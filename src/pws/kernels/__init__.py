@@ -1,5 +1,5 @@
-"""The standardization, fused: one backend a device, behind one operator."""
+"""The step of the optimizers of `pws.optim`: in stock operators (reference), fused for the CPU (cpu) and for GPUs (triton)."""
 
-from pws.kernels.registry import BACKENDS, empty_cache, installed, use
+from pws.kernels.choose import Step, installed, steps_of, use
 
-__all__ = ["BACKENDS", "empty_cache", "installed", "use"]
+__all__ = ["Step", "installed", "steps_of", "use"]

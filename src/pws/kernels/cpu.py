@@ -1,85 +1,339 @@
-"""The standardization on CPU cores: numba's machine code on torch's threads."""
+"""The step on CPU cores: numba's parallel loops, two for all layers of the model, three for AdamW.
+
+The first makes the sums of each filter, the last writes `w`, its averages and the kernel, filter by filter while they are in the
+cache. Layers are told to the machine code by a table: the addresses of their tensors, and numbers. The formulas are those of
+`pws.kernels.reference`.
+"""
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
+import threading
+from collections.abc import Sequence
+from typing import Any, Final
 
+import numba
+import numpy as np
 import torch
+from numba import carray, njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from torch import Tensor
 
-from pws.kernels import threads
-from pws.kernels.backend import Backend
-from pws.kernels.buffers import empty
-from pws.kernels.machine import GRAIN, Job, backward_part, forward_part
+from pws.optim.layer import Layer
+
+CHUNK: Final = 16_384
+"""Entries that a thread takes at a time: they and what belongs to them stay in its cache."""
+# Sums may be reordered, into vector lanes; NaN and infinity keep their meaning.
+FAST: Final = {"reassoc", "contract", "arcp", "nsz"}
+
+# Columns of the table of addresses (0 for a tensor that is not there) ...
+GRAD, W, KERNEL, ALPHA, BIAS, BIAS_GRAD, FIRST, SECOND, ALPHA_FIRST, ALPHA_SECOND, BIAS_FIRST, BIAS_SECOND = range(12)
+# ... of that of whole numbers: filters, entries of one, number of the first filter in the model ...
+FILTERS, ENTRIES, OFFSET = range(3)
+# ... of that of numbers: the layer's, then SGD's or AdamW's ...
+C, GAMMA, PEAK, ALPHA_PEAK, BIAS_PEAK, LR, ALPHA_LR, BIAS_LR, DECAY, BIAS_DECAY = range(10)
+MOMENTUM, NESTEROV = 10, 11
+BETA1, BETA2, EPS, CORRECTION1, CORRECTION2 = range(10, 15)
+# ... and of what is known of a filter.
+MEAN, RSTD, MEAN_GRAD, MEAN_ALONG, SQUARE = range(5)
+
+_lock = threading.Lock()
+"""Numba's threads serve one caller at a time."""
 
 
-def forward(
-    weight_OK: Tensor, alpha_O: Tensor | None, c: float, gamma: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernel = c alpha h`, `h = (w - m) / sqrt(v + gamma)`."""
-    weight_OK, alpha_O = _dense(weight_OK), None if alpha_O is None else _dense(alpha_O)
-    filters, entries = weight_OK.shape
-    kernel_OK, mean_O, rstd_O = (
-        empty(weight_OK.shape),
-        torch.empty(filters, dtype=torch.float32, device="cpu"),
-        torch.empty(filters, dtype=torch.float32, device="cpu"),
-    )
-    tensors = (weight_OK, alpha_O, mean_O, rstd_O, kernel_OK)
-    _run(forward_part, Job(0, filters, entries, c, gamma, *map(_address, tensors)))
-    return kernel_OK if dtype == torch.float32 else kernel_OK.to(dtype), mean_O, rstd_O
+class CpuStep:
+    """See `pws.kernels.choose.Step`: float32 on the CPU."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self._at = np.array([_addresses(layer) for layer in layers], np.int64)
+        counts = np.array([(len(layer.w), layer.fan_in, 0) for layer in layers], np.int64)
+        counts[1:, OFFSET] = counts[:-1, FILTERS].cumsum()
+        self._counts = counts
+        self._numbers = np.array([_numbers(layer) for layer in layers], np.float32)
+        self._chunks = _chunks(tuple(map(tuple, counts.tolist())))
+        self._filters = np.empty((int(counts[:, FILTERS].sum()), 5), np.float32)
+
+    @staticmethod
+    def serves(layer: Layer) -> bool:
+        """Whether all of it is float32 on the CPU."""
+        tensors = (layer.kernel, layer.grad, layer.w, layer.bias, layer.bias_grad)
+        return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+
+    def squares(self) -> Tensor:
+        """See `Step`."""
+        self._run(_sums, self._filters)
+        return self._by_layer()
+
+    def sgd(self, factors: Tensor) -> None:
+        """See `Step`."""
+        self._run(_sgd, self._filters, factors.numpy())
+
+    def adamw_squares(self) -> Tensor:
+        """See `Step`."""
+        self._run(_adamw_averages, self._filters)
+        return self._by_layer()
+
+    def adamw(self, factors: Tensor) -> None:
+        """See `Step`."""
+        self._run(_adamw, factors.numpy())
+
+    def _by_layer(self) -> Tensor:
+        starts = self._counts[:, OFFSET]
+        return torch.from_numpy(np.add.reduceat(self._filters[:, SQUARE], starts, dtype=np.float32))
+
+    def _run(self, loop: Any, *more: Any) -> None:
+        with _lock:
+            before = numba.get_num_threads()
+            numba.set_num_threads(
+                max(1, min(torch.get_num_threads(), len(self._chunks), numba.config.NUMBA_NUM_THREADS))
+            )
+            try:
+                loop(self._at, self._counts, self._numbers, self._chunks, *more)
+            finally:
+                numba.set_num_threads(before)
 
 
-def backward(
-    grad_OK: Tensor, weight_OK: Tensor, alpha_O: Tensor | None, mean_O: Tensor, rstd_O: Tensor, c: float
-) -> tuple[Tensor, Tensor]:
-    """`dw = c alpha / sqrt(v + gamma) (g - mean(g) - h mean(g h))`, `dalpha = c sum(g h)` (paper section 2)."""
-    return _backward(empty(weight_OK.shape), _dense(grad_OK), weight_OK, alpha_O, mean_O, rstd_O, c)
+def _addresses(layer: Layer) -> list[int]:
+    first, second = (*layer.moments, None, None)[:2]
+    alpha_first, alpha_second = (*layer.alpha_moments, None, None)[:2]
+    bias_first, bias_second = (*layer.bias_moments, None, None)[:2]
+    tensors = (layer.grad, layer.w, layer.kernel, layer.alpha, layer.bias, layer.bias_grad)
+    tensors += (first, second, alpha_first, alpha_second, bias_first, bias_second)
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def overwriting(
-    grad_OK: Tensor, weight_OK: Tensor, alpha_O: Tensor | None, mean_O: Tensor, rstd_O: Tensor, c: float
-) -> tuple[Tensor, Tensor]:
-    """`backward` in the memory of `grad_OK`, which the convolution has just left in the cache."""
-    grad_OK = _dense(grad_OK)
-    return _backward(grad_OK, grad_OK, weight_OK, alpha_O, mean_O, rstd_O, c)
+def _numbers(layer: Layer) -> list[float]:
+    numbers = [layer.c, layer.gamma, *layer.peaks, *map(float, layer.rates)]
+    return numbers + [0.0] * (CORRECTION2 + 1 - len(numbers))
 
 
-def _backward(
-    grad_weight_OK: Tensor,
-    grad_OK: Tensor,
-    weight_OK: Tensor,
-    alpha_O: Tensor | None,
-    mean_O: Tensor,
-    rstd_O: Tensor,
-    c: float,
-) -> tuple[Tensor, Tensor]:
-    weight_OK, mean_O, rstd_O = map(_dense, (weight_OK, mean_O, rstd_O))
-    alpha_O = None if alpha_O is None else _dense(alpha_O)
-    filters, entries = weight_OK.shape
-    grad_alpha_O = torch.empty(filters, dtype=torch.float32, device="cpu")
-    tensors = (weight_OK, alpha_O, mean_O, rstd_O, grad_weight_OK, grad_OK, grad_alpha_O)
-    _run(backward_part, Job(0, filters, entries, c, 0.0, *map(_address, tensors)))
-    return grad_weight_OK, grad_alpha_O
+def _chunks(counts: tuple[tuple[int, ...], ...]) -> Any:
+    """Layer, first filter and the one behind the last of each portion, the largest entries first."""
+    found = []
+    for number, (filters, entries, _) in enumerate(counts):
+        few = max(1, CHUNK // entries)
+        found += [(number, first, min(first + few, filters)) for first in range(0, filters, few)]
+    return np.array(found, np.int64).reshape(-1, 3)
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float32 and tensor.is_contiguous() else tensor.float().contiguous()
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """A whole number as the pointer that `carray` takes."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), code
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+@njit(inline="always")
+def _rows(at: Any, counts: Any) -> Any:
+    """A layer's tensor `(O, K)`."""
+    return carray(_pointer(at), (counts[FILTERS], counts[ENTRIES]), np.float32)
 
 
-def _run(part: Any, job: Job) -> None:
-    portions = -(-job.filters * job.entries // GRAIN)
-    threads.run(part.address, ctypes.addressof(job), min(torch.get_num_threads(), portions))
+@njit(inline="always")
+def _column(at: Any, counts: Any) -> Any:
+    """A layer's tensor `(O,)`."""
+    return carray(_pointer(at), counts[FILTERS], np.float32)
 
 
-def _refusal(weight_OK: Tensor) -> str | None:
-    if weight_OK.device.type != "cpu" or weight_OK.dtype != torch.float32:
-        return f"it serves float32 weights on the CPU; this one is {weight_OK.dtype} on {weight_OK.device}"
-    return None
+@njit(fastmath=FAST)
+def _statistics(row: Any, gamma: Any) -> Any:
+    """Mean and `1 / sqrt(v + gamma)` of a filter, in two passes: a large mean costs no digits."""
+    count = np.float32(row.shape[0])
+    total = np.float32(0)
+    for k in range(row.shape[0]):
+        total += row[k]
+    mean = total / count
+    squares = np.float32(0)
+    for k in range(row.shape[0]):
+        squares += (row[k] - mean) * (row[k] - mean)
+    return mean, np.float32(1) / np.sqrt(squares / count + gamma)
 
 
-CPU = Backend("cpu", forward, backward, _refusal, overwriting)
+@njit(fastmath=FAST)
+def _write(row: Any, kernel: Any, scale: Any, gamma: Any) -> None:
+    mean, rstd = _statistics(row, gamma)
+    factor = scale * rstd
+    for k in range(row.shape[0]):
+        kernel[k] = (row[k] - mean) * factor
+
+
+@njit(fastmath=FAST)
+def _gradient_sums(row: Any, grad: Any, mean: Any) -> Any:
+    """`sum G`, `sum G^2` and `sum G (w - m)`."""
+    total, squares, along = np.float32(0), np.float32(0), np.float32(0)
+    for k in range(row.shape[0]):
+        g = grad[k]
+        total += g
+        squares += g * g
+        along += g * (row[k] - mean)
+    return total, squares, along
+
+
+@njit(parallel=True, cache=True, fastmath=FAST)
+def _sums(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None:
+    """Of each filter: statistics, sums, and the squared length of its gradient step."""
+    for i in prange(chunks.shape[0]):
+        layer, first, end = chunks[i]
+        a, n, x = at[layer], counts[layer], numbers[layer]
+        w_OK, grad_OK, alpha_O = _rows(a[W], n), _rows(a[GRAD], n), _column(a[ALPHA], n)
+        count = np.float32(n[ENTRIES])
+        for o in range(first, end):
+            mean, rstd = _statistics(w_OK[o], x[GAMMA])
+            total, squares, along = _gradient_sums(w_OK[o], grad_OK[o], mean)
+            along *= rstd
+            # sum h^2 / n = v r^2 = 1 - gamma r^2
+            rest = squares - total * total / count - along * along / count * (1 + x[GAMMA] * rstd * rstd)
+            if rest < 0:  # by rounding; NaN stays
+                rest = np.float32(0)
+            step, of_alpha = x[PEAK] * x[C] * alpha_O[o] * rstd, x[ALPHA_PEAK] * x[C] * along
+            square = step * step * rest + of_alpha * of_alpha
+            if a[BIAS_GRAD] != 0:
+                of_bias = x[BIAS_PEAK] * _column(a[BIAS_GRAD], n)[o]
+                square += of_bias * of_bias
+            row = filters[n[OFFSET] + o]
+            row[MEAN], row[RSTD], row[MEAN_GRAD], row[MEAN_ALONG], row[SQUARE] = (
+                mean,
+                rstd,
+                total / count,
+                along / count,
+                square,
+            )
+
+
+@njit(fastmath=FAST)
+def _sgd_row(w: Any, grad: Any, buffer: Any, row: Any, scale: Any, x: Any) -> None:
+    """`w` and its momentum by the gradient `scale (G - mean(G) - h mean(G h))`."""
+    mean, centre, slope = row[MEAN], row[MEAN_GRAD], row[MEAN_ALONG] * row[RSTD]
+    lr, decay, momentum = x[LR], x[DECAY], x[MOMENTUM]
+    if momentum == 0:
+        for k in range(w.shape[0]):
+            w[k] -= lr * (scale * (grad[k] - centre - (w[k] - mean) * slope) + decay * w[k])
+    elif x[NESTEROV] == 0:
+        for k in range(w.shape[0]):
+            moved = momentum * buffer[k] + (scale * (grad[k] - centre - (w[k] - mean) * slope) + decay * w[k])
+            buffer[k] = moved
+            w[k] -= lr * moved
+    else:
+        for k in range(w.shape[0]):
+            step = scale * (grad[k] - centre - (w[k] - mean) * slope) + decay * w[k]
+            moved = momentum * buffer[k] + step
+            buffer[k] = moved
+            w[k] -= lr * (step + momentum * moved)
+
+
+@njit(fastmath=FAST)
+def _sgd_scalar(value: Any, grad: Any, buffer_O: Any, o: Any, lr: Any, decay: Any, x: Any) -> Any:
+    """One number by SGD."""
+    step = grad + decay * value
+    if x[MOMENTUM] != 0:
+        buffer_O[o] = x[MOMENTUM] * buffer_O[o] + step
+        step = step + x[MOMENTUM] * buffer_O[o] if x[NESTEROV] != 0 else buffer_O[o]
+    return value - lr * step
+
+
+@njit(parallel=True, cache=True, fastmath=FAST)
+def _sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, factors: Any) -> None:
+    """Every layer by SGD, its gradients times its factor."""
+    for i in prange(chunks.shape[0]):
+        layer, first, end = chunks[i]
+        a, n, x, factor = at[layer], counts[layer], numbers[layer], factors[layer]
+        w_OK, grad_OK, kernel_OK = _rows(a[W], n), _rows(a[GRAD], n), _rows(a[KERNEL], n)
+        # Without momentum there is no buffer, and none is touched.
+        buffer_OK = _rows(a[FIRST] if a[FIRST] != 0 else a[W], n)
+        alpha_O, alpha_buffer_O = _column(a[ALPHA], n), _column(a[ALPHA_FIRST], n)
+        bias_O, bias_grad_O, bias_buffer_O = _column(a[BIAS], n), _column(a[BIAS_GRAD], n), _column(a[BIAS_FIRST], n)
+        for o in range(first, end):
+            row = filters[n[OFFSET] + o]
+            scale = factor * x[C] * alpha_O[o] * row[RSTD]
+            _sgd_row(w_OK[o], grad_OK[o], buffer_OK[o], row, scale, x)
+            of_alpha = factor * x[C] * row[MEAN_ALONG] * np.float32(n[ENTRIES])
+            alpha_O[o] = _sgd_scalar(alpha_O[o], of_alpha, alpha_buffer_O, o, x[ALPHA_LR], np.float32(0), x)
+            if a[BIAS_GRAD] != 0:
+                of_bias = factor * bias_grad_O[o]
+                bias_O[o] = _sgd_scalar(bias_O[o], of_bias, bias_buffer_O, o, x[BIAS_LR], x[BIAS_DECAY], x)
+            _write(w_OK[o], kernel_OK[o], x[C] * alpha_O[o], x[GAMMA])
+
+
+@njit(fastmath=FAST)
+def _averages_row(w: Any, grad: Any, first: Any, second: Any, row: Any, scale: Any, x: Any) -> Any:
+    """AdamW's averages of a filter; the squared length of its step."""
+    mean, centre, slope = row[MEAN], row[MEAN_GRAD], row[MEAN_ALONG] * row[RSTD]
+    square = np.float32(0)
+    for k in range(w.shape[0]):
+        g = scale * (grad[k] - centre - (w[k] - mean) * slope)
+        first[k] += (1 - x[BETA1]) * (g - first[k])
+        second[k] = x[BETA2] * second[k] + (1 - x[BETA2]) * (g * g)
+        change = _change(w[k], first[k], second[k], x[LR], x[DECAY], x)
+        square += change * change
+    return square
+
+
+@njit(inline="always")
+def _change(value: Any, first: Any, second: Any, lr: Any, decay: Any, x: Any) -> Any:
+    """AdamW's step of one number."""
+    return -lr * (first / x[CORRECTION1] / (np.sqrt(second / x[CORRECTION2]) + x[EPS]) + decay * value)
+
+
+@njit(fastmath=FAST)
+def _averages_scalar(value: Any, grad: Any, first_O: Any, second_O: Any, o: Any, lr: Any, decay: Any, x: Any) -> Any:
+    first_O[o] += (1 - x[BETA1]) * (grad - first_O[o])
+    second_O[o] = x[BETA2] * second_O[o] + (1 - x[BETA2]) * (grad * grad)
+    change = _change(value, first_O[o], second_O[o], lr, decay, x)
+    return change * change
+
+
+@njit(parallel=True, cache=True, fastmath=FAST)
+def _adamw_averages(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None:
+    """AdamW's averages; of each filter the squared length of the step."""
+    for i in prange(chunks.shape[0]):
+        layer, first, end = chunks[i]
+        a, n, x = at[layer], counts[layer], numbers[layer]
+        w_OK, grad_OK, first_OK, second_OK = _rows(a[W], n), _rows(a[GRAD], n), _rows(a[FIRST], n), _rows(a[SECOND], n)
+        alpha_O = _column(a[ALPHA], n)
+        alpha_first_O, alpha_second_O = _column(a[ALPHA_FIRST], n), _column(a[ALPHA_SECOND], n)
+        bias_O, bias_grad_O = _column(a[BIAS], n), _column(a[BIAS_GRAD], n)
+        bias_first_O, bias_second_O = _column(a[BIAS_FIRST], n), _column(a[BIAS_SECOND], n)
+        zero = np.float32(0)
+        for o in range(first, end):
+            row = filters[n[OFFSET] + o]
+            scale = x[C] * alpha_O[o] * row[RSTD]
+            square = _averages_row(w_OK[o], grad_OK[o], first_OK[o], second_OK[o], row, scale, x)
+            of_alpha = x[C] * row[MEAN_ALONG] * np.float32(n[ENTRIES])
+            square += _averages_scalar(alpha_O[o], of_alpha, alpha_first_O, alpha_second_O, o, x[ALPHA_LR], zero, x)
+            if a[BIAS_GRAD] != 0:
+                square += _averages_scalar(
+                    bias_O[o], bias_grad_O[o], bias_first_O, bias_second_O, o, x[BIAS_LR], x[BIAS_DECAY], x
+                )
+            row[SQUARE] = square
+
+
+@njit(parallel=True, cache=True, fastmath=FAST)
+def _adamw(at: Any, counts: Any, numbers: Any, chunks: Any, factors: Any) -> None:
+    """Every layer by AdamW, its step times its factor."""
+    for i in prange(chunks.shape[0]):
+        layer, first, end = chunks[i]
+        a, n, x, factor = at[layer], counts[layer], numbers[layer], factors[layer]
+        w_OK, kernel_OK, first_OK, second_OK = (
+            _rows(a[W], n),
+            _rows(a[KERNEL], n),
+            _rows(a[FIRST], n),
+            _rows(a[SECOND], n),
+        )
+        alpha_O = _column(a[ALPHA], n)
+        alpha_first_O, alpha_second_O = _column(a[ALPHA_FIRST], n), _column(a[ALPHA_SECOND], n)
+        bias_O, bias_first_O, bias_second_O = _column(a[BIAS], n), _column(a[BIAS_FIRST], n), _column(a[BIAS_SECOND], n)
+        zero = np.float32(0)
+        for o in range(first, end):
+            w = w_OK[o]
+            for k in range(w.shape[0]):
+                w[k] += factor * _change(w[k], first_OK[o, k], second_OK[o, k], x[LR], x[DECAY], x)
+            alpha_O[o] += factor * _change(alpha_O[o], alpha_first_O[o], alpha_second_O[o], x[ALPHA_LR], zero, x)
+            if a[BIAS_GRAD] != 0:
+                bias_O[o] += factor * _change(
+                    bias_O[o], bias_first_O[o], bias_second_O[o], x[BIAS_LR], x[BIAS_DECAY], x
+                )
+            _write(w, kernel_OK[o], x[C] * alpha_O[o], x[GAMMA])

@@ -130,7 +130,8 @@ def pws_paper(*, gamma: float = 1e-3) -> Method:
     """PWS as published: gain sqrt(2), a plain head, nothing done to the gradients."""
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
-        return pws.Conv2d(in_channels, out_channels, kernel_size, **settings, gain=pws.PAPER_GAIN, gamma=gamma)
+        layer = nn.Conv2d(in_channels, out_channels, kernel_size, **settings)
+        return pws.mark(layer, gain=pws.PAPER_GAIN, gamma=gamma, reset_parameters=True)
 
     source = "Parametric Weights Standardization as published: Liu et al. 2021"
     return Method("pws-paper", source, conv, end_norm=one_group)
@@ -141,24 +142,24 @@ def pws_default(
 ) -> Method:
     """PWS as this library has it: all layers' defaults, the head standardized too, the step bounded, no norm anywhere.
 
-    In a residual network the last layer of each of `B` branches starts with alpha `1 / sqrt(B)`.
+    In a residual network the last kernel of each of `B` branches starts times `1 / sqrt(B)`.
     """
-    ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma}
+    ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma, "reset_parameters": True}
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
-        return pws.Conv2d(in_channels, out_channels, kernel_size, **settings, **ours)
+        return pws.mark(nn.Conv2d(in_channels, out_channels, kernel_size, **settings), **ours)
 
     def head(in_features: int, num_classes: int) -> nn.Module:
-        if not standardize_head:
-            return nn.Linear(in_features, num_classes)
-        return pws.Linear(in_features, num_classes, **ours)
+        layer = nn.Linear(in_features, num_classes)
+        return pws.mark(layer, **ours) if standardize_head else layer
 
     source = "Parametric Weights Standardization: Liu et al. 2021, with this library's defaults"
     return Method("pws", source, conv, head, end_branch=_share_variance, step_bound=STEP_BOUND)
 
 
 def _share_variance(conv: nn.Module, blocks: int) -> nn.Module:
-    """Alpha at `1 / sqrt(blocks)`: the branches together add as much variance to the stream as the stem gave it."""
-    assert isinstance(conv, pws.Conv2d)
-    nn.init.constant_(conv.alpha, blocks**-0.5)
+    """The kernel times `1 / sqrt(blocks)`: the branches together add as much variance to the stream as the stem gave it."""
+    assert isinstance(conv, nn.Conv2d)
+    with torch.no_grad():
+        conv.weight.mul_(blocks**-0.5)
     return conv

@@ -1,4 +1,4 @@
-"""Data-dependent alpha and bias: the paper's `initalpha` as an explicit call, for any model."""
+"""Data-dependent scales and biases: the paper's `initalpha` as an explicit call, for any model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor, distributed, nn
 
 from pws.errors import PwsError
 from pws.layers import StandardizedLayer
+from pws.mark import filters_of
 from pws.surgery.branches import branch_ends
+from pws.surgery.standardized import is_standardized, own_filters, own_weight, set_filters
 from pws.surgery.trace import input_of
 
 Batch = Tensor | tuple[Any, ...] | list[Any]
@@ -26,7 +28,7 @@ class Calibrated:
     variance: float
     """Output variance found, behind layers already calibrated; with `per_channel`, the mean of the channels'."""
     factor: float
-    """What alpha was multiplied with; with `per_channel`, the mean of the channels' factors."""
+    """What the kernel was multiplied with; with `per_channel`, the mean of the channels' factors."""
 
 
 @torch.no_grad()
@@ -40,21 +42,24 @@ def calibrate(
     share_branches: bool = False,
     only: Callable[[str, nn.Module], bool] | None = None,
 ) -> list[Calibrated]:
-    """Scale alpha, layer by layer in execution order, so that each layer's output has variance `target`; on request shift the
-    bias too, and keep residual streams in bounds.
+    """Scale the kernels, layer by layer in execution order, so that each layer's output has variance `target`; on request
+    shift the bias too, and keep residual streams in bounds.
 
-        alpha <- alpha * sqrt(target / Var(y - bias)),      Var biased, over all entries of the output
+        kernel <- kernel * sqrt(target / Var(y - bias)),      Var biased, over all entries of the output
+
+    A marked layer's weight is its kernel; a pws layer's kernel is scaled by its alpha. Call this before the optimizer is
+    made: an optimizer of `pws.optim` starts from the kernels that it finds.
 
     One forward pass over all batches joined: each layer sees inputs that come from layers already calibrated. A layer
-    called more than once is set by its first call. The result is stored in alpha and bias alone, so a checkpoint carries it
+    called more than once is set by its first call. The result is stored in the parameters alone, so a checkpoint carries it
     and a resumed run must not call this again. With `torch.distributed` initialized, the statistics are pooled over all
-    ranks, and every rank (all must hold the same model) sets the same alpha.
+    ranks, and every rank (all must hold the same model) sets the same scales.
 
     The model runs in eval mode without gradient (BatchNorm then uses its running statistics); its modes, buffers and
     every other parameter are left as they were.
 
     Args:
-        model: any module that holds pws layers.
+        model: any module that holds marked layers or pws layers.
         batches: the model's input tensor, or an iterable of batches, each such a tensor or a tuple that starts with it
             (put one `(images, labels)` of a loader into a list). They are joined: choose no more samples than one forward
             pass has memory for.
@@ -64,28 +69,28 @@ def calibrate(
             channels' means; layers without a bias, and all biases if left out, stay.
         share_branches: the last layers of the residual branches, which are found by following one run of the model, get
             `target / B` for `B` additions: together they add as much variance to the stream as it started with.
-        only: calibrate the layers for which `only(name, layer)` is true; all pws layers if left out.
+        only: calibrate the layers for which `only(name, layer)` is true; all that are marked and all pws layers if left out.
 
     Returns:
         What was found and done, in execution order.
 
     Raises:
-        PwsError: no pws layer ran, or an output's variance is zero or not finite; alpha and bias are then as they were.
+        PwsError: no such layer ran, or an output's variance is zero or not finite; all parameters are then as they were.
 
     Source: paper section 4, `initalpha`: target 2, on the stem and the first convolution of each residual block.
     """
     if not 0 < target < float("inf"):
         raise PwsError(f"calibrate needs a positive finite target variance; got {target!r}. Usual: 1; the paper: 2.")
-    names = {m: n for n, m in model.named_modules() if isinstance(m, StandardizedLayer) and (not only or only(n, m))}
+    names = {m: n for n, m in model.named_modules() if is_standardized(m) and (not only or only(n, m))}
     setting = Setting(names, target, per_channel, mean)
     if names:
-        images = _join(batches).to(next(iter(names)).weight.device)
+        images = _join(batches).to(_scale_of(next(iter(names))).device)
         setting.shares = branch_ends(model, images) if share_branches else {}
         setting.run(model, lambda: model(images))
     if not setting.done:
         raise PwsError(
-            f"calibrate found no pws layer that ran in {type(model).__name__}. Build the model with "
-            "pws.Conv2d and its kin, or check the `only` argument."
+            f"calibrate found no marked layer and no pws layer that ran in {type(model).__name__}. Mark its layers (pws.mark, "
+            "pws.convert), build it with pws.Conv2d and its kin, or check the `only` argument."
         )
     return list(setting.done.values())
 
@@ -94,13 +99,14 @@ def calibrate(
 class Setting:
     """Layers being set, each when it is called."""
 
-    names: Mapping[StandardizedLayer, str]
+    names: Mapping[nn.Module, str]
     target: float
     per_channel: bool
     mean: float | None
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of the target, for the layers that end residual branches."""
-    done: dict[nn.Module, Calibrated] = field(default_factory=dict)
+    done: dict[Tensor, Calibrated] = field(default_factory=dict)
+    """By what was scaled: a weight of two layers is set by the first."""
 
     def run(self, model: nn.Module, forward: Callable[[], object]) -> None:
         """Set all layers that `forward` calls; none if it fails."""
@@ -109,28 +115,53 @@ class Setting:
             forward()
 
     def _set(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        assert isinstance(layer, StandardizedLayer)
-        if layer in self.done:
+        scale, bias = _scale_of(layer), _bias_of(layer)
+        if scale in self.done:
             return output
-        name = self.names[layer]
-        channel_last = output.movedim(1 - layer.weight.dim(), -1)
-        centred = channel_last if layer.bias is None else channel_last - layer.bias
-        shift = None if self.mean is None or layer.bias is None else -_moments(centred, True)[0]
+        name, channel = self.names[layer], 1 - _kernel_of(layer).dim()
+        channel_last = output.movedim(channel, -1)
+        centred = channel_last if bias is None else channel_last - bias
+        shift = None if self.mean is None or bias is None else -_moments(centred, True)[0]
         if shift is not None:
             centred = centred + shift.to(centred.dtype)
         variance = _moments(centred, self.per_channel)[1]
         _check_variance(variance, _rounding(layer, input_of(args, kwargs)), name)
         factor = (self.target * self.shares.get(name, 1.0) / variance).sqrt()
-        self.done[layer] = Calibrated(name, float(variance.mean()), float(factor.mean()))
-        layer.alpha.mul_(factor)
+        self.done[scale] = Calibrated(name, float(variance.mean()), float(factor.mean()))
+        _multiply(layer, factor)
         result = centred * factor.to(centred.dtype)
-        if layer.bias is not None:
+        if bias is not None:
             if self.mean is not None and shift is not None:
-                layer.bias.copy_(self.mean + shift * factor)
+                bias.copy_(self.mean + shift * factor)
                 result = result + self.mean
             else:
-                result = result + layer.bias
-        return result.movedim(-1, 1 - layer.weight.dim())
+                result = result + bias
+        return result.movedim(-1, channel)
+
+
+def _scale_of(layer: nn.Module) -> Tensor:
+    """The parameter that holds the kernel's scale."""
+    return layer.alpha if isinstance(layer, StandardizedLayer) else own_weight(layer)
+
+
+def _kernel_of(layer: nn.Module) -> Tensor:
+    return layer.kernel() if isinstance(layer, StandardizedLayer) else own_weight(layer)
+
+
+def _bias_of(layer: nn.Module) -> Tensor | None:
+    bias: Any = layer.bias
+    return bias  # type: ignore[no-any-return]
+
+
+def _multiply(layer: nn.Module, factor: Tensor) -> None:
+    """Multiply the kernel, by one factor or one a filter."""
+    if isinstance(layer, StandardizedLayer):
+        layer.alpha.mul_(factor)
+    else:
+        filters = own_filters(layer)
+        set_filters(layer, filters * factor.view(-1, *[1] * (filters.dim() - 1)))
+    # Autocast would go on with the copy that it made of the weight before.
+    torch.clear_autocast_cache()
 
 
 def _moments(output: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
@@ -147,9 +178,10 @@ def _moments(output: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
     return mean, squares / count - mean.square()
 
 
-def _rounding(layer: StandardizedLayer, inputs: Tensor) -> float:
+def _rounding(layer: nn.Module, inputs: Tensor) -> float:
     """An output variance that rounding alone can make: a zero-mean kernel answers a constant input with such noise."""
-    scale = layer.kernel().double().square().sum() / layer.alpha.numel() * inputs.double().square().mean()
+    kernel = filters_of(layer, _kernel_of(layer))
+    scale = kernel.double().square().sum() / len(kernel) * inputs.double().square().mean()
     return float(scale) * (16 * torch.finfo(inputs.dtype).eps) ** 2
 
 
@@ -157,8 +189,8 @@ def _check_variance(variance: Tensor, rounding: float, name: str) -> None:
     if not (torch.isfinite(variance).all() and (variance > rounding).all()):
         raise PwsError(
             f"calibrate needs an output that varies; layer {name!r} has variance {variance.min():g} (smallest channel). "
-            "A constant or non-finite input, dead activations in front of it, or alpha = 0 do this: check the batch and "
-            "the layers before this one."
+            "A constant or non-finite input, dead activations in front of it, or a kernel of zeros do this: check the batch "
+            "and the layers before this one."
         )
 
 
@@ -179,14 +211,15 @@ def _join(batches: Tensor | Iterable[Batch]) -> Tensor:
 
 
 @contextmanager
-def _restored_on_error(layers: list[StandardizedLayer]) -> Iterator[None]:
-    parameters = [p for layer in layers for p in (layer.alpha, layer.bias) if p is not None]
+def _restored_on_error(layers: list[nn.Module]) -> Iterator[None]:
+    parameters = [p for layer in layers for p in (_scale_of(layer), _bias_of(layer)) if p is not None]
     before = [parameter.clone() for parameter in parameters]
     try:
         yield
     except BaseException:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
+        torch.clear_autocast_cache()
         raise
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from pws.errors import PwsError, UnknownNameError
 from pws.standardize import check_gamma
-from pws.surgery.plan import Plan
+from pws.surgery.plan import FORMS, Form, Plan
 from pws.surgery.planner import Keep, Planner
 from pws.surgery.trace import trace
 from pws.surgery.warm_start import Progress
@@ -43,6 +43,7 @@ def plan(
     gamma: float = 1e-3,
     relative_gamma: bool = False,
     warm_start: bool = False,
+    form: Form = "optimizer",
     progress: Progress | None = None,
 ) -> Plan:
     """What converting `model` to PWS would do, found by running a copy of it once on `example`.
@@ -58,19 +59,23 @@ def plan(
         norms: which families are taken out: "batch" (BatchNorm of all dimensions, synchronized, frozen, with activation),
             "group", "layer" (of images), "instance".
         keep: layers and norms to leave alone: names or patterns (`layer4.*`), classes, or a predicate of name and module.
-        gamma: of the pws layers.
-        relative_gamma: of the pws layers.
+        gamma: of the standardized layers.
+        relative_gamma: of the standardized layers.
         warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: each
             layer is fitted to its outputs on the example, which should then be some hundred real images. Layers on the input
             and depthwise ones stay plain and take over their norms: centred filters would lose the mean of what they see. The
             plan states the error that is left; a short fine-tuning takes most of it away.
+        form: "optimizer": the layers stay what they are and are marked (`pws.mark`), for an optimizer of `pws.optim`. "layers":
+            they become pws layers, which any optimizer trains.
         progress: called with the number of layers fitted and of all; the fit of a large model takes minutes.
 
     Raises:
         PwsError: the model can't be run on the example, or has no norm of these families.
-        UnknownNameError: no such family of norms.
+        UnknownNameError: no such family of norms, or no such form.
     """
     check_gamma(gamma)
+    if form not in FORMS:
+        raise UnknownNameError("form of conversion", form, FORMS)
     for family in norms:
         if family not in NORMS:
             raise UnknownNameError("family of norms", family, NORMS)
@@ -86,26 +91,33 @@ def plan(
         )
     run = trace(model, example, is_norm)
     kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
-    return Planner(model, run, is_norm, kept, warm_start=warm_start).plan(gamma, relative_gamma, example, progress)
+    planner = Planner(model, run, is_norm, kept, warm_start=warm_start, form=form)
+    return planner.plan(gamma, relative_gamma, example, progress)
 
 
 def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **settings: Any) -> nn.Module:
     """A copy of `model` that trains without its norms: `plan(model, example, **settings).apply(calibrate=calibrate)`.
 
+    Its layers are those of `model`, marked as standardized: train it with an optimizer of `pws.optim`, which reads the marks.
+    With another optimizer they train as plain layers without a norm. `form="layers"` makes pws layers instead.
+
     Args:
         model: any module. It is left alone.
-        example: what its forward takes; a batch of real data, if alpha is calibrated on it.
-        calibrate: set alpha on the example, so that each layer keeps the variance that its norm saw to.
-        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`, `warm_start`, `progress`.
+        example: what its forward takes; a batch of real data, if the kernels are calibrated on it.
+        calibrate: scale the kernels on the example, so that each layer keeps the variance that its norm saw to.
+        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`, `warm_start`, `form`, `progress`.
 
     Examples:
         >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
-        >>> convert(model, torch.randn(2, 3, 8, 8))
+        >>> converted = convert(model, torch.randn(2, 3, 8, 8))
+        >>> converted
         Sequential(
-          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), gamma=0.001, gain=1)
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
           (1): Identity()
           (2): ReLU()
         )
+        >>> converted[0].pws
+        Mark(gain=1.0, gamma=0.001, relative_gamma=False)
     """
     return plan(model, example, **settings).apply(calibrate=calibrate)

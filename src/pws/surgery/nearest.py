@@ -18,14 +18,14 @@ Shape letters: G groups, O filters, K entries of a filter (the fan-in), N patche
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from pws.layers import StandardizedLayer
-from pws.surgery.fold import plain_layer
-from pws.surgery.standardized import set_filters, swapped
+from pws.mark import filters_of
+from pws.surgery.standardized import own_filters, set_filters
 
 RIDGE: Final = 0.01
 """In units of the inputs' mean variance: directions in which they vary less than this keep the trained filter's entries."""
@@ -44,12 +44,12 @@ def forward(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_filters(
-    layer: StandardizedLayer, inputs: Tensor, targets: Tensor, trained_OK: Tensor, call: Call = forward
+    layer: nn.Module, inputs: Tensor, targets: Tensor, trained_OK: Tensor, call: Call = forward
 ) -> Tensor:
-    """Set weight, alpha and bias so that the layer's outputs come nearest to `targets`; returns its outputs.
+    """Set weight and bias so that the layer's outputs come nearest to `targets`; returns its outputs.
 
     Args:
-        layer: with a bias.
+        layer: a plain one with a bias.
         inputs: what it is called with, the batch first.
         targets: the outputs wanted, with the channels last.
         trained_OK: the filters that gave them from the trained network's inputs.
@@ -71,7 +71,12 @@ def nearest_filters(
     cross_GKO = products_GKO[:, :-1] / count - mean_GK[:, :, None] * mean_GO[:, None]
     found_GKO = _solve(inner_GKK, cross_GKO, trained_OK.double().view(groups, -1, entries).mT)
     bias_GO = mean_GO - (found_GKO * mean_GK[:, :, None]).sum(1)
-    _set(layer, found_GKO.mT.reshape(filters, entries), bias_GO.flatten())
+    set_filters(layer, found_GKO.mT.reshape(own_filters(layer).shape))
+    bias = layer._parameters["bias"]
+    assert bias is not None
+    bias.copy_(bias_GO.flatten())
+    # Autocast would go on with the copy that it made of the weight before.
+    torch.clear_autocast_cache()
     return call(layer, inputs)
 
 
@@ -88,37 +93,14 @@ def _solve(inner_GKK: Tensor, cross_GKO: Tensor, trained_GKO: Tensor) -> Tensor:
     return nearest_GKO
 
 
-def _set(layer: StandardizedLayer, kernel_OK: Tensor, bias_O: Tensor) -> None:
-    """The kernel in weight and alpha. The weight is as large as a new layer's, deviation `sqrt(2 / K)`: learning rates and the
-    bound on a step are made for that, and the trained weights may be any size (BatchNorm does not care, and weight decay has
-    shrunk them). It is as large as the kernel where that is larger: a step would move the kernel more than itself."""
-    raw = layer.filters()
-    deviation_O = kernel_OK.square().mean(1).sqrt()
-    scale_O = torch.where(deviation_O > 0, deviation_O / (2 / kernel_OK.shape[1]) ** 0.5, 1.0).clamp(max=1.0)
-    weight_OK = (kernel_OK / scale_O[:, None]).to(raw.dtype)
-    set_filters(layer, weight_OK.view(raw.shape))
-    assert layer.bias is not None
-    layer.bias.copy_(bias_O)
-    scale_alpha(layer, scale_O.to(raw.dtype))
-
-
-@torch.no_grad()
-def scale_alpha(layer: StandardizedLayer, scale_O: Tensor) -> None:
-    """Alpha at which the kernel is `scale_o (w_o - m_o)`."""
-    raw_OK = layer.filters().flatten(1)
-    c = layer.gain * raw_OK.shape[1] ** -0.5
-    gamma = layer.gamma * 2 / raw_OK.shape[1] if layer.relative_gamma else layer.gamma
-    layer.alpha.copy_(scale_O * (raw_OK.var(1, unbiased=False) + gamma).sqrt() / c)
-
-
 def _parts(
-    layer: StandardizedLayer, inputs: Tensor, targets: Tensor, groups: int, entries: int, call: Call
+    layer: nn.Module, inputs: Tensor, targets: Tensor, groups: int, entries: int, call: Call
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Some samples' patches, with a 1 behind each, and their targets: `(G, N, K + 1)` and `(G, N, O / G)`."""
     reader = _reader(layer, groups, entries)
     positions = targets[:1].numel() // targets.shape[-1]
     samples = max(1, _ENTRIES // (positions * groups * entries))
-    channel = 1 - layer.filters().dim()
+    channel = 1 - own_filters(layer).dim()
     for some, wanted in zip(torch.split(inputs, samples), torch.split(targets, samples), strict=True):
         patches = call(reader, some).movedim(channel, -1).double()
         patches_GNK = patches.reshape(-1, groups, entries).transpose(0, 1)
@@ -126,12 +108,12 @@ def _parts(
         yield torch.cat([patches_GNK, torch.ones_like(patches_GNK[:, :, :1])], 2), targets_GNO
 
 
-def _reader(layer: StandardizedLayer, groups: int, entries: int) -> nn.Module:
+def _reader(layer: nn.Module, groups: int, entries: int) -> nn.Module:
     """The layer without its filters: its outputs are the patches, of one group behind the other. Whatever it does about
     padding, strides and dilation, it does here."""
-    plain = plain_layer(layer)
-    eye_KK = torch.eye(entries, dtype=layer.alpha.dtype, device=layer.alpha.device)
-    rows = eye_KK.repeat(groups, 1).view(-1, *layer.filters().shape[1:])
-    plain._parameters["weight"] = nn.Parameter(swapped(layer, rows))
-    plain._parameters["bias"] = None
-    return plain
+    filters = own_filters(layer)
+    eye_KK = torch.eye(entries, dtype=filters.dtype, device=filters.device)
+    rows = eye_KK.repeat(groups, 1).view(-1, *filters.shape[1:])
+    reader = copy(layer)
+    reader._parameters = layer._parameters | {"weight": nn.Parameter(filters_of(layer, rows)), "bias": None}
+    return reader

@@ -5,17 +5,19 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import nn
 
 from pws.diagnosis.batch import batch_of
-from pws.layers import StandardizedLayer
 from pws.surgery.branches import branch_ends
 from pws.surgery.calibrate import Setting
-from pws.surgery.standardized import add_bias, standardize_layer
+from pws.surgery.copying import copy_of
+from pws.surgery.standardized import add_bias, is_standardized, standardize_layer, to_layers
 from pws.surgery.warm_start import Progress, absorb, affine_layer, affine_of, match, output_error
 
+Form = Literal["optimizer", "layers"]
+FORMS: Final[tuple[Form, ...]] = ("optimizer", "layers")
 ACTIONS: Final = ("standardize", "absorb", "remove", "keep", "skip")
 
 
@@ -54,6 +56,7 @@ class Plan:
     in_place: frozenset[str]
     """Activations that write over the output of a norm that is taken out."""
     warm_start: bool
+    form: Form
     progress: Progress | None
 
     def named(self, action: str) -> list[str]:
@@ -83,22 +86,25 @@ class Plan:
     def apply(self, *, calibrate: bool = True) -> nn.Module:
         """A converted copy; the model is left alone.
 
-        With a warm start, weight, alpha and bias are fitted to what the model computes; once, so that later changes of the
-        model do not count (printing the plan needs the fit too). Else, with `calibrate`, alpha is set on the example, in the
-        order of execution, so that each standardized layer's output has variance 1, and those of all residual branches
-        together as much: what the norms saw to. (`pws.calibrate` does it again on better data.) Without `calibrate` alpha is
-        1 and nothing is fitted: the model is to be loaded from a checkpoint.
+        Each layer to standardize keeps its class and gets a mark, and its weight becomes the kernel of alpha 1; an optimizer
+        of `pws.optim` keeps it standardized. With `form="layers"` the layers become pws layers of the same kernels.
+
+        With a warm start, kernels and biases are fitted to what the model computes; once, so that later changes of the
+        model do not count (printing the plan needs the fit too). Else, with `calibrate`, the kernels are scaled on the
+        example, in the order of execution, so that each standardized layer's output has variance 1, and those of all residual
+        branches together as much: what the norms saw to. (`pws.calibrate` does it again on better data.) Without `calibrate`
+        neither is done: the model is to be loaded from a checkpoint.
 
         Raises:
             PwsError: a layer's output does not vary on the example.
         """
-        if self.warm_start and calibrate:
-            return deepcopy(self._fitted)
-        result = self._converted()
-        if calibrate and self.named("standardize"):
-            names = {m: n for n, m in result.named_modules() if isinstance(m, StandardizedLayer)}
+        result = deepcopy(self._fitted) if self.warm_start and calibrate else self._converted()
+        if calibrate and not self.warm_start and self.named("standardize"):
+            names = {m: n for n, m in result.named_modules() if is_standardized(m)}
             setting = Setting(names, 1.0, False, None, branch_ends(result, self.example))
             setting.run(result, lambda: self.run_example(result))
+        if self.form == "layers":
+            to_layers(result)
         return result
 
     @cached_property
@@ -111,7 +117,7 @@ class Plan:
 
     @cached_property
     def _fitted(self) -> nn.Module:
-        """A converted copy whose layers give what layer and norm gave, as nearly as filters of mean zero can on the example."""
+        """A marked copy whose layers give what layer and norm gave, as nearly as filters of mean zero can on the example."""
         result = self._converted()
         for norm, layer in self.pairs.items():
             if layer in self.named("absorb"):
@@ -126,7 +132,7 @@ class Plan:
         return batch_of((self.example,)).outputs(model)
 
     def _converted(self) -> nn.Module:
-        result = deepcopy(self.model)
+        result = copy_of(self.model)
         modules = dict(result.named_modules())
         for name in self.named("standardize"):
             standardize_layer(

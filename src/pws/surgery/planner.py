@@ -11,9 +11,10 @@ from torch import nn
 from pws.errors import ShapeError
 from pws.gain import variance_preserving_gain
 from pws.layers import StandardizedLayer
+from pws.mark import mark_of
 from pws.standardize import check_fan_in
-from pws.surgery.plan import Plan, Step
-from pws.surgery.standardized import parent_of
+from pws.surgery.plan import Form, Plan, Step
+from pws.surgery.standardized import own_filters, parent_of
 from pws.surgery.trace import INPUT, Trace, Value
 from pws.surgery.warm_start import Progress, affine_layer, affine_of
 
@@ -22,6 +23,8 @@ _ON_INPUT: Final = (
     "it sees the input, whose mean (the brightness of images) centred filters would lose",
 )
 _DEPTHWISE: Final = ("keep", "its filters see one channel each, whose mean centred filters would lose")
+_IS_LAYER: Final = ("keep", "it is a pws layer")
+_IS_MARKED: Final = ("keep", "it is marked")
 _PLAIN: Final = (_ON_INPUT, _DEPTHWISE)
 """What a warm start leaves as it is, but without its norm."""
 
@@ -32,9 +35,16 @@ class Planner:
     """Decides about each module of a traced model."""
 
     def __init__(
-        self, model: nn.Module, run: Trace, is_norm: Callable[[nn.Module], bool], keep: list[Keep], *, warm_start: bool
+        self,
+        model: nn.Module,
+        run: Trace,
+        is_norm: Callable[[nn.Module], bool],
+        keep: list[Keep],
+        *,
+        warm_start: bool,
+        form: Form,
     ) -> None:
-        self.run, self.is_norm, self.keep, self.warm_start = run, is_norm, keep, warm_start
+        self.run, self.is_norm, self.keep, self.warm_start, self.form = run, is_norm, keep, warm_start, form
         self.modules = dict(run.model.named_modules())
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules())
         self.model = run.model if lazy else model
@@ -69,7 +79,7 @@ class Planner:
         ]
         gains = {name: self._gain(name) for name in chosen}
         in_place = frozenset(name for name, written in self.run.in_place.items() if written & self.removed)
-        rest = (example, pairs, self.run.dims, in_place, self.warm_start, progress)
+        rest = (example, pairs, self.run.dims, in_place, self.warm_start, self.form, progress)
         return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, *rest)
 
     def _right_before(self, norm: str) -> str:
@@ -87,12 +97,15 @@ class Planner:
         if self._is_kept(name):
             return "keep", "asked for"
         if isinstance(module, StandardizedLayer):
-            return "keep", "it is a pws layer"
+            return _IS_LAYER
+        if mark_of(module) is not None:
+            return _IS_MARKED
         if name in self.run.foreign or parent_of(module) is None:
             return "skip", "its forward does not convolve with its weight as it is"
+        if hasattr(module, "alpha"):
+            return "skip", "it has an alpha of its own"
         try:
-            weight: Any = module.weight
-            check_fan_in(weight.transpose(0, 1) if getattr(module, "transposed", False) else weight)
+            check_fan_in(own_filters(module))
         except ShapeError:
             return "skip", "its filters have one entry each: no variance"
         # Where the input's mean is zero, so is the average gradient: nothing shifts these filters.
@@ -132,7 +145,7 @@ class Planner:
             return "keep", "it has no running statistics that a layer could take over"
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
         behind = sorted(sources - set(self.norms) - {INPUT})
-        harmless = (None, ("keep", "it is a pws layer"), *_PLAIN)
+        harmless = (None, _IS_LAYER, _IS_MARKED, *_PLAIN)
         refused = [layer for layer in behind if self.refusals[layer] not in harmless]
         if refused:
             return "keep", f"it normalizes {refused[0]}, which stays as it is: {(self.refusals[refused[0]] or '')[1]}"
@@ -170,10 +183,8 @@ class Planner:
         left = affine_layer(module, self.run.dims[name] - 2) if affine else None
         after += 0 if left is None else sum(p.numel() for p in left.parameters())
         if action in ("standardize", "absorb"):
-            weight: Any = module.weight
-            transposed = getattr(module, "transposed", False)
-            channels: Any = module.out_channels if transposed else len(weight)
-            after += int(channels) * ((action == "standardize") + bias)
+            alpha = action == "standardize" and self.form == "layers"
+            after += len(own_filters(module)) * (alpha + bias)
         return Step(name, type(module).__name__, action, reason, before, after)
 
 

@@ -1,4 +1,4 @@
-"""A layer of torch.nn, or of a subclass, made a pws layer in place."""
+"""A layer of torch.nn, or of a subclass, that is standardized: marked, or made a pws layer in place."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from pws.errors import PwsError
 from pws.layers import (
     Conv1d,
     Conv2d,
@@ -17,7 +18,8 @@ from pws.layers import (
     Linear,
     StandardizedLayer,
 )
-from pws.standardize import swap_channels
+from pws.mark import Mark, adopt, filters_of, mark, mark_of
+from pws.standardize import standardize
 
 PARENTS: Final[dict[type[nn.Module], type[StandardizedLayer]]] = {
     nn.Conv1d: Conv1d,
@@ -28,7 +30,6 @@ PARENTS: Final[dict[type[nn.Module], type[StandardizedLayer]]] = {
     nn.ConvTranspose3d: ConvTranspose3d,
     nn.Linear: Linear,
 }
-TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class ReadsKernel(StandardizedLayer):
@@ -44,11 +45,11 @@ class ReadsKernel(StandardizedLayer):
 
     def filters(self) -> Tensor:
         """The raw weight with one filter an entry of the leading dimension."""
-        return filters_of(self)
+        return own_filters(self)
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of the raw one."""
-        return swapped(self, super().kernel())
+        return filters_of(self, super().kernel())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__bases__[1],), self.__dict__
@@ -73,44 +74,85 @@ def parent_of(layer: nn.Module) -> type[nn.Module] | None:
     return next((cls for cls in type(layer).__mro__ if cls in PARENTS), None)
 
 
+def is_standardized(module: nn.Module) -> bool:
+    """Whether it is a pws layer or a marked one."""
+    return isinstance(module, StandardizedLayer) or mark_of(module) is not None
+
+
+@torch.no_grad()
 def standardize_layer(layer: nn.Module, *, gain: float, gamma: float, relative_gamma: bool, bias: bool) -> None:
-    """Make `layer` a pws layer: its weight as the raw weight, alpha 1, and a bias of 0 if it has none and `bias` is true."""
-    parent = parent_of(layer)
-    assert parent is not None
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    layer.__class__ = PARENTS[parent] if type(layer) is parent else _subclass(type(layer))
-    assert isinstance(layer, StandardizedLayer)
-    layer.gain, layer.gamma, layer.relative_gamma = gain, gamma, relative_gamma
+    """Mark `layer` and make its weight the kernel of alpha 1; a bias of 0 if it has none and `bias` is true."""
+    mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma)
+    filters = own_filters(layer)
+    # Under autocast the kernel would be rounded.
+    with torch.autocast(filters.device.type, enabled=False):
+        set_filters(layer, standardize(filters, gain=gain, gamma=gamma, relative_gamma=relative_gamma))
     if bias:
         add_bias(layer)
-    layer.alpha = nn.Parameter(weight.new_ones(len(filters_of(layer))), requires_grad=weight.requires_grad)
+
+
+@torch.no_grad()
+def to_layers(model: nn.Module) -> None:
+    """Make each marked layer of a model a pws layer with the same kernel, in place, and take its mark off.
+
+    Raises:
+        PwsError: a marked layer's weight is computed from other parameters; nothing is changed then.
+    """
+    # All are adopted before the first changes: layers may share a weight.
+    marks = {layer: found for layer in model.modules() if (found := mark_of(layer)) is not None}
+    adopted = {layer: adopt(own_filters(layer), found) for layer, found in marks.items()}
+    for layer, (filters, alpha) in adopted.items():
+        _to_layer(layer, marks[layer], filters, alpha)
+
+
+def _to_layer(layer: nn.Module, found: Mark, filters: Tensor, alpha: Tensor) -> None:
+    parent = parent_of(layer)
+    assert parent is not None
+    weight = own_weight(layer)
+    del layer.pws
+    layer.__class__ = PARENTS[parent] if type(layer) is parent else _subclass(type(layer))
+    assert isinstance(layer, StandardizedLayer)
+    layer.gain, layer.gamma, layer.relative_gamma = found.gain, found.gamma, found.relative_gamma
+    layer.alpha = nn.Parameter(alpha.to(weight.dtype), requires_grad=weight.requires_grad)
+    set_filters(layer, filters)
 
 
 def add_bias(layer: nn.Module) -> None:
     """Give a layer without a bias one of 0."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
+    weight = own_weight(layer)
     if layer._parameters["bias"] is None:
-        zeros = weight.new_zeros(len(filters_of(layer)))
+        zeros = weight.new_zeros(len(own_filters(layer)))
         layer.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
 
 
-def filters_of(layer: nn.Module) -> Tensor:
-    """The raw weight of a plain or a pws layer with one filter an entry of the leading dimension."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return swapped(layer, weight)
+def own_weight(layer: nn.Module) -> nn.Parameter:
+    """The weight that a plain or a pws layer holds: the kernel of a plain one, the raw weight of a pws layer.
+
+    Raises:
+        PwsError: it is computed from other parameters.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise is_computed(layer)
+    return weight
+
+
+def is_computed(layer: nn.Module) -> PwsError:
+    """The error about a layer whose weight is no parameter."""
+    return PwsError(
+        f"a standardized layer holds its weight and bias as parameters; a {type(layer).__name__} of this model computes one "
+        "from others. Pruning, weight norm or another parametrization does this: make it permanent first, by "
+        'torch.nn.utils.prune.remove(layer, "weight") or '
+        'torch.nn.utils.parametrize.remove_parametrizations(layer, "weight").'
+    )
+
+
+def own_filters(layer: nn.Module) -> Tensor:
+    """`own_weight` with one filter an entry of the leading dimension."""
+    return filters_of(layer, own_weight(layer))
 
 
 @torch.no_grad()
 def set_filters(layer: nn.Module, filters: Tensor) -> None:
-    """The inverse of `filters_of`."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    weight.copy_(swapped(layer, filters))
-
-
-def swapped(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """From the shape of the layer's weight to that of its filters, or back: the same, but for a transposed convolution."""
-    return swap_channels(tensor, int(layer.groups)) if isinstance(layer, TRANSPOSED) else tensor
+    """The inverse of `own_filters`."""
+    own_weight(layer).copy_(filters_of(layer, filters))

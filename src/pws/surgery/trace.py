@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from pws.diagnosis.batch import REJECTIONS, batch_of, tensors_in
 from pws.errors import PwsError, one_line
 from pws.gain import ACTIVATIONS
+from pws.surgery.copying import copy_of
 
 INPUT: Final = ""
 """The source of the model's input; layers and norms are sources by their names."""
@@ -96,7 +96,7 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
     # Buffers of lazy modules have no copy of their own.
     lazy = [buffer for buffer in model.buffers() if isinstance(buffer, UninitializedBuffer)]
     memo = {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in lazy}  # type: ignore[call-arg]
-    copy = deepcopy(model, memo).train()
+    copy = copy_of(model, memo).train()
     for module in copy.modules():
         if isinstance(module, _BatchNorm):
             module.eval()

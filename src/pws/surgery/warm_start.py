@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from pws.diagnosis.batch import tensors_in
 from pws.errors import PwsError
-from pws.layers import StandardizedLayer
 from pws.surgery.calibrate import evaluated, hooked
 from pws.surgery.nearest import nearest_filters
-from pws.surgery.standardized import filters_of, set_filters
+from pws.surgery.standardized import own_filters, set_filters
 from pws.surgery.trace import input_of
 
 Forward = Callable[[nn.Module], Any]
@@ -36,11 +35,11 @@ def match(
     forward: Forward,
     progress: Progress | None,
 ) -> None:
-    """Fit weight, alpha and bias of the layers of `converted`.
+    """Fit weight and bias of the marked layers of `converted`.
 
     Args:
         original: the trained model.
-        converted: its copy, with standardized layers.
+        converted: its copy, with marked layers.
         targets: name of each layer to fit, to the scale and shift that its output in `original` went through.
         forward: runs a model on the example.
         progress: called with the number of layers fitted and of all.
@@ -62,12 +61,11 @@ def match(
     fitted: set[nn.Module] = set()
 
     def fit(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        assert isinstance(layer, StandardizedLayer)
         if layer in fitted:
             return output
         fitted.add(layer)
-        name, trained_OK = layers[layer], layer.filters().flatten(1)
-        affine = targets[name]
+        name = layers[layer]
+        affine, trained_OK = targets[name], own_filters(original.get_submodule(name)).flatten(1)
         trained_OK = trained_OK if affine is None else trained_OK * affine[0][:, None]
         inputs = input_of(args, kwargs)
         _check_finite(name, inputs, wanted[name])
@@ -112,7 +110,7 @@ def absorb(layer: nn.Module, norm: nn.Module) -> None:
     """Scale and shift of a norm, into weight and bias of the plain layer before it."""
     affine = affine_of(norm)
     assert affine is not None
-    filters, bias = filters_of(layer), layer._parameters["bias"]
+    filters, bias = own_filters(layer), layer._parameters["bias"]
     assert bias is not None
     set_filters(layer, filters * affine[0].view(-1, *[1] * (filters.dim() - 1)))
     bias.copy_(bias * affine[0] + affine[1])

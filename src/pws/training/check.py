@@ -10,6 +10,7 @@ from torch import nn
 
 from pws.errors import PwsError
 from pws.layers import StandardizedLayer
+from pws.mark import marked
 from pws.models import ResNet
 from pws.training.recipe import ModelConfig, Recipe
 
@@ -54,17 +55,20 @@ def check_recipe(recipe: Recipe) -> None:
             f"trainer.strategy must be auto or ddp (or a variant, such as ddp_spawn); got {recipe.trainer.strategy!r}. "
             "Sharded strategies flatten the parameters, and neither weight decay by parameter nor the filters survive that."
         )
-    if optim.nesterov and not optim.momentum:
-        raise PwsError("optim.nesterov needs optim.momentum above 0; got momentum 0.")
+    if optim.nesterov and (optim.name != "sgd" or not optim.momentum):
+        raise PwsError(
+            f"optim.nesterov needs optim.name sgd and optim.momentum above 0; got {optim.name} and momentum {optim.momentum:g}."
+        )
 
 
 def check_calibration(config: ModelConfig, model: nn.Module) -> None:
     """Raise `PwsError` if the network has nothing that the recipe's calibration could set."""
     if config.calibrate == "none":
         return
-    if not any(isinstance(module, StandardizedLayer) for module in model.modules()):
+    if not marked(model) and not any(isinstance(module, StandardizedLayer) for module in model.modules()):
         raise PwsError(
-            f"model.calibrate sets alpha, and the method {config.method} has none. Use method pws, or calibrate none."
+            f"model.calibrate scales standardized kernels, and the method {config.method} has none. Use method pws, or "
+            "calibrate none."
         )
     if config.calibrate == "initalpha" and not isinstance(model, ResNet):
         raise PwsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final, Literal
 
@@ -10,23 +11,25 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from pws import calibrate, param_groups
+from pws import calibrate
 from pws.diagnosis import first_non_finite
 from pws.errors import PwsError
-from pws.layers import StandardizedLayer
+from pws.mark import marked
 from pws.methods import Method
 from pws.models import ResNet
-from pws.together import Together, standardize_together
+from pws.optim import NonFiniteGradientError
 from pws.training.callbacks import ClipGrad
+from pws.training.optimizer import build_optimizer, step_bound
 from pws.training.recipe import OptimConfig
 from pws.training.schedule import lr_factor
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss went to NaN or infinity at `step` (steps done before it); the output of `layer` went first.
+    """The loss, or `what` else, went to NaN or infinity at `step` (steps done before it); the output of `layer` went first.
 
     `verdict` is what a monitor has to say of it.
     """
@@ -36,18 +39,18 @@ class NonFiniteLossError(ArithmeticError):
         "rates. --monitor tells why."
     )
 
-    def __init__(self, step: int, layer: str | None, verdict: str = "") -> None:
+    def __init__(self, step: int, layer: str | None, verdict: str = "", *, what: str = "the loss") -> None:
         where = (
             f"the output of layer {layer!r} was the first to overflow" if layer else "every layer's output was finite"
         )
-        super().__init__(f"the loss went non-finite at step {step}: {where}. {verdict or self.ADVICE}")
-        self.step, self.layer, self.verdict = step, layer, verdict
+        super().__init__(f"{what} went non-finite at step {step}: {where}. {verdict or self.ADVICE}")
+        self.step, self.layer, self.verdict, self.what = step, layer, verdict, what
 
 
 class Classifier(LightningModule):
-    """Cross-entropy, SGD by `pws.param_groups`, a schedule by step, an end to the run when the loss is not finite.
+    """Cross-entropy, the recipe's optimizer and schedule, an end to the run when the loss or a gradient is not finite.
 
-    `method` is asked for what it does to the gradients; None does nothing to them.
+    `method` is asked for its bound on the step and for what it does to the gradients; None does nothing to them.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Classifier(LightningModule):
         )
         self.class_accuracy = MulticlassAccuracy(num_classes, average="none")
         self.test_loss = MeanMetric(nan_strategy="disable")  # the default would leave a batch of NaN out of the mean
-        self._together: Together | None = None
+        self._images: Tensor | None = None
         self.overflowing: str | None = None
         """The layer whose output overflowed first on the test images."""
 
@@ -78,19 +81,9 @@ class Classifier(LightningModule):
         return logits
 
     def on_fit_start(self) -> None:
-        """Calibrate on the first step's batch, unless a resumed run carries its alpha in the checkpoint; from then on compute
-        kernels together. Several processes exchange gradients as they come, which must not be all at the end."""
-        if self.calibration != "none" and self.trainer.ckpt_path is None:
-            self._calibrate()
-        if self.trainer.world_size == 1 and any(isinstance(m, StandardizedLayer) for m in self.model.modules()):
-            self._together = standardize_together(self.model)
-
-    def on_fit_end(self) -> None:
-        """Leave the model as it was."""
-        if self._together is not None:
-            self._together.remove()
-
-    def _calibrate(self) -> None:
+        """Calibrate on the first step's batch, unless a resumed run carries the kernels in its checkpoint."""
+        if self.calibration == "none" or self.trainer.ckpt_path is not None:
+            return
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         precision = self.trainer.precision_plugin
         batches = [precision.convert_input(b) for b in islice(iter(loader), self.trainer.accumulate_grad_batches)]
@@ -98,7 +91,7 @@ class Classifier(LightningModule):
             self.calibrate_on(batches)
 
     def calibrate_on(self, batches: list[Any]) -> None:
-        """Set alpha as the recipe says."""
+        """Scale the kernels as the recipe says."""
         if self.calibration == "all":
             calibrate(self.model, batches)
             return
@@ -109,6 +102,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """Mean cross-entropy of the batch."""
         images, labels = batch
+        self._images = images
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)
         mean = _mean_over_processes(loss)
         if not torch.isfinite(mean):
@@ -154,30 +148,33 @@ class Classifier(LightningModule):
             metric.reset()
 
     def configure_callbacks(self) -> list[Callback]:
-        """The bound on the step's length, if there is one."""
-        bound = self.optim.step_bound
-        if bound == "method":
-            bound = self.method.step_bound if self.method and self.optim.clip_norm is None else None
-        return [] if bound is None else [ClipGrad(float(bound))]
+        """The bound on the step's length, if there is one and the optimizer does not hold it itself."""
+        bound = step_bound(self.optim, self.method)
+        return [] if bound is None or marked(self.model) else [ClipGrad(bound)]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """What the method does to the gradients."""
         if self.method is not None and self.method.gradients is not None:
             self.method.gradients(self.model, optimizer)
 
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Lightning's; an optimizer of `pws.optim` that refuses a gradient which is not finite ends the run."""
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        except NonFiniteGradientError as error:
+            layer = None if self._images is None else first_non_finite(self.model, self._images)
+            raise NonFiniteLossError(self.trainer.global_step, layer, what="a gradient") from error
+
     def configure_optimizers(self) -> Any:
-        """SGD over `pws.param_groups`, its rates multiplied by `lr_factor` after every step."""
-        optim = self.optim
-        groups = param_groups(
-            self.model, lr=optim.lr, weight_decay=optim.weight_decay, scale_lr_factor=optim.scale_lr_factor
-        )
-        sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov)
+        """The recipe's optimizer, its rates multiplied by `lr_factor` after every step."""
+        optimizer = build_optimizer(self.model, self.optim, step_bound(self.optim, self.method))
         steps = int(self.trainer.estimated_stepping_batches)
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         steps_per_epoch = len(loader) // self.trainer.accumulate_grad_batches
-        factor = lr_factor(optim, steps, steps_per_epoch)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(sgd, factor)
-        return {"optimizer": sgd, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        scheduler = LambdaLR(optimizer, lr_factor(self.optim, steps, steps_per_epoch))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def _from_all_processes(seen: Any) -> list[Any]:

@@ -12,11 +12,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pws.diagnosis import Monitor
 from pws.diagnosis.monitor import check_every
 from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
+from pws.optim import SGD
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
 
@@ -60,8 +62,9 @@ class MonitorCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The verdict judges by the step's own learning rate, if it is SGD's: critical rates are those of SGD."""
         if self.monitor is not None:
-            group = _sgd_group(trainer, self.monitor.model)
-            self.monitor.lr, self.monitor.momentum = group.get("lr") or None, group.get("momentum", 0.0)
+            self.monitor.optimizer, group = _optimizer_of(trainer, self.monitor.model)
+            sgd = group if isinstance(self.monitor.optimizer, torch.optim.SGD | SGD) else {}
+            self.monitor.lr, self.monitor.momentum = sgd.get("lr") or None, sgd.get("momentum", 0.0)
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         """Tell the loss, and what it was multiplied with."""
@@ -84,11 +87,11 @@ class MonitorCallback(Callback):
         self._open.close()
 
 
-def _sgd_group(trainer: Trainer, network: nn.Module) -> dict[str, Any]:
-    """The group of SGD's that holds the network's first trained parameter; empty if there is none."""
+def _optimizer_of(trainer: Trainer, network: nn.Module) -> tuple[Optimizer | None, dict[str, Any]]:
+    """The optimizer, and its group, that holds the network's first trained parameter; None and empty if there is none."""
     first = next((parameter for parameter in network.parameters() if parameter.requires_grad), None)
-    groups = [group for sgd in trainer.optimizers if isinstance(sgd, torch.optim.SGD) for group in sgd.param_groups]
-    return next((group for group in groups if any(parameter is first for parameter in group["params"])), {})
+    groups = [(optimizer, group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return next((pair for pair in groups if any(parameter is first for parameter in pair[1]["params"])), (None, {}))
 
 
 def _log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
@@ -120,4 +123,4 @@ def leave_report(
     (folder / "diagnosis.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     if failure is None:
         return None
-    return NonFiniteLossError(failure.step, failure.layer, f"{monitor.verdict} Report: {report}")
+    return NonFiniteLossError(failure.step, failure.layer, f"{monitor.verdict} Report: {report}", what=failure.what)

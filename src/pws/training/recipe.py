@@ -67,12 +67,14 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """SGD and its schedule.
+    """The optimizer and its schedule.
 
     Args:
+        name: sgd, adamw, rmsprop or muon (AdamW for what is no matrix). Standardized layers take the step in the form of
+            pws.optim.
         lr: learning rate at batch_size.
-        momentum: momentum of SGD.
-        nesterov: Nesterov momentum.
+        momentum: momentum of sgd, rmsprop and muon.
+        nesterov: (sgd) Nesterov momentum.
         weight_decay: decay of the weights; alpha, biases and norm parameters have none.
         scale_lr_factor: (pws) factor on the learning rate of alpha and bias.
         schedule: constant; step (times decay at each milestone); cosine or linear, both to 0.
@@ -80,11 +82,12 @@ class OptimConfig:
         decay: (step) factor at each milestone.
         warmup_epochs: epochs over which the learning rate rises linearly from 0, a part of an epoch too.
         clip_norm: clip the gradient to this global norm, in place of the method's own step bound.
-        step_bound: shorten gradients so that no layer's step is longer than this before momentum (pws.clip_grad); "method"
-            is the method's own, 0.03 for pws and none for the others, null is none.
+        step_bound: no layer's step is longer than this (in pws.optim for pws and pws-paper, by pws.clip_grad for the others);
+            "method" is the method's own, 0.03 for pws and none for the others, null is none.
         label_smoothing: the part of each label that is spread over all classes.
     """
 
+    name: Literal["sgd", "adamw", "rmsprop", "muon"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
@@ -135,7 +138,7 @@ class Recipe:
         seed: of weights, order and augmentation.
         model: the network and its method.
         data: the images.
-        optim: SGD and its schedule.
+        optim: the optimizer and its schedule.
         trainer: where and how long.
     """
 

@@ -106,8 +106,10 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
     elif recipe.model.calibrate != "none":
         module.calibrate_on([images])
     state = "at initialization" if weights is None else f"with {weights.name}"
-    lr = recipe.optim.lr or None
-    return Subject(f"{recipe.name} {state}", module.model, images, labels, lr, recipe.optim.momentum, more)
+    optim, title = recipe.optim, f"{recipe.name} {state}"
+    if optim.name != "sgd":  # critical rates and forecasts are those of SGD
+        return Subject(title, module.model, images, labels, more=more)
+    return Subject(title, module.model, images, labels, optim.lr or None, optim.momentum, more)
 
 
 def subject_of_model(

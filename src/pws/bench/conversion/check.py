@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pws
+from pws import optim
 from pws.bench.conversion.models import shape_of
 from pws.bench.result import commit
 from pws.diagnosis.batch import tensors_in
-from pws.layers import StandardizedLayer
 from pws.models import model_of
 from pws.surgery.convert import NORMS
+from pws.surgery.standardized import is_standardized
 
 STEPS: Final = 5
 LR: Final = 0.1
@@ -68,14 +69,18 @@ def check_model(spec: str) -> Checked:
 def _check(model: nn.Module, example: Tensor, checked: Checked) -> None:
     plan = pws.plan(model, example)
     converted = plan.apply()
+    chosen = plan.named("standardize")
+    classes = [type(model.get_submodule(name)) for name in chosen]
     del model
     is_norm = NORMS["batch"]
     left = [name for name, module in converted.named_modules() if any(test(module) for test in is_norm)]
-    checked.standardized, checked.removed = len(plan.named("standardize")), len(plan.named("remove"))
+    checked.standardized, checked.removed = len(chosen), len(plan.named("remove"))
     checked.parameters_after = sum(p.numel() for p in converted.parameters())
     checked.kept_norms, checked.skipped = left, plan.named("skip")
     checks = {
         "a norm is left that the plan does not list": set(left) <= set(plan.named("keep")),
+        "a layer's class is another": [type(converted.get_submodule(name)) for name in chosen] == classes,
+        "other layers are marked than the plan lists": set(pws.marked(converted)) <= set(chosen),
         "the plan's number of parameters is wrong": checked.parameters_after == plan.parameters_after,
     }
     converted.eval()
@@ -83,7 +88,7 @@ def _check(model: nn.Module, example: Tensor, checked: Checked) -> None:
         output = _logits(converted(example))
         checks["the output is not finite"] = bool(torch.isfinite(output).all())
         folded = pws.fold(converted)
-        checks["a fold holds a pws layer"] = not any(isinstance(m, StandardizedLayer) for m in folded.modules())
+        checks["a fold holds a mark"] = not any(map(is_standardized, folded.modules()))
         checked.fold_difference = float((_logits(folded(example)) - output).abs().max() / output.std())
         checks["the fold differs"] = checked.fold_difference < EQUAL
         del folded
@@ -97,14 +102,13 @@ def _check(model: nn.Module, example: Tensor, checked: Checked) -> None:
 
 
 def _train(model: nn.Module, example: Tensor) -> list[float]:
-    optimizer = torch.optim.SGD(pws.param_groups(model, lr=LR, weight_decay=5e-4), momentum=0.9)
+    optimizer = optim.SGD(pws.param_groups(model, lr=LR, weight_decay=5e-4), momentum=0.9)
     labels, losses = torch.arange(len(example)), []
     for _ in range(STEPS):
         optimizer.zero_grad()
         loss = F.cross_entropy(_logits(model(example)), labels)
         losses.append(float(loss.detach()))
         torch.autograd.backward(loss)
-        pws.clip_grad(model, optimizer)
         optimizer.step()
     return losses
 

@@ -1,0 +1,67 @@
+"""Steps in the backward pass: each layer moves as soon as its gradients are there, and frees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from torch import Tensor, distributed
+
+from pws.errors import PwsError
+
+REFUSAL: Final = (
+    "step_in_backward=True moves each layer in the backward pass, before all gradients are there, but {}. Make the optimizer "
+    "without it."
+)
+
+
+class StepInBackward:
+    """Watches the parameters of an optimizer.
+
+    Args:
+        layers: the optimizer's parameters, each with all those of its layer by name.
+        move: moves some parameters.
+
+    Raises:
+        PwsError: several processes train together: they average gradients only after they are accumulated.
+    """
+
+    def __init__(self, layers: Mapping[Tensor, Mapping[str, Tensor]], move: Callable[[list[Tensor]], None]) -> None:
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise PwsError(REFUSAL.format("several processes average theirs after that"))
+        self._layers, self._move = layers, move
+        self._arrived: dict[int, set[Tensor]] = {}
+        self._moved: set[int] = set()
+        self._handles: list[Any] = []
+        self.watch()
+
+    def watch(self) -> None:
+        """Watch the parameters that the optimizer holds now."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for p in self._layers]
+
+    def end(self) -> None:
+        """The iteration ends: layers of which a part got no gradient may have waited for it."""
+        waiting = [parameter for arrived in self._arrived.values() for parameter in arrived]
+        self._arrived.clear()
+        self._moved.clear()
+        if waiting:
+            self._take(waiting)
+
+    def _arrive(self, parameter: Tensor) -> None:
+        layer = self._layers[parameter]
+        if id(layer) in self._moved:
+            raise PwsError(
+                REFUSAL.format("a second backward pass came before step(): gradients that are accumulated must wait")
+            )
+        arrived = self._arrived.setdefault(id(layer), set())
+        arrived.add(parameter)
+        if all(p in arrived for p in layer.values() if p.requires_grad and p in self._layers):
+            self._moved.add(id(layer))
+            self._take(list(self._arrived.pop(id(layer))))
+
+    def _take(self, parameters: list[Tensor]) -> None:
+        self._move(parameters)
+        for parameter in parameters:
+            parameter.grad = None

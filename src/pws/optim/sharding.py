@@ -1,0 +1,66 @@
+"""Parameters sharded by FSDP2: their filters on this process, and sums over the processes that hold the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from pws.errors import PwsError
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless it is a DTensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+
+
+def like(parameter: Any, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """This process's filters of a state, as a tensor of the whole `shape` sharded as the parameter is: filters first."""
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = [Shard(0) if place.is_shard() else place for place in parameter.placements]
+    alike = tuple(shape) == tuple(parameter.shape)
+    stride = parameter.stride() if alike else torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        tensor, parameter.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def check_sharding(parameter: Any, name: str, transposed: int) -> None:
+    """Raise `PwsError` unless each process holds whole filters."""
+    if not is_sharded(parameter):
+        return
+    wanted = 1 if transposed else 0
+    for place in parameter.placements:
+        if place.is_replicate() or (place.is_shard(wanted) and transposed <= 1):
+            continue
+        remedy = "fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p is conv.weight else None)"
+        raise PwsError(
+            f"the statistics of a filter need all of it on one process; {name!r} is split as {place} and holds its filters "
+            f"along dimension {wanted}{', in groups' if transposed > 1 else ''}. "
+            + (f"Shard it along its filters: {remedy}." if transposed == 1 else "Leave this layer out of the sharding.")
+        )
+
+
+def sum_over_shards(squares: Tensor, parameters: Sequence[Any]) -> Tensor:
+    """Each layer's number `(L,)`, added over the processes that hold parts of its parameter: one reduction per mesh."""
+    meshes: dict[Any, list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        if is_sharded(parameter):
+            for dim, place in enumerate(parameter.placements):
+                if place.is_shard():
+                    meshes.setdefault(parameter.device_mesh.get_group(dim), []).append(i)
+    for group, numbers in meshes.items():
+        part = squares[numbers]
+        distributed.all_reduce(part, group=group)
+        squares = squares.index_copy(0, torch.tensor(numbers, device=squares.device), part)
+    return squares

@@ -1,0 +1,233 @@
+"""Any optimizer of torch on the latents of standardized kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pws.errors import PwsError, one_line
+from pws.kernels.reference import ReferenceStep, rows, write_kernel
+from pws.optim.adamw import TAKEN_BOUND
+from pws.optim.base import Groups, StandardizingOptimizer
+from pws.optim.bound import by_layer, factors_of
+from pws.optim.moving import check_finite, moving, norms_of
+from pws.optim.sharding import is_sharded
+
+OURS: Final = ("params", "name", "scale_lr_factor")
+"""Keys of a group that are not settings of the inner optimizer."""
+MakeOptimizer = Callable[..., Optimizer]
+
+
+@dataclass
+class _Follower:
+    """A group of an inner optimizer that takes its settings from one of ours."""
+
+    inner: dict[str, Any]
+    outer: int
+    is_alpha: bool
+    own: dict[str, Any] | None
+    """The rates of ours and of the inner group at the start, where the inner group has settings of its own."""
+
+
+class Wrapped(StandardizingOptimizer):
+    """Any `torch.optim.Optimizer`, timm's too, that moves `w`, alpha and biases; and a bound on the step that it takes.
+
+        Wrapped(model, torch.optim.RMSprop, lr=0.01)
+        Wrapped(model, torch.optim.Muon, lr=0.02, scales=partial(torch.optim.AdamW, lr=1e-3))
+
+    The inner optimizer sees each marked weight as the matrix `w` `(out_channels, fan_in)`, with the gradient of `pws.optim.SGD`;
+    alpha without decay; and every plain parameter as it is. Its step `D` of a layer is cut to `f D`, `f = min(1, step_bound / |D|)`,
+    then the kernel is made from `w` and alpha.
+
+    The state of a marked weight holds `w` (filters first), `alpha`, what the inner optimizer keeps of `w`, and of alpha under
+    `alpha_...`. Groups are ours: a scheduler changes them, and the inner optimizer follows.
+
+    Args:
+        params: the model; or groups from `pws.param_groups`.
+        optimizer: a class, or any function of parameter groups.
+        lr: learning rate; the inner optimizer's default if left out.
+        weight_decay: of the weights.
+        step_bound: the longest step of a layer, as it is taken; None for none.
+        scales: makes a second optimizer for alpha, biases and all else that is no matrix, for an optimizer that takes only
+            matrices; its learning rate keeps its ratio to ours.
+        settings: of the inner optimizer.
+
+    Raises:
+        PwsError: the inner optimizer refuses its settings, or `params` do not tell which weights are standardized.
+    """
+
+    def __init__(
+        self,
+        params: nn.Module | Groups,
+        optimizer: MakeOptimizer,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        step_bound: float | None = TAKEN_BOUND,
+        scales: MakeOptimizer | None = None,
+        **settings: Any,
+    ) -> None:
+        given = settings if lr is None else {"lr": lr, **settings}
+        probe = _make(optimizer, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], given)
+        defaults = {**probe.defaults, "weight_decay": weight_decay, "scale_lr_factor": 1.0}
+        self._latents: dict[Tensor, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._followers: list[_Follower] = []
+        super().__init__(params, defaults, step_bound)
+        self._make, self._make_scales, self._given = optimizer, scales, given
+        self._inner = self._make_inner()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `StandardizingOptimizer`; only before the first step."""
+        if getattr(self, "_inner", None):
+            raise PwsError(
+                "a wrapped optimizer takes all its groups when it is made. Make it anew, or use pws.optim.SGD or AdamW."
+            )
+        super().add_param_group(param_group)
+
+    def _make_inner(self) -> list[Optimizer]:
+        main: list[tuple[dict[str, Any], int, bool]] = []
+        rest: list[tuple[dict[str, Any], int, bool]] = []
+        for number, group in enumerate(self.param_groups):
+            matrices, others, alphas = [], [], []
+            for parameter in group["params"]:
+                if is_sharded(parameter):
+                    raise PwsError(
+                        "a wrapped optimizer would see parts of sharded matrices. Use pws.optim.SGD or AdamW under fully_shard."
+                    )
+                if self._members[parameter].mark is None:
+                    (matrices if parameter.dim() > 1 else others).append(parameter)
+                else:
+                    w, alpha = self._latents[parameter] = self._placeholders(parameter)
+                    matrices.append(w)
+                    alphas.append(alpha)
+            main.append(({"params": matrices}, number, False))
+            rest.append(({"params": others}, number, False))
+            rest.append(({"params": alphas}, number, True))
+        if self._make_scales is None:
+            return [self._follow(self._make, [*main, *rest], self._given, owns_settings=False)]
+        return [
+            self._follow(self._make, main, self._given, owns_settings=False),
+            self._follow(self._make_scales, rest, {}, owns_settings=True),
+        ]
+
+    def _placeholders(self, weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+        """Latents of the right shape, which get their data before each step."""
+        member = self._members[weight]
+        entries = weight.shape[1] * member.transposed if member.transposed else weight.shape[0]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        w = torch.zeros(entries, weight.numel() // entries, dtype=wide, device=weight.device)
+        return nn.Parameter(w), nn.Parameter(w[:, 0].clone())
+
+    def _follow(
+        self,
+        make: MakeOptimizer,
+        parts: list[tuple[dict[str, Any], int, bool]],
+        given: dict[str, Any],
+        *,
+        owns_settings: bool,
+    ) -> Optimizer:
+        parts = [part for part in parts if part[0]["params"]]
+        inner = _make(make, [group for group, _, _ in parts], given)
+        for group, (_, outer, is_alpha) in zip(inner.param_groups, parts, strict=True):
+            own = {"outer": self.param_groups[outer]["lr"], "inner": group["lr"]} if owns_settings else None
+            self._followers.append(_Follower(group, outer, is_alpha, own))
+        return inner
+
+    def _move(self, parameters: Iterable[Tensor] | None) -> None:
+        now = moving(self, lambda *_: (None, (1.0, 1.0, 1.0)), (), parameters)
+        if now is None:
+            return
+        reference = ReferenceStep(now.layers)
+        check_finite(self, reference.squares() if now.layers else torch.zeros(0), now)
+        for weight, layer, (dw, dalpha) in zip(now.weights, now.layers, reference.gradients(), strict=True):
+            w, alpha = self._latents[weight]
+            w.data, alpha.data, w.grad, alpha.grad = rows(layer.w), layer.alpha, dw, dalpha
+        plain = [p for p in now.groups if p not in self._latents]
+        moved = [*(part for weight in now.weights for part in self._latents[weight]), *plain]
+        owners = [*(weight for weight in now.weights for _ in range(2)), *plain]
+        before = [tensor.detach().clone() for tensor in moved]
+        self._set_rates()
+        for inner in self._inner:
+            inner.step()
+        self._cut(moved, before, [id(self._layers[owner]) for owner in owners])
+        for layer in now.layers:
+            write_kernel(layer)
+        self._written(now.weights, now.layers)
+        for parameter in now.groups:
+            self._show_state(parameter)
+
+    def _bias_of(self, weight: Tensor, groups: dict[Tensor, dict[str, Any]]) -> Tensor | None:
+        return None  # a bias is one of the inner optimizer's own parameters
+
+    def _set_rates(self) -> None:
+        for follower in self._followers:
+            group = self.param_groups[follower.outer]
+            factor = group["scale_lr_factor"] if follower.is_alpha else 1.0
+            if follower.own is not None:
+                start = follower.own
+                follower.inner["lr"] = (
+                    start["inner"] * factor * (group["lr"] / start["outer"] if start["outer"] else 1.0)
+                )
+                continue
+            follower.inner.update({key: value for key, value in group.items() if key not in OURS})
+            follower.inner["lr"] = group["lr"] * factor
+            if follower.is_alpha:
+                follower.inner["weight_decay"] = 0.0
+
+    def _cut(self, moved: list[Any], before: list[Tensor], layers: list[int]) -> None:
+        if self.step_bound is None:
+            return
+        changes = [new.detach() - old for new, old in zip(moved, before, strict=True)]
+        factors = factors_of(by_layer(norms_of(changes).square(), layers), self.step_bound)
+        for new, old, change, factor in zip(moved, before, changes, factors, strict=True):
+            new.copy_(torch.where(factor < 1, old + change * factor.to(new.device, new.dtype), new))
+
+    def _show_state(self, parameter: Tensor) -> None:
+        """The inner optimizers' state in ours: what is saved."""
+        latents = self._latents.get(parameter)
+        if latents is None:
+            self.state[parameter] = self._inner_state(parameter)
+            return
+        state = self.state[parameter]
+        state.update(self._inner_state(latents[0]))
+        state.update({f"alpha_{key}": value for key, value in self._inner_state(latents[1]).items()})
+
+    def _inner_state(self, parameter: Tensor) -> dict[str, Any]:
+        return next((inner.state[parameter] for inner in self._inner if parameter in inner.state), {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `StandardizingOptimizer`."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if parameter not in self._latents:
+                self._holder(parameter).state[parameter] = state
+                continue
+            w, alpha = self._latents[parameter]
+            of_alpha = {key.removeprefix("alpha_"): value for key, value in state.items() if key.startswith("alpha_")}
+            of_w = {k: v for k, v in state.items() if k not in ("w", "alpha") and not k.startswith("alpha_")}
+            for latent, own in ((w, of_w), (alpha, of_alpha)):
+                if own:
+                    self._holder(latent).state[latent] = own
+
+    def _holder(self, parameter: Tensor) -> Optimizer:
+        return next(i for i in self._inner if any(parameter is p for group in i.param_groups for p in group["params"]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_latents", "_followers", "_inner", "_make", "_make_scales", "_given")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+
+def _make(make: MakeOptimizer, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
+    try:
+        return make(groups, **settings)
+    except (ValueError, TypeError, AssertionError) as error:
+        name = getattr(make, "__name__", type(make).__name__)
+        raise PwsError(
+            f"the optimizer {name} refuses its parameters or settings {settings}: {one_line(error)}. An optimizer of matrices only, such "
+            "as Muon, needs scales=, a second one for alpha and biases."
+        ) from error

@@ -1,0 +1,53 @@
+"""The optimizer of a recipe: of `pws.optim` for a network with marked layers, torch's or timm's own for others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from pws import param_groups
+from pws.errors import PwsError
+from pws.mark import marked
+from pws.methods import Method
+from pws.optim import SGD, AdamW, Wrapped
+from pws.training.recipe import OptimConfig
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, bound: float | None) -> Optimizer:
+    """The optimizer over `pws.param_groups`; if layers are marked, no layer's step is longer than `bound`.
+
+    Raises:
+        PwsError: muon without timm, or a model without anything to train.
+    """
+    groups = param_groups(model, lr=optim.lr, weight_decay=optim.weight_decay, scale_lr_factor=optim.scale_lr_factor)
+    settings: dict[str, Any] = {} if optim.name == "adamw" else {"momentum": optim.momentum}
+    if optim.nesterov:
+        settings["nesterov"] = True
+    if not marked(model):
+        return _class_of(optim.name)(groups, **settings)
+    if optim.name == "sgd":
+        return SGD(groups, **settings, step_bound=bound)
+    if optim.name == "adamw":
+        return AdamW(groups, **settings, step_bound=bound)
+    return Wrapped(groups, _class_of(optim.name), **settings, step_bound=bound)
+
+
+def step_bound(optim: OptimConfig, method: Method | None) -> float | None:
+    """The recipe's bound on a layer's step; "method" is the method's own, which gives way to a clipped norm."""
+    if optim.step_bound == "method":
+        return method.step_bound if method and optim.clip_norm is None else None
+    return optim.step_bound
+
+
+def _class_of(name: str) -> type[Optimizer]:
+    if name != "muon":
+        return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
+    try:
+        from timm.optim import Muon  # torch's takes matrices only; this one convolutions too, and AdamW for the rest
+    except ImportError as error:
+        raise PwsError("the optimizer muon is timm's: pip install 'pws-torch[models]'.") from error
+    found: type[Optimizer] = Muon
+    return found
