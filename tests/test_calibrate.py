@@ -16,7 +16,6 @@ from torch import Tensor, distributed, multiprocessing, nn
 import pws
 from pws.layers import StandardizedLayer
 
-
 FORMS = {"optimizer": nn, "layers": pws}
 
 

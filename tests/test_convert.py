@@ -180,6 +180,23 @@ def test_a_layer_that_does_not_use_its_weight_as_it_is_is_skipped() -> None:
     assert plan.named("keep") == ["1"]
 
 
+def test_layers_that_share_a_weight_are_skipped() -> None:
+    """They would share the kernel, and each norm sees to the variance of one of them."""
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4), conv(), nn.BatchNorm2d(4), conv(), nn.BatchNorm2d(4))
+    model[2].weight = model[0].weight
+    plan = pws.plan(model, X)
+    assert plan.named("skip") == ["0", "2"]
+    assert plan.named("standardize") == ["4"]
+    assert plan.steps[0].reason == "its weight is that of 2 too"
+    assert torch.equal(plan.apply()[2].weight, model[2].weight)
+
+
+def test_a_layer_with_an_alpha_of_its_own_is_skipped() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4), conv(), nn.BatchNorm2d(4))
+    model[0].alpha = 1.0
+    assert actions(model, X) == {"0": "skip", "1": "keep", "2": "standardize", "3": "remove"}
+
+
 def test_other_families_of_norms_on_request() -> None:
     model = nn.Sequential(conv(), nn.GroupNorm(2, 4), conv(), nn.InstanceNorm2d(4), conv(), nn.BatchNorm2d(4))
     assert [m for m, a in actions(model, X).items() if a == "remove"] == ["5"]

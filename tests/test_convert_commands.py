@@ -17,21 +17,45 @@ from pws.training.data import ImageData
 from pws.training.recipe_file import recipe_of
 from pws.training.run import model_for
 
+LOADED = """
+from load import model, example
+import pws
+print(tuple(model.eval()(example).shape), sum(p.numel() for p in model.parameters()), len(pws.marked(model)))
+"""
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+@pytest.mark.parametrize(
+    ("form", "marks", "training"),
+    [
+        ("optimizer", 15, "an optimizer of pws.optim trains it"),
+        ("layers", 0, "any optimizer trains it, with pws.clip_grad"),
+    ],
+)
+def test_the_command(form: str, marks: int, training: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "converted"
     arguments = ["convert", "--model", "timm:resnet10t", "--image-size", "64", "--batch-size", "4", "--out", str(out)]
-    assert main(arguments) == 0
-    assert "standardize 15, remove 14" in capsys.readouterr().out
+    assert main([*arguments, "--form", form]) == 0
+    printed = capsys.readouterr().out
+    assert "standardize 15, remove 14" in printed
+    assert training in printed
     assert "conv1.1" in (out / "plan.txt").read_text()
-    code = "from load import model, example; print(model.eval()(example).shape, sum(p.numel() for p in model.parameters()))"
+    assert training in (out / "load.py").read_text().partition("\n")[0]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=out, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", LOADED], cwd=out, capture_output=True, text=True, check=True, timeout=120
     )
-    parameters = sum(tensor.numel() for tensor in torch.load(out / "weights.pt").values())
-    assert done.stdout == f"torch.Size([2, 1000]) {parameters}\n"
+    state = torch.load(out / "weights.pt")
+    assert any(key.endswith("alpha") for key in state) == (form == "layers")
+    assert done.stdout == f"(2, 1000) {sum(tensor.numel() for tensor in state.values())} {marks}\n"
     assert main(arguments) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_an_unknown_form_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "converted"
+    arguments = ["convert", "--model", "timm:resnet10t", "--image-size", "32", "--out", str(out), "--form", "layer"]
+    assert main(arguments) == 2
+    assert "unknown form of conversion 'layer'; did you mean layers" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--image-size"])

@@ -71,8 +71,9 @@ def test_safetensors_holds_the_plain_layers_weights(run: Path, tmp_path: Path) -
 
     assert main(["export", str(run), "--format", "safetensors", "--out", str(tmp_path / "new" / "w.safetensors")]) == 0
     state = load_file(tmp_path / "new" / "w.safetensors")
-    folded = fold(subject_of_run(str(run), "best").model)
-    assert set(state) == set(folded.state_dict())
+    model = subject_of_run(str(run), "best").model
+    folded = fold(model)
+    assert set(state) == set(folded.state_dict()) == set(model.state_dict())
     assert not any("alpha" in name for name in state)
     assert all(torch.equal(state[name], tensor) for name, tensor in folded.state_dict().items())
 

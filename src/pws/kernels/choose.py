@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 from torch import Tensor
 
 from pws.errors import PwsError, UnknownNameError
-from pws.optim.layer import Layer
+from pws.kernels.layer import Layer
 
 
 class Step(Protocol):
@@ -76,8 +76,8 @@ def steps_of(layers: Sequence[Layer]) -> list[tuple[Step, list[int]]]:
     """The layers by implementation, device and dtypes: a step for each, with the numbers of its layers."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, layer in enumerate(layers):
-        bias = None if layer.bias is None or layer.bias_grad is None else (layer.bias.dtype, layer.bias_grad.dtype)
-        kind = (layer.kernel.device, layer.kernel.dtype, layer.grad.dtype, bias, type(layer.rates))
+        bias = None if layer.bias is None else layer.bias.dtype
+        kind = (layer.kernel.device, layer.kernel.dtype, layer.grad_dtype, bias)
         kinds.setdefault((_name_for(layer), *kind), []).append(i)
     return [(_load(kind[0])([layers[i] for i in numbers]), numbers) for kind, numbers in kinds.items()]
 
@@ -104,6 +104,11 @@ def _load(name: str) -> Any:
         except ImportError as error:
             _loaded[name] = error
     return _loaded[name]
+
+
+def chosen() -> str | None:
+    """What `use` says."""
+    return _chosen
 
 
 def installed() -> list[str]:

@@ -1,7 +1,7 @@
 """The step on CPU cores: numba's parallel loops, two for all layers of the model, three for AdamW.
 
-The first makes the sums of each filter, the last writes `w`, its averages and the kernel, filter by filter while they are in the
-cache. Layers are told to the machine code by a table: the addresses of their tensors, and numbers. The formulas are those of
+The first makes the sums of each filter, the last writes `w`, its averages and the kernel, filter by filter while they are in
+the cache. Layers are told to the machine code by a table: the addresses of their tensors, and numbers. The formulas are those of
 `pws.kernels.reference`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final
 
 import numba
@@ -19,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from pws.optim.layer import Layer
+from pws.kernels.layer import Layer
 
 CHUNK: Final = 16_384
 """Entries that a thread takes at a time: they and what belongs to them stay in its cache."""
@@ -50,18 +51,23 @@ class CpuStep:
         counts = np.array([(len(layer.w), layer.fan_in, 0) for layer in layers], np.int64)
         counts[1:, OFFSET] = counts[:-1, FILTERS].cumsum()
         self._counts = counts
-        self._numbers = np.array([_numbers(layer) for layer in layers], np.float32)
-        self._chunks = _chunks(tuple(map(tuple, counts.tolist())))
-        self._filters = np.empty((int(counts[:, FILTERS].sum()), 5), np.float32)
+        self._numbers = np.zeros((len(layers), CORRECTION2 + 1), np.float32)
+        self._chunks = _chunks(counts)
+        self._filters = np.empty((int(counts[:, FILTERS].sum()), SQUARE + 1), np.float32)
 
     @staticmethod
     def serves(layer: Layer) -> bool:
         """Whether all of it is float32 on the CPU."""
-        tensors = (layer.kernel, layer.grad, layer.w, layer.bias, layer.bias_grad)
-        return all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+        tensors = (layer.kernel, layer.w, layer.bias)
+        there = all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
+        return there and layer.grad_dtype == torch.float32
 
     def squares(self) -> Tensor:
         """See `Step`."""
+        self._at[:, GRAD] = [_address(layer.grad) for layer in self.layers]
+        self._at[:, BIAS_GRAD] = [_address(layer.bias_grad) for layer in self.layers]
+        numbers = [(layer.c, layer.gamma, *layer.peaks, *layer.rates) for layer in self.layers]
+        self._numbers[:, : len(numbers[0])] = numbers
         self._run(_sums, self._filters)
         return self._by_layer()
 
@@ -94,24 +100,20 @@ class CpuStep:
                 numba.set_num_threads(before)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _addresses(layer: Layer) -> list[int]:
-    first, second = (*layer.moments, None, None)[:2]
-    alpha_first, alpha_second = (*layer.alpha_moments, None, None)[:2]
-    bias_first, bias_second = (*layer.bias_moments, None, None)[:2]
-    tensors = (layer.grad, layer.w, layer.kernel, layer.alpha, layer.bias, layer.bias_grad)
-    tensors += (first, second, alpha_first, alpha_second, bias_first, bias_second)
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    averages = [[*of, None, None][:2] for of in (layer.moments, layer.alpha_moments, layer.bias_moments)]
+    tensors = [None, layer.w, layer.kernel, layer.alpha, layer.bias, None, *chain.from_iterable(averages)]
+    return [_address(tensor) for tensor in tensors]
 
 
-def _numbers(layer: Layer) -> list[float]:
-    numbers = [layer.c, layer.gamma, *layer.peaks, *map(float, layer.rates)]
-    return numbers + [0.0] * (CORRECTION2 + 1 - len(numbers))
-
-
-def _chunks(counts: tuple[tuple[int, ...], ...]) -> Any:
-    """Layer, first filter and the one behind the last of each portion, the largest entries first."""
+def _chunks(counts: Any) -> Any:
+    """Layer, first filter and the one behind the last, of each portion of work."""
     found = []
-    for number, (filters, entries, _) in enumerate(counts):
+    for number, (filters, entries, _) in enumerate(counts.tolist()):
         few = max(1, CHUNK // entries)
         found += [(number, first, min(first + few, filters)) for first in range(0, filters, few)]
     return np.array(found, np.int64).reshape(-1, 3)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pws.optim.layer import AdamWRates, Layer, SGDRates
+from pws.kernels.layer import AdamWRates, Layer, SGDRates
 
 
 @dataclass
@@ -121,7 +121,7 @@ def _statistics(w_OK: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
 
 def _sums(layer: Layer) -> _Sums:
     w_OK = rows(layer.w)
-    G_OK = rows(layer.grad).to(w_OK.dtype)
+    G_OK = _gradient(layer)
     mean_O1, rstd_O1 = _statistics(w_OK, layer.gamma)
     along_O1 = (G_OK * (w_OK - mean_O1)).mean(1, keepdim=True) * rstd_O1
     return _Sums(mean_O1, rstd_O1, G_OK.mean(1, keepdim=True), along_O1)
@@ -136,11 +136,16 @@ def _square(layer: Layer, sums: _Sums) -> Tensor:
 
 def _gradients(layer: Layer, sums: _Sums) -> tuple[Tensor, Tensor]:
     """Of `w` as `(O, K)` and of alpha."""
-    w_OK, G_OK = rows(layer.w), rows(layer.grad).to(sums.mean.dtype)
+    w_OK, G_OK = rows(layer.w), _gradient(layer)
     h_OK = (w_OK - sums.mean) * sums.rstd
     scale_O1 = layer.c * layer.alpha[:, None] * sums.rstd
     dw_OK = scale_O1 * (G_OK - sums.grad - h_OK * sums.along)
     return dw_OK, (layer.c * layer.fan_in) * sums.along[:, 0]
+
+
+def _gradient(layer: Layer) -> Tensor:
+    assert layer.grad is not None
+    return rows(layer.grad).to(layer.w.dtype)
 
 
 def _sgd(tensor: Tensor, grad: Tensor, rates: SGDRates, lr: float, decay: float, moments: list[Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The optimizer form of PWS: optimizers that keep the weights of marked layers standardized, while the model stays plain."""
 
 from pws.optim.adamw import AdamW
-from pws.optim.base import NonFiniteGradientError
+from pws.optim.moving import NonFiniteGradientError
 from pws.optim.sgd import SGD
 from pws.optim.wrapped import Wrapped
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from pws.errors import PwsError
-from pws.optim.base import Groups, StandardizingOptimizer, check_not_negative
+from pws.kernels import AdamWRates
+from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import factors_of
-from pws.optim.layer import AdamWRates
-from pws.optim.moving import FUSED, Moving, check_finite, moving
+from pws.optim.moving import FUSED, Moving, moving
 from pws.optim.sharding import local
 
 TAKEN_BOUND = 0.03
@@ -65,26 +65,28 @@ class AdamW(StandardizingOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale_lr_factor": 1.0}
         super().__init__(params, defaults, step_bound, step_in_backward)
 
-    def _move(self, parameters: Iterable[Tensor] | None) -> None:
-        now = moving(self, self._rates, MOMENTS, parameters)
+    def move(self, parameters: Iterable[Tensor] | None) -> None:
+        """See `StandardizingOptimizer`."""
+        now = moving(self, MOMENTS, parameters)
         if now is None:
             return
-        check_finite(self, now.squares(lambda step: step.squares()), now)
+        now.check_finite(now.squares(lambda step: step.squares()), lambda p: self.members[p].name)
         for parameter in (*now.plain, *now.weights):
             self.state[parameter]["step"] = self._step_of(parameter) + 1
         if now.plain:
             self._move_plain(now)
         factors = factors_of(now.squares(lambda step: step.adamw_squares()), self.step_bound)
         now.apply(lambda step, own: step.adamw(own), factors)
-        self._written(now.weights, now.layers)
+        self.written(now)
 
     def _step_of(self, parameter: Tensor) -> Tensor:
         found = self.state[parameter].get("step")
         return torch.zeros((), dtype=torch.float32, device="cpu") if found is None else found.cpu()
 
-    def _rates(
-        self, weight: Tensor, bias: Tensor | None, group: dict[str, Any], bias_group: dict[str, Any] | None
-    ) -> tuple[AdamWRates, tuple[float, float, float]]:
+    def rates(
+        self, weight: Tensor, group: dict[str, Any], bias_group: dict[str, Any] | None
+    ) -> tuple[AdamWRates, Peaks]:
+        """See `StandardizingOptimizer`."""
         of_bias = bias_group or {"lr": 0.0, "weight_decay": 0.0}
         (beta1, beta2), t = group["betas"], float(self._step_of(weight)) + 1
         lrs = (float(group["lr"]), float(group["lr"]) * group["scale_lr_factor"], float(of_bias["lr"]))
@@ -99,7 +101,7 @@ class AdamW(StandardizingOptimizer):
             if not own:
                 continue
             params = [local(p) for p in own]
-            averages = [[self._moment(p, name, local(p), p.shape) for p in own] for name in MOMENTS]
+            averages = [[self.moment(p, name, local(p), p.shape) for p in own] for name in MOMENTS]
             fused = all(p.device.type in FUSED for p in params)
             steps = [self.state[p]["step"].to(p.device if fused else "cpu") - 1 for p in own]  # it counts for itself
             adamw(

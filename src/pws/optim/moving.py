@@ -4,35 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
-from pws.kernels import Step, steps_of
-from pws.optim.base import NonFiniteGradientError, StandardizingOptimizer
+from pws.errors import PwsError
+from pws.kernels import Layer, Step, chosen, steps_of
 from pws.optim.bound import by_layer, factors_of
-from pws.optim.layer import Layer
 from pws.optim.sharding import local, sum_over_shards
+
+if TYPE_CHECKING:
+    from pws.optim.base import StandardizingOptimizer
 
 FUSED: Final = ("cpu", "cuda", "xpu", "mps")
 """The devices with fused steps in torch."""
-Rates = Callable[[Tensor, Tensor | None, dict[str, Any], dict[str, Any] | None], tuple[Any, tuple[float, float, float]]]
+MOST_PLANS: Final = 4
+"""Plans kept per parameter: which parameters have gradients may change from step to step."""
+Groups = dict[Tensor, dict[str, Any]]
+
+
+class NonFiniteGradientError(PwsError):
+    """A gradient holds NaN or infinity; what it belongs to was not moved."""
 
 
 @dataclass
 class Moving:
-    """The parameters of one step."""
+    """The parameters of one step; a plan that serves again as long as the same parameters have gradients."""
 
     weights: list[Tensor]
+    biases: list[Tensor | None]
     layers: list[Layer]
-    """Of `weights`."""
+    """Of `weights` and `biases`."""
     steps: list[tuple[Step, list[int]]]
     """Of `layers`, with their numbers."""
     plain: list[Tensor]
     plain_layers: list[int]
     """Tells which of `plain` belong to one layer."""
-    groups: dict[Tensor, dict[str, Any]]
+    implementation: str | None
+    groups: Groups
 
     def squares(self, of: Callable[[Step], Tensor]) -> Tensor:
         """A number of each marked layer `(L,)`, over all processes."""
@@ -67,26 +77,64 @@ class Moving:
         for new, old, change, factor in zip(after, before, changes, factors, strict=True):
             new.copy_(torch.where(factor < 1, old + change * factor.to(new.device, new.dtype), new))
 
+    def check_finite(self, squares: Tensor, names: Callable[[Tensor], str]) -> None:
+        """Raise `NonFiniteGradientError` if a gradient is not finite, in any process."""
+        total = squares.sum()
+        if self.plain:
+            total = total + norms_of([local(_grad(p)) for p in self.plain]).sum().to(total.device)
+        if torch.isfinite(total):
+            return
+        bad = [
+            *(layer.name for layer, square in zip(self.layers, squares, strict=True) if not torch.isfinite(square)),
+            *(names(p) for p in self.plain if not torch.isfinite(local(_grad(p))).all()),
+        ]
+        raise NonFiniteGradientError(
+            f"the gradients of {len(bad)} layers hold NaN or infinity (first: {bad[0] if bad else 'in another process'!r}); "
+            "the step was not taken. Likely causes: a loss that overflowed, half precision without a GradScaler, or too "
+            "large a learning rate without a bound. Lower it, bound the step, or skip this batch."
+        )
+
 
 def moving(
-    optimizer: StandardizingOptimizer, rates: Rates, moments: tuple[str, ...], parameters: Iterable[Tensor] | None
+    optimizer: StandardizingOptimizer, moments: tuple[str, ...], parameters: Iterable[Tensor] | None
 ) -> Moving | None:
     """What has a gradient, all or of `parameters`; None if nothing has."""
-    groups = optimizer._with_gradients(parameters)
+    groups = optimizer.with_gradients(parameters)
     if not groups:
         return None
-    weights, layers, taken = [], [], set()
-    for weight, group in groups.items():
-        if optimizer._members[weight].mark is None:
-            continue
-        bias = optimizer._bias_of(weight, groups)
-        found, peaks = rates(weight, bias, group, None if bias is None else groups[bias])
-        weights.append(weight)
-        layers.append(optimizer._layer(weight, bias, found, peaks, moments))
-        taken |= {weight, bias}
+    key = (moments, *map(id, groups))
+    now = optimizer.plans.get(key)
+    if now is None or not _is_current(now, optimizer):
+        if len(optimizer.plans) > MOST_PLANS * len(optimizer.members):
+            optimizer.plans.clear()
+        now = optimizer.plans[key] = _plan(optimizer, moments, groups)
+    now.groups = groups
+    for weight, bias, layer in zip(now.weights, now.biases, now.layers, strict=True):
+        layer.rates, layer.peaks = optimizer.rates(weight, groups[weight], None if bias is None else groups[bias])
+        layer.grad = optimizer.gradient(weight, layer)
+        layer.bias_grad = None if bias is None else local(_grad(bias))
+    return now
+
+
+def _plan(optimizer: StandardizingOptimizer, moments: tuple[str, ...], groups: Groups) -> Moving:
+    weights = [weight for weight in groups if optimizer.members[weight].mark is not None]
+    biases = [optimizer.bias_of(weight, groups) for weight in weights]
+    layers = [optimizer.layer(weight, bias, moments) for weight, bias in zip(weights, biases, strict=True)]
+    taken = {*weights, *(bias for bias in biases if bias is not None)}
     plain = [parameter for parameter in groups if parameter not in taken]
-    numbers = [id(optimizer._layers[parameter]) for parameter in plain]
-    return Moving(weights, layers, steps_of(layers), plain, numbers, groups)
+    numbers = [id(optimizer.layers[parameter]) for parameter in plain]
+    return Moving(weights, biases, layers, steps_of(layers), plain, numbers, chosen(), groups)
+
+
+def _is_current(now: Moving, optimizer: StandardizingOptimizer) -> bool:
+    """Whether nobody else has written to the kernels or moved them, and their gradients are as they were."""
+    return now.implementation == chosen() and all(
+        optimizer.is_ours(weight)
+        and layer.grad_dtype == _grad(weight).dtype
+        and (layer.is_copy or layer.kernel.data_ptr() == local(weight).data_ptr())
+        and (bias is None or layer.bias is None or layer.bias.data_ptr() == local(bias).data_ptr())
+        for weight, bias, layer in zip(now.weights, now.biases, now.layers, strict=True)
+    )
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -96,19 +144,6 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.to(norms[0].device, wide) for norm in norms])
 
 
-def check_finite(optimizer: StandardizingOptimizer, squares: Tensor, now: Moving) -> None:
-    """Raise `NonFiniteGradientError` if a gradient is not finite, in any process."""
-    total = squares.sum()
-    if now.plain:
-        total = total + norms_of([local(p.grad) for p in now.plain]).sum().to(total.device)  # type: ignore[arg-type]
-    if torch.isfinite(total):
-        return
-    bad = [
-        *(layer.name for layer, square in zip(now.layers, squares, strict=True) if not torch.isfinite(square)),
-        *(optimizer._members[p].name for p in now.plain if not torch.isfinite(local(p.grad)).all()),  # type: ignore[arg-type]
-    ]
-    raise NonFiniteGradientError(
-        f"the gradients of {len(bad)} layers hold NaN or infinity (first: {bad[0] if bad else 'in another process'!r}); the step "
-        "was not taken. Likely causes: a loss that overflowed, half precision without a GradScaler, or a "
-        "learning rate too large for a model without bound. Lower it, bound the step, or skip this batch."
-    )
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from pws.clip_grad import peak_lr
+from pws.clip_grad import STEP_BOUND, peak_lr
 from pws.errors import PwsError
-from pws.optim.base import STEP_BOUND, Groups, StandardizingOptimizer, check_not_negative
+from pws.kernels import SGDRates
+from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import factors_of
-from pws.optim.layer import SGDRates
-from pws.optim.moving import FUSED, Moving, check_finite, moving
+from pws.optim.moving import FUSED, Moving, moving
 from pws.optim.sharding import local
 
 
@@ -75,18 +75,18 @@ class SGD(StandardizingOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "scale_lr_factor": 1.0}, step_bound, step_in_backward)
 
-    def _move(self, parameters: Iterable[Tensor] | None) -> None:
+    def move(self, parameters: Iterable[Tensor] | None) -> None:
         moments = ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
-        now = moving(self, _rates, moments, parameters)
+        now = moving(self, moments, parameters)
         if now is None:
             return
         squares = now.squares(lambda step: step.squares())
-        check_finite(self, squares, now)
+        now.check_finite(squares, lambda p: self.members[p].name)
         factors = factors_of(squares, self.step_bound)
         if now.plain:
             self._move_plain(now)
         now.apply(lambda step, own: step.sgd(own), factors)
-        self._written(now.weights, now.layers)
+        self.written(now)
 
     def _move_plain(self, now: Moving) -> None:
         """By torch's own function, a call per group."""
@@ -102,7 +102,7 @@ class SGD(StandardizingOptimizer):
             buffers: list[Tensor | None] = [None] * len(own)
             if group["momentum"]:
                 buffers = [
-                    self._moment(now.plain[i], "momentum_buffer", local(now.plain[i]), now.plain[i].shape) for i in own
+                    self.moment(now.plain[i], "momentum_buffer", local(now.plain[i]), now.plain[i].shape) for i in own
                 ]
             fused = all(p.device.type in FUSED for p in params)
             sgd(
@@ -117,14 +117,10 @@ class SGD(StandardizingOptimizer):
                 maximize=False,
             )
 
-
-def _rates(
-    weight: Tensor, bias: Tensor | None, group: dict[str, Any], bias_group: dict[str, Any] | None
-) -> tuple[SGDRates, tuple[float, float, float]]:
-    factor, of_bias = group["scale_lr_factor"], bias_group or {"lr": 0.0, "weight_decay": 0.0}
-    rates = SGDRates(
-        *(float(group["lr"]), float(group["lr"]) * factor, float(of_bias["lr"])),
-        *(group["weight_decay"], of_bias["weight_decay"], group["momentum"], group["nesterov"]),
-    )
-    peak = peak_lr(group)
-    return rates, (peak, peak * factor, peak_lr(of_bias))
+    def rates(self, weight: Tensor, group: dict[str, Any], bias_group: dict[str, Any] | None) -> tuple[SGDRates, Peaks]:
+        """See `StandardizingOptimizer`."""
+        factor, of_bias = group["scale_lr_factor"], bias_group or {"lr": 0.0, "weight_decay": 0.0}
+        lrs = (float(group["lr"]), float(group["lr"]) * factor, float(of_bias["lr"]))
+        rates = SGDRates(*lrs, group["weight_decay"], of_bias["weight_decay"], group["momentum"], group["nesterov"])
+        peak = peak_lr(group)
+        return rates, (peak, peak * factor, peak_lr(of_bias))

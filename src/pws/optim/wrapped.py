@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from pws.errors import PwsError, one_line
 from pws.kernels.reference import ReferenceStep, rows, write_kernel
 from pws.optim.adamw import TAKEN_BOUND
-from pws.optim.base import Groups, StandardizingOptimizer
+from pws.optim.base import Groups, Peaks, StandardizingOptimizer
 from pws.optim.bound import by_layer, factors_of
-from pws.optim.moving import check_finite, moving, norms_of
+from pws.optim.moving import moving, norms_of
 from pws.optim.sharding import is_sharded
 
 OURS: Final = ("params", "name", "scale_lr_factor")
@@ -99,7 +99,7 @@ class Wrapped(StandardizingOptimizer):
                     raise PwsError(
                         "a wrapped optimizer would see parts of sharded matrices. Use pws.optim.SGD or AdamW under fully_shard."
                     )
-                if self._members[parameter].mark is None:
+                if self.members[parameter].mark is None:
                     (matrices if parameter.dim() > 1 else others).append(parameter)
                 else:
                     w, alpha = self._latents[parameter] = self._placeholders(parameter)
@@ -117,7 +117,7 @@ class Wrapped(StandardizingOptimizer):
 
     def _placeholders(self, weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
         """Latents of the right shape, which get their data before each step."""
-        member = self._members[weight]
+        member = self.members[weight]
         entries = weight.shape[1] * member.transposed if member.transposed else weight.shape[0]
         wide = torch.promote_types(weight.dtype, torch.float32)
         w = torch.zeros(entries, weight.numel() // entries, dtype=wide, device=weight.device)
@@ -138,12 +138,13 @@ class Wrapped(StandardizingOptimizer):
             self._followers.append(_Follower(group, outer, is_alpha, own))
         return inner
 
-    def _move(self, parameters: Iterable[Tensor] | None) -> None:
-        now = moving(self, lambda *_: (None, (1.0, 1.0, 1.0)), (), parameters)
+    def move(self, parameters: Iterable[Tensor] | None) -> None:
+        """See `StandardizingOptimizer`."""
+        now = moving(self, (), parameters)
         if now is None:
             return
         reference = ReferenceStep(now.layers)
-        check_finite(self, reference.squares() if now.layers else torch.zeros(0), now)
+        now.check_finite(reference.squares() if now.layers else torch.zeros(0), lambda p: self.members[p].name)
         for weight, layer, (dw, dalpha) in zip(now.weights, now.layers, reference.gradients(), strict=True):
             w, alpha = self._latents[weight]
             w.data, alpha.data, w.grad, alpha.grad = rows(layer.w), layer.alpha, dw, dalpha
@@ -154,15 +155,19 @@ class Wrapped(StandardizingOptimizer):
         self._set_rates()
         for inner in self._inner:
             inner.step()
-        self._cut(moved, before, [id(self._layers[owner]) for owner in owners])
+        self._cut(moved, before, [id(self.layers[owner]) for owner in owners])
         for layer in now.layers:
             write_kernel(layer)
-        self._written(now.weights, now.layers)
+        self.written(now)
         for parameter in now.groups:
             self._show_state(parameter)
 
-    def _bias_of(self, weight: Tensor, groups: dict[Tensor, dict[str, Any]]) -> Tensor | None:
-        return None  # a bias is one of the inner optimizer's own parameters
+    def bias_of(self, weight: Tensor, groups: dict[Tensor, dict[str, Any]]) -> None:
+        """None: a bias is one of the inner optimizer's own parameters."""
+
+    def rates(self, weight: Tensor, group: dict[str, Any], bias_group: dict[str, Any] | None) -> tuple[None, Peaks]:
+        """None: rates are the inner optimizer's."""
+        return None, (1.0, 1.0, 1.0)
 
     def _set_rates(self) -> None:
         for follower in self._followers:

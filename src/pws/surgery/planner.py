@@ -14,7 +14,7 @@ from pws.layers import StandardizedLayer
 from pws.mark import mark_of
 from pws.standardize import check_fan_in
 from pws.surgery.plan import Form, Plan, Step
-from pws.surgery.standardized import own_filters, parent_of
+from pws.surgery.standardized import own_filters, own_weight, parent_of
 from pws.surgery.trace import INPUT, Trace, Value
 from pws.surgery.warm_start import Progress, affine_layer, affine_of
 
@@ -48,6 +48,10 @@ class Planner:
         self.modules = dict(run.model.named_modules())
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules())
         self.model = run.model if lazy else model
+        self.holders: dict[nn.Parameter, list[str]] = {}
+        for name, module in self.modules.items():
+            for parameter in module.parameters(recurse=False):
+                self.holders.setdefault(parameter, []).append(name)
         self.inputs: dict[str, list[Value]] = {}
         for use in run.uses:
             self.inputs.setdefault(use.name, []).append(use.input)
@@ -104,6 +108,10 @@ class Planner:
             return "skip", "its forward does not convolve with its weight as it is"
         if hasattr(module, "alpha"):
             return "skip", "it has an alpha of its own"
+        # One kernel can't have the scales of several layers, and a plain module wants none of it.
+        others = [holder for holder in self.holders[own_weight(module)] if holder != name]
+        if others:
+            return "skip", f"its weight is that of {others[0]} too"
         try:
             check_fan_in(own_filters(module))
         except ShapeError:

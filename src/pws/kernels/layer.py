@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -41,29 +42,33 @@ class AdamWRates(NamedTuple):
 
 @dataclass(slots=True)
 class Layer:
-    """The tensors of a layer. Those of a sharded layer are the filters of this process."""
+    """The tensors of a layer, and how it moves. Those of a sharded layer are the filters of this process."""
 
     name: str
     c: float
     """`gain / sqrt(n)`."""
     gamma: float
     """What is added to the variance."""
-    grad: Tensor
-    """Of the kernel, `(O, ...)`."""
     kernel: Tensor
+    """`(O, ...)`."""
+    is_copy: bool
+    """Whether `kernel` is a copy of the weight, whose filters are not dense in memory."""
     w: Tensor
     """Laid out as the kernel."""
     alpha: Tensor
     """`(O,)`."""
+    bias: Tensor | None
     moments: list[Tensor]
     """Of `w`: SGD's momentum buffer, AdamW's averages; laid out as the kernel."""
     alpha_moments: list[Tensor]
-    rates: Any
-    peaks: tuple[float, float, float]
-    """The largest rates of a schedule, of weight, alpha and bias: at them a gradient step is measured."""
-    bias: Tensor | None = None
+    bias_moments: list[Tensor]
+    grad_dtype: torch.dtype
+    grad: Tensor | None = None
+    """Of the kernel, laid out as it."""
     bias_grad: Tensor | None = None
-    bias_moments: list[Tensor] = field(default_factory=list)
+    rates: Any = None
+    peaks: tuple[float, float, float] = field(default=(1.0, 1.0, 1.0))
+    """The largest rates of a schedule, of weight, alpha and bias: at them a gradient step is measured."""
 
     @property
     def fan_in(self) -> int:
