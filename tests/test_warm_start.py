@@ -211,20 +211,15 @@ def test_both_forms_are_fitted_to_the_same() -> None:
     ]
 
 
-def test_a_warm_start_under_autocast_computes_with_the_fitted_weights() -> None:
+def test_a_warm_start_under_autocast_is_as_near() -> None:
     """Autocast keeps copies of the weights, and would go on with those of before."""
-    example = images(16, 3, 16, 16)
-    shared = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-    model = trained(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), shared, nn.BatchNorm2d(4), nn.ReLU(), shared),
-        example,
-    )
-    plan = pws.plan(model, example, warm_start=True)
-    with torch.autocast("cpu"), torch.no_grad():
-        converted = plan.apply().eval()
-        inside = converted(example)
-    with torch.autocast("cpu"), torch.no_grad():
-        assert torch.equal(converted(example), inside)
+    example = images(32, 3, 16, 16).abs()
+    model = trained(small(), example)
+    errors = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", enabled=enabled):
+            errors.append(pws.plan(model, example, warm_start=True).output_error)
+    assert errors[1] == pytest.approx(errors[0], abs=2**-7)  # outputs are rounded to 8 bits: with the old weights 1.3
 
 
 def test_a_plan_is_fitted_once() -> None:
