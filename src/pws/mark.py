@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pws.errors import PwsError
 from pws.gain import resolve_gain
-from pws.standardize import check_fan_in, check_gamma, standardize, swap_channels
+from pws.standardize import check_fan_in, check_gamma, swap_channels, wide_kernel
 
 LAYERS: Final = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -83,13 +83,12 @@ def mark(
         )
     check_fan_in(filters_of(layer, weight))
     found = Mark(resolve_gain(gain), float(gamma), bool(relative_gamma))
-    layer.pws = found  # type: ignore[assignment]
+    layer.pws = found
     if reset_parameters:
         with torch.no_grad():
             filters = filters_of(layer, weight)
             raw = torch.empty_like(filters).normal_(std=(2 / filters[0].numel()) ** 0.5)
-            kernel = standardize(raw, gain=found.gain, gamma=found.gamma, relative_gamma=found.relative_gamma)
-            weight.copy_(filters_of(layer, kernel.to(weight.dtype)))
+            weight.copy_(filters_of(layer, kernel_of(raw, None, found)))
             bias = layer._parameters.get("bias")
             if bias is not None:
                 bias.zero_()
@@ -127,7 +126,12 @@ def unmark(model: nn.Module) -> None:
 def filters_of(layer: nn.Module, weight: Tensor) -> Tensor:
     """A tensor of the shape of the layer's weight with one filter an entry of the leading dimension, `(O, ...)`, or back: the
     same, but for a transposed convolution."""
-    return swap_channels(weight, int(layer.groups)) if isinstance(layer, TRANSPOSED) else weight  # type: ignore[arg-type]
+    return swap_channels(weight, int(layer.groups)) if isinstance(layer, TRANSPOSED) else weight
+
+
+def kernel_of(w: Tensor, alpha: Tensor | None, mark: Mark) -> Tensor:
+    """The kernel of filters `(O, ...)`, in float32 at least."""
+    return wide_kernel(w, alpha, mark.gain, mark.gamma, mark.relative_gamma)
 
 
 def adopt(kernel: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:

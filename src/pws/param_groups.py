@@ -55,7 +55,7 @@ def param_groups(
     parameter stands in one group, once; frozen parameters (`requires_grad=False`) and empty groups are left out.
 
     The optimizers of `pws.optim` take groups of several calls together, such as one for the backbone and one for the head at
-    another rate. The alpha of a marked layer is theirs, not the model's: its rate is that of the weight times `scale_lr_factor`.
+    another rate. The alpha of a marked layer is theirs, not the model's: its rate is the weight's times `scale_lr_factor`.
 
     Raises:
         PwsError: nothing in the model is trainable, a rate or the decay is negative, or layers that share a weight standardize
@@ -91,7 +91,7 @@ def param_groups(
 
 def _member(layer: str, module: nn.Module, name: str) -> Member:
     mark = mark_of(module) if name == "weight" else None
-    transposed = int(module.groups) if mark and isinstance(module, TRANSPOSED) else 0  # type: ignore[arg-type]
+    transposed = int(module.groups) if mark and isinstance(module, TRANSPOSED) else 0
     return Member(f"{layer}.{name}" if layer else name, layer, mark, transposed)
 
 

@@ -76,13 +76,18 @@ def standardize(
 
 def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
     """`standardize` of arguments that are known to be right."""
+    return wide_kernel(weight, alpha, gain, gamma, relative_gamma).to(result_dtype(weight))
+
+
+def wide_kernel(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
+    """`scaled` in float32 at least, whatever autocast says."""
     c, gamma = constants(weight, gain, gamma, relative_gamma)
     # In float32 at least: half-precision statistics would overflow.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale_O = wide.new_full(wide.shape[:1], c) if alpha is None else c * alpha.to(wide.dtype)
     # Torch's batch norm refuses zero channels.
     form = _composed if torch.compiler.is_compiling() or not len(weight) else _batch_normed
-    return form(wide, scale_O, gamma).to(result_dtype(weight))
+    return form(wide, scale_O, gamma)
 
 
 def _batch_normed(weight: Tensor, scale_O: Tensor, gamma: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pws.bench.divergence import Network, prepare
+from pws.bench.divergence import Network, prepare, sgd_of
 from pws.bench.figure import new_figure, save_figure
 from pws.bench.result import write_result
 from pws.diagnosis import Monitor, diagnose
@@ -51,14 +51,14 @@ def _measure(network: Network, rounds: int, dataset: str) -> dict[str, Any]:
     """Medians over rounds in which each kind of step is timed once."""
     model, loader = prepare(network, dataset)
     images, labels = next(iter(loader))
-    sgd = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    sgd = sgd_of(model, lr=1e-4)
     seconds: dict[str, list[float]] = {"plain": [], "diagnosis": [], "measured": [], "watched": []}
     for number in range(rounds + 1):
         found = {
             "plain": _timed(lambda: _step(model, sgd, images, labels)),
             "diagnosis": _timed(lambda: diagnose(model, (images, labels), F.cross_entropy)),
         }
-        with Monitor(model, EVERY) as monitor:
+        with Monitor(model, EVERY, optimizer=sgd) as monitor:
             monitor.clock = lambda: 0  # the first pass of a step is measured, the second is not
             found["measured"] = _timed(lambda: _step(model, sgd, images, labels))
             _step(

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from pws.mark import marked
 from pws.methods import Method, build_method
 from pws.models import build_model
+from pws.optim import SGD, NonFiniteGradientError
 from pws.training.data import ImageData
 from pws.training.recipe import DataConfig
 
@@ -78,13 +80,20 @@ def prepare(
     return model.to(memory_format=torch.channels_last), data.train_dataloader()
 
 
-def diverges(network: Network, lr: float, steps: int = 200, **where: Any) -> bool:
-    """Whether SGD with momentum 0.9 at `lr` ends with a loss that is not finite or no better than a guess.
+def sgd_of(model: nn.Module, lr: float, step_bound: float | None = None) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9: of `pws.optim` if layers are marked, with a bound on each layer's step; torch's for others."""
+    if marked(model):
+        return SGD(model, lr=lr, momentum=MOMENTUM, step_bound=step_bound)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
 
-    The second is judged by the mean loss of the last tenth of the steps.
+
+def diverges(network: Network, lr: float, steps: int = 200, **where: Any) -> bool:
+    """Whether SGD with momentum 0.9 at `lr`, without a bound, ends with a loss that is not finite or no better than a guess.
+
+    A gradient that is not finite counts as such a loss, which it leads to. What is no better than a guess is judged by the mean loss of the last tenth of the steps.
     """
     model, loader = prepare(network, **where)
-    sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
+    sgd = sgd_of(model, lr)
     losses: list[float] = []
     while len(losses) < steps:
         for images, labels in loader:
@@ -94,7 +103,10 @@ def diverges(network: Network, lr: float, steps: int = 200, **where: Any) -> boo
                 return True
             sgd.zero_grad()
             torch.autograd.backward(loss)
-            sgd.step()
+            try:
+                sgd.step()
+            except NonFiniteGradientError:
+                return True
             if len(losses) == steps:
                 break
     last = losses[-max(1, steps // 10) :]

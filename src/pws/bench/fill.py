@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table
 from pws.bench.conversion.run import conversions_summary, conversions_table
-from pws.bench.speed.report import images_table, memory_table, ratio_table, standardization_table
+from pws.bench.speed.report import images_table, kept_table, peak_table, ratio_table, step_table
 from pws.bench.warm_start import warm_start_table
 from pws.errors import PwsError, UnknownNameError
 
@@ -29,8 +29,9 @@ TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
     "suite": {
         "ratio": ratio_table,
         "images": images_table,
-        "memory": memory_table,
-        "standardization": standardization_table,
+        "memory": kept_table,
+        "peak": peak_table,
+        "step": step_table,
     },
     "networks": {"accuracy": warm_start_table},
     "models": {"summary": conversions_summary, "all": conversions_table},

@@ -14,7 +14,7 @@ from pws.bench.theory import BACKWARD_CENTRED, OUTPUT_CENTRED, Run
 COLOURS = {
     **{"none": "#c0392b", "wn": "#e67e22", "bn": "#2471a3", "pws": "#1e8449"},
     **{"nf": "#8e44ad", "gn": "#17a2b8", "ws": "#b7950b", "pws-paper": "#82c91e", "formula": "#82c91e"},
-    "pws together": "#58d68d",
+    **{"pws layers": "#7dcea0", "pws in backward": "#145a32", "pws reference": "#a2d9ce"},
     **{BACKWARD_CENTRED: "#7f8c8d", OUTPUT_CENTRED: "#8e44ad"},
 }
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pws.bench.divergence import MOMENTUM, Network, prepare
-from pws.clip_grad import clip_grad
+from pws.bench.divergence import MOMENTUM, Network, prepare, sgd_of
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor
 from pws.methods import Method, build_method
+from pws.optim import NonFiniteGradientError
 
 WIDTH: Final = 0.25
 BATCH_SIZE: Final = 64
@@ -101,9 +101,9 @@ def train_watched(method: str, lr: float, steps: int, every: int, dataset: str =
     """Train the 9-convolution network with `method` (see `method_of`) under a monitor."""
     chosen = method_of(method)
     model, loader = prepare(Network("allconv", method, WIDTH, BATCH_SIZE), dataset, method=chosen)
-    sgd = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
+    sgd = sgd_of(model, lr, chosen.step_bound)
     losses: list[float | None] = []
-    with warnings.catch_warnings(), Monitor(model, every, lr=lr, momentum=MOMENTUM) as monitor:
+    with warnings.catch_warnings(), Monitor(model, every, lr=lr, momentum=MOMENTUM, optimizer=sgd) as monitor:
         warnings.simplefilter("ignore", CollapseWarning)  # the run says so
         for images, labels in islice(loader, steps):
             loss = monitor.observe(F.cross_entropy(model(images), labels))
@@ -112,9 +112,11 @@ def train_watched(method: str, lr: float, steps: int, every: int, dataset: str =
                 break
             sgd.zero_grad()
             torch.autograd.backward(loss)
-            if chosen.step_bound is not None:
-                clip_grad(model, sgd, chosen.step_bound)
-            sgd.step()
+            try:
+                sgd.step()
+            except NonFiniteGradientError:
+                losses.append(None)
+                break
     unhealthy = monitor.first_unhealthy
     verdict = str(monitor.verdict)
     return Run(method, lr, losses, monitor.history, verdict, None if unhealthy is None else unhealthy.step)

@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> int:
     parser = command_parser(
         "bench speed",
         "Time methods side by side, round by round in one run, as ratios to the same network without normalization, after "
-        "checking that the kernels are right; write NAME.json (all samples), NAME.md and NAME.png. Every case is stored when "
+        "checking that the step is right; write NAME.json (all samples), NAME.md and NAME.png. Every case is stored when "
         f"it is done: the same command goes on where it was interrupted. Shipped suites: {', '.join(shipped_suites())}.",
         "pws bench speed resnet50",
     )

@@ -1,8 +1,8 @@
 """The step on CPU cores: numba's parallel loops, two for all layers of the model, three for AdamW.
 
 The first makes the sums of each filter, the last writes `w`, its averages and the kernel, filter by filter while they are in
-the cache. Layers are told to the machine code by a table: the addresses of their tensors, and numbers. The formulas are those of
-`pws.kernels.reference`.
+the cache. Layers are told to the machine code by tables: the addresses of their tensors, and numbers. The formulas are those
+of `pws.kernels.reference`.
 """
 
 from __future__ import annotations

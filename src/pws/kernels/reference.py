@@ -98,7 +98,7 @@ def rows(tensor: Tensor) -> Tensor:
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """Of all entries, in float32 at least."""
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return norm.square()
 
 

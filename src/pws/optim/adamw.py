@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from pws.errors import PwsError
 from pws.kernels import AdamWRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
-from pws.optim.bound import factors_of
+from pws.optim.bound import ahead_of, factors_of
 from pws.optim.moving import FUSED, Moving, moving
 from pws.optim.sharding import local
 
@@ -27,9 +27,10 @@ class AdamW(StandardizingOptimizer):
     The gradients of `w` and `alpha` are those of `pws.optim.SGD`. With AdamW's step `D = -lr (m / (sqrt(v) + eps) + decay x)`,
     bias-corrected, of each tensor `x` of a layer (`w`, alpha without decay, bias):
 
-        f = min(1, step_bound / |D|),      x <- x + f D,      weight <- c alpha (w - mean(w)) / sqrt(var(w) + gamma)
+        f = min(1, step_bound / (|D| peak / lr)),     x <- x + f D,     weight <- c alpha (w - mean(w)) / sqrt(var(w) + gamma)
 
-    So the bound holds for the step that is taken, at any learning rate. Unmarked layers are moved and bounded likewise.
+    where `peak` is the largest rate of the schedule. So no layer's step is longer than the bound, whatever the rate, and steps
+    shrink as the schedule falls. Unmarked layers are moved and bounded likewise.
 
     The state of a marked weight holds `w` (filters first), `alpha` `(out_channels,)`, their averages and `step`.
 
@@ -71,13 +72,20 @@ class AdamW(StandardizingOptimizer):
         if now is None:
             return
         now.check_finite(now.squares(lambda step: step.squares()), lambda p: self.members[p].name)
-        for parameter in (*now.plain, *now.weights):
+        for parameter in (*now.plain, *now.weights, *(bias for bias in now.biases if bias is not None)):
             self.state[parameter]["step"] = self._step_of(parameter) + 1
         if now.plain:
             self._move_plain(now)
-        factors = factors_of(now.squares(lambda step: step.adamw_squares()), self.step_bound)
+        squares = now.squares(lambda step: step.adamw_squares())
+        ahead = squares.new_tensor([ahead_of(now.groups[weight]) for weight in now.weights])
+        factors = factors_of(squares * ahead.square(), self.step_bound)
         now.apply(lambda step, own: step.adamw(own), factors)
         self.written(now)
+
+    def bias_of(self, weight: Tensor, groups: dict[Tensor, dict[str, Any]]) -> Tensor | None:
+        """As its base, for a bias that has taken as many steps as the weight: one of them may have been frozen."""
+        bias = super().bias_of(weight, groups)
+        return bias if bias is not None and self._step_of(bias) == self._step_of(weight) else None
 
     def _step_of(self, parameter: Tensor) -> Tensor:
         found = self.state[parameter].get("step")
@@ -105,7 +113,11 @@ class AdamW(StandardizingOptimizer):
             fused = all(p.device.type in FUSED for p in params)
             steps = [self.state[p]["step"].to(p.device if fused else "cpu") - 1 for p in own]  # it counts for itself
             adamw(
-                *(params, [local(p.grad) for p in own], *averages, [], steps),  # type: ignore[arg-type]
+                params,
+                [local(p.grad) for p in own],  # type: ignore[arg-type]
+                *averages,
+                max_exp_avg_sqs=[],
+                state_steps=steps,
                 fused=fused,
                 foreach=False,
                 amsgrad=False,

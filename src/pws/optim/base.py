@@ -16,19 +16,21 @@ from torch.optim import Optimizer
 
 from pws.errors import PwsError
 from pws.kernels import Layer
-from pws.mark import Mark, adopt
+from pws.mark import Mark, adopt, kernel_of
 from pws.optim.in_backward import REFUSAL, StepInBackward
 from pws.optim.layout import centre, filters, filters_shape, same_layout
 from pws.optim.moving import Moving
 from pws.optim.sharding import check_sharding, like, local
 from pws.param_groups import Group, Member, param_groups
-from pws.standardize import constants, standardize, swap_channels
+from pws.standardize import constants, swap_channels
 
 Groups = Iterable[dict[str, Any]]
 Peaks = tuple[float, float, float]
-ROUNDING: Final = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+ROUNDING: Final = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """How far a kernel and its latents may be apart by rounding, in units of the largest entry."""
-WANTED: Final = "an optimizer of pws.optim takes the model, or groups from pws.param_groups(model, lr=...), which tell what is standardized"
+WANTED: Final = (
+    "an optimizer of pws.optim takes the model, or groups from pws.param_groups, which tell what is standardized"
+)
 
 
 class StandardizingOptimizer(Optimizer):
@@ -58,7 +60,7 @@ class StandardizingOptimizer(Optimizer):
         self._watch()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure` returns, which is called first, if given.
 
         Raises:
@@ -91,8 +93,8 @@ class StandardizingOptimizer(Optimizer):
         group = param_group if isinstance(param_group, Group) else None
         if group is None and param_group.get("standardized") is not False:
             raise PwsError(
-                f"{WANTED}; got {_what(param_group)}. Pass pws.param_groups(part, lr=...) of each part of the model that has settings "
-                "of its own. Parameters that no layer holds join as {'params': [...], 'standardized': False}."
+                f"{WANTED}; got {_what(param_group)}. Pass pws.param_groups(part, lr=...) of each part of the model that has "
+                "settings of its own. Parameters that no layer holds join as {'params': [...], 'standardized': False}."
             )
         super().add_param_group(dict(param_group))
         for parameter in self.param_groups[-1]["params"]:
@@ -125,17 +127,20 @@ class StandardizingOptimizer(Optimizer):
                 "Shard, cast or replace parameters first, then make the optimizer."
             )
         raise PwsError(
-            f"the gradient of {self.members[parameter].name!r} is sparse, and pws.optim takes dense ones. Make the embedding with "
-            "sparse=False, or give it an optimizer of its own."
+            f"the gradient of {self.members[parameter].name!r} is sparse, and pws.optim takes dense ones. Make the embedding "
+            "with sparse=False, or give it an optimizer of its own."
         )
 
     def bias_of(self, weight: Tensor, groups: dict[Tensor, dict[str, Any]]) -> Tensor | None:
         """The bias that moves with a marked weight, in one layer; None if it has none, or one with other settings."""
         bias = self.layers[weight].get("bias")
-        if bias is None or bias not in groups:
+        if bias is None or bias not in groups or not self._is_one_a_filter(bias, weight):
             return None
         alike = all(groups[bias].get(key) == groups[weight].get(key) for key in self.SHARED)
         return bias if alike else None
+
+    def _is_one_a_filter(self, bias: Tensor, weight: Tensor) -> bool:
+        return bias.is_contiguous() and bias.shape == filters_shape(weight, self.members[weight])[:1]
 
     def layer(self, weight: Tensor, bias: Tensor | None, moments: tuple[str, ...]) -> Layer:
         """A marked layer, ready to be moved; its latents are adopted where they are not the kernel's."""
@@ -239,16 +244,21 @@ class StandardizingOptimizer(Optimizer):
         own = list(chain.from_iterable(group["params"] for group in self.param_groups))
         states = {parameter: state_dict["state"].get(key, {}) for key, parameter in zip(saved, own, strict=False)}
         for parameter, state in states.items():
-            w = state.get("w")
-            if isinstance(w, Tensor) and w.numel() != parameter.numel():
+            w, wanted = state.get("w"), filters_shape(parameter, self.members[parameter])
+            if isinstance(w, Tensor) and w.shape != wanted:
                 raise PwsError(
-                    f"the state holds a weight of shape {tuple(w.shape)} for {self.members[parameter].name!r}, which has "
-                    f"{tuple(parameter.shape)}. It is of another model, or the layers come in another order."
+                    f"the state holds filters of shape {tuple(w.shape)} for {self.members[parameter].name!r}, which has "
+                    f"{tuple(wanted)}. It is of another model, or the layers come in another order."
                 )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.update({key: value for key, value in self.defaults.items() if key not in group})
         self._versions.clear()
         self.plans.clear()
         for parameter, state in states.items():
+            if ("w" in state) != (self.members[parameter].mark is not None):
+                self.state.pop(parameter, None)  # averages of a weight that was marked then and is not now, or the reverse
+                continue
             for name, value in state.items():
                 loaded = self.state[parameter][name]
                 if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != loaded.dtype:
@@ -271,7 +281,7 @@ def _is_kernel_of(state: dict[str, Tensor], mark: Mark, kernel: Tensor) -> bool:
     w, alpha = local(state["w"]), local(state["alpha"])
     if w.shape != kernel.shape:
         return False
-    wanted = standardize(w, alpha, gain=mark.gain, gamma=mark.gamma, relative_gamma=mark.relative_gamma)
+    wanted = kernel_of(w, alpha, mark)
     size = kernel.abs().amax() if kernel.numel() else 0.0
     return bool(((wanted - kernel).abs() <= ROUNDING[kernel.dtype] * size).all())
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pws.clip_grad import peak_lr
 
 
 def factors_of(squares: Tensor, bound: float | None) -> Tensor:
@@ -20,3 +23,10 @@ def by_layer(squares: Tensor, layers: Sequence[int]) -> Tensor:
     numbers = {layer: i for i, layer in enumerate(dict.fromkeys(layers))}
     index = torch.tensor([numbers[layer] for layer in layers], device=squares.device)
     return squares.new_zeros(len(numbers)).index_add_(0, index, squares)[index]
+
+
+def ahead_of(group: Mapping[str, Any]) -> float:
+    """The largest rate of a group's schedule over its present one: a step that is measured at the largest rate shrinks with the
+    schedule even where it is cut to the bound."""
+    lr = float(group["lr"])
+    return peak_lr(group) / lr if lr > 0 else 1.0

@@ -62,6 +62,12 @@ class StepInBackward:
             self._take(list(self._arrived.pop(id(layer))))
 
     def _take(self, parameters: list[Tensor]) -> None:
-        self._move(parameters)
+        try:
+            self._move(parameters)
+        except PwsError:
+            # The backward pass ends here, and whoever catches this starts another.
+            self._arrived.clear()
+            self._moved.clear()
+            raise
         for parameter in parameters:
             parameter.grad = None

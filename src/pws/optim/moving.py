@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pws.errors import PwsError
 from pws.kernels import Layer, Step, chosen, steps_of
-from pws.optim.bound import by_layer, factors_of
+from pws.optim.bound import ahead_of, by_layer, factors_of
 from pws.optim.sharding import local, sum_over_shards
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Moving:
             return
         after = [local(p) for p in self.plain]
         changes = [new - old for new, old in zip(after, before, strict=True)]
-        factors = self.plain_factors(changes, [1.0] * len(changes), bound)
+        factors = self.plain_factors(changes, [ahead_of(self.groups[p]) for p in self.plain], bound)
         for new, old, change, factor in zip(after, before, changes, factors, strict=True):
             new.copy_(torch.where(factor < 1, old + change * factor.to(new.device, new.dtype), new))
 
@@ -104,7 +104,7 @@ def moving(
         return None
     key = (moments, *map(id, groups))
     now = optimizer.plans.get(key)
-    if now is None or not _is_current(now, optimizer):
+    if now is None or not _is_current(now, optimizer, groups):
         if len(optimizer.plans) > MOST_PLANS * len(optimizer.members):
             optimizer.plans.clear()
         now = optimizer.plans[key] = _plan(optimizer, moments, groups)
@@ -112,7 +112,7 @@ def moving(
     for weight, bias, layer in zip(now.weights, now.biases, now.layers, strict=True):
         layer.rates, layer.peaks = optimizer.rates(weight, groups[weight], None if bias is None else groups[bias])
         layer.grad = optimizer.gradient(weight, layer)
-        layer.bias_grad = None if bias is None else local(_grad(bias))
+        layer.bias_grad = None if bias is None else local(_grad(bias)).to(bias.dtype).contiguous()
     return now
 
 
@@ -126,10 +126,11 @@ def _plan(optimizer: StandardizingOptimizer, moments: tuple[str, ...], groups: G
     return Moving(weights, biases, layers, steps_of(layers), plain, numbers, chosen(), groups)
 
 
-def _is_current(now: Moving, optimizer: StandardizingOptimizer) -> bool:
+def _is_current(now: Moving, optimizer: StandardizingOptimizer, groups: Groups) -> bool:
     """Whether nobody else has written to the kernels or moved them, and their gradients are as they were."""
     return now.implementation == chosen() and all(
         optimizer.is_ours(weight)
+        and bias is optimizer.bias_of(weight, groups)
         and layer.grad_dtype == _grad(weight).dtype
         and (layer.is_copy or layer.kernel.data_ptr() == local(weight).data_ptr())
         and (bias is None or layer.bias is None or layer.bias.data_ptr() == local(bias).data_ptr())
@@ -139,9 +140,9 @@ def _is_current(now: Moving, optimizer: StandardizingOptimizer) -> bool:
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:
     """The length of each tensor, in float32 at least, on the device of the first."""
-    norms = torch._foreach_norm(list(tensors))
-    wide = torch.promote_types(norms[0].dtype, torch.float32)
-    return torch.stack([norm.to(norms[0].device, wide) for norm in norms])
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    norms = torch._foreach_norm(list(tensors), 2, wide)
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -20,15 +20,15 @@ from pws.optim.sharding import local
 class SGD(StandardizingOptimizer):
     """`torch.optim.SGD` that keeps the weights of marked layers standardized, and bounds the step of every layer.
 
-    With the gradient `G` of a marked layer's weight, its kernel `c alpha (w - m) r`, `h = (w - m) r`, `r = 1 / sqrt(v + gamma)`:
+    With the gradient `G` of a marked layer's weight, its kernel `c alpha h`, `h = (w - m) r`, `r = 1 / sqrt(v + gamma)`:
 
         d alpha_o = c sum(G_o h_o),      d w_o = c alpha_o r_o (G_o - mean(G_o) - h_o mean(G_o h_o))
         f = min(1, step_bound / sqrt((lr |d w|)^2 + (lr |d alpha|)^2 + (lr |d bias|)^2)),      lr the largest of its schedule
         w, alpha, bias <- SGD with f times these gradients; weight decay acts on w
         weight <- c alpha (w - m) r
 
-    the same as SGD on the layer form (`pws.Conv2d`) behind `pws.clip_grad`. Unmarked layers are moved as `torch.optim.SGD` moves
-    them, their gradients bounded in the same way.
+    the same as SGD on the layer form (`pws.Conv2d`) behind `pws.clip_grad`. Unmarked layers are moved as `torch.optim.SGD`
+    moves them, their gradients bounded in the same way.
 
     The state of a marked weight holds `w` (filters first: `(out_channels, ...)`), `alpha` `(out_channels,)` and their momentum,
     in float32 (float64 for float64 models): for half-precision models they are the master weights.
@@ -76,6 +76,7 @@ class SGD(StandardizingOptimizer):
         super().__init__(params, {**defaults, "scale_lr_factor": 1.0}, step_bound, step_in_backward)
 
     def move(self, parameters: Iterable[Tensor] | None) -> None:
+        """See `StandardizingOptimizer`."""
         moments = ("momentum_buffer",) if any(group["momentum"] for group in self.param_groups) else ()
         now = moving(self, moments, parameters)
         if now is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -14,7 +15,7 @@ from pws.errors import PwsError, one_line
 from pws.kernels.reference import ReferenceStep, rows, write_kernel
 from pws.optim.adamw import TAKEN_BOUND
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer
-from pws.optim.bound import by_layer, factors_of
+from pws.optim.bound import ahead_of, by_layer, factors_of
 from pws.optim.moving import moving, norms_of
 from pws.optim.sharding import is_sharded
 
@@ -40,9 +41,9 @@ class Wrapped(StandardizingOptimizer):
         Wrapped(model, torch.optim.RMSprop, lr=0.01)
         Wrapped(model, torch.optim.Muon, lr=0.02, scales=partial(torch.optim.AdamW, lr=1e-3))
 
-    The inner optimizer sees each marked weight as the matrix `w` `(out_channels, fan_in)`, with the gradient of `pws.optim.SGD`;
-    alpha without decay; and every plain parameter as it is. Its step `D` of a layer is cut to `f D`, `f = min(1, step_bound / |D|)`,
-    then the kernel is made from `w` and alpha.
+    The inner optimizer sees each marked weight as the matrix `w` `(out_channels, fan_in)`, with the gradient of
+    `pws.optim.SGD`; alpha without decay; and every plain parameter as it is. Its step `D` of a layer is cut as that of `pws.optim.AdamW` is; then
+    the kernel is made from `w` and alpha.
 
     The state of a marked weight holds `w` (filters first), `alpha`, what the inner optimizer keeps of `w`, and of alpha under
     `alpha_...`. Groups are ours: a scheduler changes them, and the inner optimizer follows.
@@ -93,7 +94,9 @@ class Wrapped(StandardizingOptimizer):
         main: list[tuple[dict[str, Any], int, bool]] = []
         rest: list[tuple[dict[str, Any], int, bool]] = []
         for number, group in enumerate(self.param_groups):
-            matrices, others, alphas = [], [], []
+            matrices: list[Tensor] = []
+            others: list[Tensor] = []
+            alphas: list[Tensor] = []
             for parameter in group["params"]:
                 if is_sharded(parameter):
                     raise PwsError(
@@ -155,7 +158,10 @@ class Wrapped(StandardizingOptimizer):
         self._set_rates()
         for inner in self._inner:
             inner.step()
-        self._cut(moved, before, [id(self.layers[owner]) for owner in owners])
+        for part in chain.from_iterable(self._latents[weight] for weight in now.weights):
+            part.grad = None  # a layer without gradient in the next step must not move
+        ahead = [ahead_of(now.groups[owner]) for owner in owners]
+        self._cut(moved, before, [id(self.layers[owner]) for owner in owners], ahead)
         for layer in now.layers:
             write_kernel(layer)
         self.written(now)
@@ -175,20 +181,20 @@ class Wrapped(StandardizingOptimizer):
             factor = group["scale_lr_factor"] if follower.is_alpha else 1.0
             if follower.own is not None:
                 start = follower.own
-                follower.inner["lr"] = (
-                    start["inner"] * factor * (group["lr"] / start["outer"] if start["outer"] else 1.0)
-                )
-                continue
-            follower.inner.update({key: value for key, value in group.items() if key not in OURS})
-            follower.inner["lr"] = group["lr"] * factor
-            if follower.is_alpha:
-                follower.inner["weight_decay"] = 0.0
+                lr = start["inner"] * (group["lr"] / start["outer"] if start["outer"] else 1.0)
+            else:
+                follower.inner.update({key: value for key, value in group.items() if key not in OURS})
+                lr = group["lr"]
+            follower.inner["lr"] = lr * factor
+            follower.inner["weight_decay"] = 0.0 if follower.is_alpha else group["weight_decay"]
 
-    def _cut(self, moved: list[Any], before: list[Tensor], layers: list[int]) -> None:
+    def _cut(self, moved: list[Any], before: list[Tensor], layers: list[int], ahead: list[float]) -> None:
         if self.step_bound is None:
             return
         changes = [new.detach() - old for new, old in zip(moved, before, strict=True)]
-        factors = factors_of(by_layer(norms_of(changes).square(), layers), self.step_bound)
+        norms = norms_of(changes)
+        squares = (norms * norms.new_tensor(ahead)).square()
+        factors = factors_of(by_layer(squares, layers), self.step_bound)
         for new, old, change, factor in zip(moved, before, changes, factors, strict=True):
             new.copy_(torch.where(factor < 1, old + change * factor.to(new.device, new.dtype), new))
 
@@ -208,6 +214,8 @@ class Wrapped(StandardizingOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `StandardizingOptimizer`."""
         super().load_state_dict(state_dict)
+        for inner in self._inner:
+            inner.state.clear()
         for parameter, state in self.state.items():
             if parameter not in self._latents:
                 self._holder(parameter).state[parameter] = state
@@ -233,6 +241,6 @@ def _make(make: MakeOptimizer, groups: list[dict[str, Any]], settings: dict[str,
     except (ValueError, TypeError, AssertionError) as error:
         name = getattr(make, "__name__", type(make).__name__)
         raise PwsError(
-            f"the optimizer {name} refuses its parameters or settings {settings}: {one_line(error)}. An optimizer of matrices only, such "
-            "as Muon, needs scales=, a second one for alpha and biases."
+            f"the optimizer {name} refuses its parameters or settings {settings}: {one_line(error)}. An optimizer of "
+            "matrices only, such as Muon, needs scales=, a second one for alpha and biases."
         ) from error

@@ -46,7 +46,8 @@ def _class_of(name: str) -> type[Optimizer]:
     if name != "muon":
         return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
     try:
-        from timm.optim.muon import Muon  # torch's takes matrices only; this one convolutions too, and AdamW for the rest
+        # torch's takes matrices only; timm's convolutions too, and AdamW for the rest.
+        from timm.optim.muon import Muon
     except ImportError as error:
         raise PwsError("the optimizer muon is timm's: pip install 'pws-torch[models]'.") from error
     found: type[Optimizer] = Muon

@@ -11,10 +11,11 @@ from multiprocessing import get_context
 from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from pws.bench.speed.networks import backend_of, network
+from pws.bench.speed.memory import kept_by, peak_of
+from pws.bench.speed.networks import network, optimizer_of, step_of
 from pws.bench.speed.suite import Case
 from pws.surgery import fold
 
@@ -29,6 +30,16 @@ class Step:
     model: nn.Module
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Of a step, in bytes."""
+
+    kept: int
+    """The tensors kept for the backward pass."""
+    peak: int
+    """The most that is there at once, beyond what is there before it: gradients too, parameters and momentum not."""
+
+
 class Contestant(Protocol):
     """One row, wherever it runs."""
 
@@ -38,8 +49,8 @@ class Contestant(Protocol):
     def time(self, steps: int) -> float:
         """Seconds of a step, the mean over `steps`."""
 
-    def memory(self) -> int:
-        """`Measured.memory`."""
+    def memory(self) -> Memory:
+        """What a step needs."""
 
 
 class Here:
@@ -56,7 +67,7 @@ class Here:
 
     def time(self, steps: int) -> float:
         """See `Contestant`."""
-        with backend_of(self.row):
+        with step_of(self.row):
             _wait()
             started = time.perf_counter()
             for _ in range(steps):
@@ -64,18 +75,12 @@ class Here:
             _wait()
             return (time.perf_counter() - started) / steps
 
-    def memory(self) -> int:
+    def memory(self) -> Memory:
         """See `Contestant`."""
-        with backend_of(self.row):
-            if torch.cuda.is_available():
-                self._step.model.zero_grad()  # a step starts by letting go of the gradients of the one before
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                self._step.run()
-                return torch.cuda.max_memory_allocated() - before
-            with _kept(self._step.model) as kept:
-                self._step.run()
-            return sum(kept.values())
+        with step_of(self.row):
+            self._step.model.zero_grad()  # a step starts by letting go of the gradients of the one before
+            peak = peak_of(self._step.run)
+            return Memory(kept_by(self._step.run, self._step.model), peak)
 
 
 class Apart:
@@ -97,7 +102,7 @@ class Apart:
         """See `Contestant`."""
         return self._pool.submit(_time, steps).result()
 
-    def memory(self) -> int:
+    def memory(self) -> Memory:
         """See `Contestant`."""
         return self._pool.submit(_memory).result()
 
@@ -146,7 +151,7 @@ def _time(steps: int) -> float:
     return _here.time(steps)
 
 
-def _memory() -> int:
+def _memory() -> Memory:
     return _here.memory()
 
 
@@ -167,7 +172,7 @@ def _step(case: Case, row: str) -> Step:
                 run(images)
 
         return Step(infer, model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    optimizer = optimizer_of(row, model, fused=case.optimizer == "sgd-fused")
     run = torch.compile(model) if case.compile else model
 
     def train() -> None:
@@ -183,19 +188,3 @@ def _step(case: Case, row: str) -> Step:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Address to bytes of what autograd keeps, without the parameters."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept

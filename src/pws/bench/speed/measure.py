@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Final
 
-import torch
-
 from pws.bench.speed.contestants import Contestant, contestants_of
-from pws.bench.speed.networks import BACKENDS, TOGETHER
+from pws.bench.speed.networks import WAYS
 from pws.bench.speed.suite import Case, Suite
 
 ROUNDS: Final = (3, 200)
@@ -24,16 +22,15 @@ class Measured:
 
     seconds: tuple[float, ...]
     """Of each round."""
-    memory: int
-    """Bytes: on a GPU the peak of a step above what was there before it; on a CPU the tensors kept for the backward pass."""
+    kept: int
+    """`Memory.kept`."""
+    peak: int
+    """`Memory.peak`."""
 
 
 def rows_of(case: Case, rows: Sequence[str]) -> list[str]:
-    """Those of `rows` that differ in this case: a compiled or folded network does not use the kernel backends, and standardizes
-    together where it is compiled for a GPU only."""
-    compiled = case.compile or case.task == "inference"
-    apart = case.task == "train" and (not case.compile or torch.cuda.is_available())
-    return [row for row in rows if not (row in BACKENDS and compiled) and (row != TOGETHER or apart)]
+    """Those of `rows` that differ in this case: folded, pws is one network, in whatever way it was trained."""
+    return [row for row in rows if case.task == "train" or row not in WAYS]
 
 
 def measure_case(case: Case, suite: Suite, say: Callable[[str], None]) -> dict[str, Measured]:
@@ -44,7 +41,7 @@ def measure_case(case: Case, suite: Suite, say: Callable[[str], None]) -> dict[s
     for _ in range(suite.lives):
         with contestants_of(rows) as contestants:
             lives.append(measure_rounds(case, contestants, suite.seconds / suite.lives, say))
-    return {row: Measured(tuple(s for life in lives for s in life[row].seconds), lives[-1][row].memory) for row in rows}
+    return {row: replace(lives[-1][row], seconds=tuple(s for life in lives for s in life[row].seconds)) for row in rows}
 
 
 def measure_rounds(
@@ -66,4 +63,5 @@ def measure_rounds(
         for i in range(len(rows)):
             row = rows[(number + i) % len(rows)]  # each follows each other one: caches are left differently
             taken[row].append(contestants[row].time(repeats[row]))
-    return {row: Measured(tuple(taken[row]), contestants[row].memory()) for row in rows}
+    say(f"{case}: memory")
+    return {row: Measured(tuple(taken[row]), **asdict(contestants[row].memory())) for row in rows}

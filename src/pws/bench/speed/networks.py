@@ -10,43 +10,56 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pws import kernels
+import pws
 from pws.errors import UnknownNameError
+from pws.mark import marked
 from pws.methods import METHODS, Method, build_method
 from pws.models import MODELS, build_model, model_of
-from pws.together import standardize_together
+from pws.surgery.standardized import to_layers
 
 FORMULA: Final = "formula"
-BACKENDS: Final = {f"pws {name}": name for name in kernels.BACKENDS}
-"""Rows that are `pws` with one kernel backend."""
-TOGETHER: Final = "pws together"
-"""The row that is `pws` with `pws.standardize_together`."""
+LAYERS: Final = "pws layers"
+"""The layer form: `pws.Conv2d` and its kin, which compute their kernel in the forward pass."""
+IN_BACKWARD: Final = "pws in backward"
+"""`pws` with `step_in_backward=True`."""
+REFERENCE: Final = "pws reference"
+"""`pws` with the step in stock operators."""
+WAYS: Final = (LAYERS, IN_BACKWARD, REFERENCE)
+"""Rows that are `pws` trained in another way."""
+SETTINGS: Final = {"lr": 1e-4, "momentum": 0.9}
 
 
 def check_row(row: str) -> None:
     """Raise `UnknownNameError` unless `row` names a method, the formula or pws in one of its ways."""
-    known = [*METHODS, FORMULA, *BACKENDS, TOGETHER]
+    known = [*METHODS, FORMULA, *WAYS]
     if row not in known:
         raise UnknownNameError("row of a suite", row, known)
 
 
 @contextmanager
-def backend_of(row: str) -> Iterator[None]:
-    """The row's kernel backend, the automatic one for `pws`."""
-    with kernels.use(BACKENDS.get(row)):
+def step_of(row: str) -> Iterator[None]:
+    """The row's implementation of the step, the automatic one but for `pws reference`."""
+    with pws.kernels.use("reference" if row == REFERENCE else None):
         yield
+
+
+def optimizer_of(row: str, model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    """SGD with momentum: of `pws.optim` for marked layers, with its bound; torch's for others, fused or as it comes."""
+    if marked(model):
+        return pws.optim.SGD(model, **SETTINGS, step_in_backward=row == IN_BACKWARD)
+    return torch.optim.SGD(model.parameters(), **SETTINGS, fused=fused or None)
 
 
 def network(model: str, row: str, width: float = 1.0) -> nn.Module:
     """The architecture `model` with the method of `row`, 1000 classes."""
     torch.manual_seed(0)
-    method = _formula() if row == FORMULA else build_method("pws" if row in (*BACKENDS, TOGETHER) else row)
+    method = _formula() if row == FORMULA else build_method("pws" if row in WAYS else row)
     if model in MODELS:
         built: nn.Module = build_model(model, method, num_classes=1000, width=width)
     else:
         built = _swap(model_of(model), method)
-    if row == TOGETHER:
-        standardize_together(built)
+    if row == LAYERS:
+        to_layers(built)
     return built
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,20 @@ def images_table(result: Stored) -> str:
     return _table(result, text)
 
 
-def memory_table(result: Stored) -> str:
-    """MiB of a training step."""
+def kept_table(result: Stored) -> str:
+    """MiB that a training step keeps for its backward pass."""
+    return _memory_table(result, "kept")
 
+
+def peak_table(result: Stored) -> str:
+    """MiB that a step has at once, beyond what is there before it."""
+    return _memory_table(result, "peak")
+
+
+def _memory_table(result: Stored, kind: str) -> str:
     def text(case: Stored, row: str) -> str:
-        measured = case["rows"].get(row)
-        return f"{measured['memory'] / MIB:.0f}" if measured and measured["memory"] else "-"
+        found = case["rows"].get(row, {}).get(kind)
+        return f"{found / MIB:.0f}" if found else "-"
 
     return _table(result, text)
 
@@ -67,38 +75,30 @@ def markdown(result: Stored) -> str:
         ratio_table(result),
         "Images a second, median:",
         images_table(result),
-        "Memory in MiB: on a GPU the peak of a step, on a CPU the tensors kept for the backward pass.",
-        memory_table(result),
-        "The standardization of all kernels alone, beside a copy of the same bytes; the deviation is from float64, in units of "
-        "the largest entry.",
-        standardization_table(result),
+        "Memory in MiB: the tensors kept for the backward pass.",
+        kept_table(result),
+        "Memory in MiB: the most that a step has at once, beyond what is there before it (parameters, momentum): gradients and "
+        "kept tensors.",
+        peak_table(result),
+        "The optimizer's step alone on all weights, beside a copy of the same bytes (two streams); the deviation is from "
+        "float64, in units of the largest change.",
+        step_table(result),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def standardization_table(result: Stored) -> str:
-    """Each network's kernels through each backend."""
-    lines = _head(["network", "MiB", "copy, ms", "backend", "forward", "backward", "deviation"])
-    for network, alone in result["standardization"].items():
-        seconds = alone["seconds"]
-        for backend, deviation in alone["deviation"].items():
-            cells = [_beside(seconds[f"{backend} {way}"], seconds["copy"]) for way in ("forward", "backward")]
-            copied = f"{1e3 * statistics.median(seconds['copy']):.1f}"
-            cells = [
-                network.rpartition(":")[2],
-                f"{alone['bytes'] / MIB:.0f}",
-                copied,
-                backend,
-                *cells,
-                f"{deviation:.0e}",
-            ]
+def step_table(result: Stored) -> str:
+    """The optimizer's step on each network's weights: time, and the share of a copy's bandwidth that it gets."""
+    lines = _head(["network", "MiB", "step", "streams", "ms", "copies", "of a copy's bandwidth", "deviation"])
+    for network, alone in result["step"].items():
+        name, seconds = network.rpartition(":")[2], alone["seconds"]
+        for step, streams in alone["streams"].items():
+            copies = statistics.median(a / b for a, b in zip(seconds[step], seconds["copy"], strict=True))
+            cells = [name, f"{alone['bytes'] / MIB:.0f}", step, str(streams)]
+            cells += [f"{1e3 * statistics.median(seconds[step]):.1f}", f"{copies:.2f}", f"{streams / 2 / copies:.0%}"]
+            cells += [f"{alone['deviation']:.0e}" if step.startswith("pws") else "-"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _beside(seconds: Sequence[float], copied: Sequence[float]) -> str:
-    ratio = statistics.median(a / b for a, b in zip(seconds, copied, strict=True))
-    return f"{1e3 * statistics.median(seconds):.1f} ms, {ratio:.2f} copies"
 
 
 def _head(titles: Iterable[str]) -> list[str]:

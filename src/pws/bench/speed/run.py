@@ -10,7 +10,7 @@ from typing import Any
 
 from pws.bench.result import commit, read_result, write_result
 from pws.bench.speed.measure import measure_case, rows_of
-from pws.bench.speed.standardization import standardization_alone
+from pws.bench.speed.step_alone import step_alone
 from pws.bench.speed.suite import Suite
 
 Stored = dict[str, Any]
@@ -29,21 +29,21 @@ def run_suite(
         say: called with what is going on.
 
     Raises:
-        PwsError: a kernel backend deviates from the float64 formula.
+        PwsError: the step deviates from float64.
     """
-    old: Stored = read_result(path, "cases") or {"cases": [], "standardization": {}}
+    old: Stored = read_result(path, "cases") or {"cases": []}
     content: Stored = {
         "suite": suite.name,
         "title": suite.title,
         "rows": suite.rows,
-        "standardization": {},
+        "step": {},
         "cases": [],
     }
     for model, width in dict.fromkeys((case.model, case.width) for case in suite.cases):
         name = f"{model} x {width:g}"
-        say(f"{name}: the standardization alone")
-        kept = old["standardization"].get(name)
-        content["standardization"][name] = kept or standardization_alone(model, width, 30 if suite.seconds > 5 else 5)
+        say(f"{name}: the step alone")
+        kept = old.get("step", {}).get(name)
+        content["step"][name] = kept or step_alone(model, width, 30 if suite.seconds > 5 else 5)
     for case in suite.cases:
         settings, wanted = asdict(case), rows_of(case, suite.rows)
         kept = next((c for c in old["cases"] if c["settings"] == settings and list(c["rows"]) == wanted), None)

@@ -19,6 +19,8 @@ from pws.errors import PwsError, UnknownNameError
 KEYS: Final = ("title", "rows", "seconds", "lives", "cases")
 DEFAULTS: Final = {"seconds": 30.0, "lives": 3}
 TASKS: Final = ("train", "inference")
+OPTIMIZERS: Final = {"sgd": "", "sgd-fused": "fused SGD"}
+"""To words; nothing for torch's SGD as it comes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Case:
     pixels: int
     task: str = "train"
     """`train`: a step of SGD with momentum; `inference`: a forward pass in eval mode, pws folded."""
+    optimizer: str = "sgd"
+    """torch's SGD of the rows without a step of their own, as it comes or fused; that of pws is the same beside both."""
     width: float = 1.0
     """Of our networks."""
     compile: bool = False
@@ -44,8 +48,8 @@ class Case:
         """In words."""
         name = self.model.rpartition(":")[2] + ("" if self.width == 1 else f" x {self.width:g}")
         flags = [flag for flag in ("compile", "autocast", "channels_last") if getattr(self, flag)]
-        words = [name, f"batch {self.batch}", f"{self.pixels} px", *flags]
-        return ", ".join([*words, "inference"] if self.task == "inference" else words)
+        last = "inference" if self.task == "inference" else OPTIMIZERS[self.optimizer]
+        return ", ".join([name, f"batch {self.batch}", f"{self.pixels} px", *flags, *([last] if last else [])])
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def _cases(path: Path, settings: dict[str, Any]) -> Iterator[Case]:
             raise PwsError(f"{path}: a case needs model, batch and pixels; got {settings}.") from error
         if case.task not in TASKS:
             raise UnknownNameError(f"task in {path}:", case.task, TASKS)
+        if case.optimizer not in OPTIMIZERS:
+            raise UnknownNameError(f"optimizer in {path}:", case.optimizer, OPTIMIZERS)
         yield case
 
 

@@ -1,0 +1,138 @@
+"""The optimizer's step alone: checked against float64, then timed beside torch's SGD and a copy of the same bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+import pws
+from pws.bench.speed.networks import SETTINGS, network
+from pws.errors import PwsError
+from pws.mark import Mark, adopt, mark_of
+
+STREAMS: Final = {"copy": 2, "torch SGD": 8, "torch SGD, fused": 5, "pws SGD": 8}
+"""How often each reads or writes all weights. With momentum and without decay, torch's SGD as it comes takes three operators
+(11 streams with decay); that of pws reads gradient and `w`, then those and the momentum, and writes `w`, momentum and kernel."""
+PARITY: Final = 1e-4
+"""The largest deviation from float64 allowed, in units of the largest change of a tensor."""
+LR: Final = 0.1
+"""At which the step is checked: it moves weights far beyond their rounding, which a small one does not."""
+BOUND: Final = 1.0
+"""At which the step is checked: layers of more than a hundred weights reach it."""
+CACHES: Final = 2**30
+"""Bytes, several times what a GPU's caches hold."""
+AHEAD: Final = 20_000_000
+"""Cycles of a GPU, about ten milliseconds."""
+
+
+def step_alone(model: str, width: float, rounds: int) -> dict[str, Any]:
+    """All weights of a network: deviation from float64, and seconds of each round of each step, and of a copy.
+
+    Raises:
+        PwsError: the step deviates: then it is not worth timing.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    built = network(model, "pws", width).to(device)
+    for parameter in built.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    deviation = _checked(built)
+    weights = [parameter.detach() for parameter in built.parameters()]
+    targets = [torch.empty_like(weight) for weight in weights]
+    ways: dict[str, Callable[[], Any]] = {
+        "copy": lambda: torch._foreach_copy_(targets, weights),
+        "torch SGD": torch.optim.SGD(_copies(built), **SETTINGS).step,
+        "torch SGD, fused": torch.optim.SGD(_copies(built), **SETTINGS, fused=True).step,
+        "pws SGD": pws.optim.SGD(built, **SETTINGS).step,
+    }
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds + 1):
+        for way, run in ways.items():
+            taken[way].append(_timed(run))
+    return {
+        "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
+        "deviation": deviation,
+        "streams": STREAMS,
+        "seconds": {name: values[1:] for name, values in taken.items()},  # the first round warms up
+    }
+
+
+def _copies(model: nn.Module) -> list[Tensor]:
+    """The parameters in memory of their own, with the same gradients."""
+    copies: list[Tensor] = []
+    for parameter in model.parameters():
+        copies.append(nn.Parameter(parameter.detach().clone()))
+        copies[-1].grad = parameter.grad
+    return copies
+
+
+def _checked(model: nn.Module) -> float:
+    """The largest deviation of two steps from float64, in units of each tensor's largest change."""
+    layers = [(module, found) for module in model.modules() if (found := mark_of(module)) is not None]
+    before = [[p.detach().clone() for p in layer.parameters()] for layer, _ in layers]
+    optimizer = pws.optim.SGD(model, lr=LR, momentum=0.9, step_bound=BOUND)
+    for _ in range(2):
+        optimizer.step()
+    largest = max(_deviation(layer, mark, old) for (layer, mark), old in zip(layers, before, strict=True))
+    if not largest < PARITY:
+        raise PwsError(
+            f"the step deviates from float64 by {largest:.1e} of the largest change, and {PARITY:g} is allowed: its times "
+            "would mean nothing. Run the project's tests here, and report what they say."
+        )
+    return largest
+
+
+def _deviation(layer: nn.Module, mark: Mark, before: list[Tensor]) -> float:
+    """Of one layer, whose tensors were `before` two steps ago."""
+    names = [name for name, _ in layer.named_parameters()]
+    start = {name: tensor.double() for name, tensor in zip(names, before, strict=True)}
+    expected = _two_steps(
+        start, {name: p.grad.double() for name, p in layer.named_parameters() if p.grad is not None}, mark
+    )
+    found = []
+    for name, parameter in layer.named_parameters():
+        change = (expected[name] - start[name]).abs().max()
+        found.append(float((parameter.detach().double() - expected[name]).abs().max() / change))
+    return max(found)
+
+
+def _two_steps(start: dict[str, Tensor], grads: dict[str, Tensor], mark: Mark) -> dict[str, Tensor]:
+    """A layer's weight and bias after two steps by autograd through `pws.standardize` and torch's SGD, in float64."""
+    w, alpha = (latent.requires_grad_() for latent in adopt(start["weight"], mark))
+    rest = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items() if name != "weight"}
+    moved = [w, alpha, *rest.values()]
+    optimizer = torch.optim.SGD(moved, lr=LR, momentum=0.9)
+
+    def kernel() -> Tensor:
+        return pws.standardize(w, alpha, gain=mark.gain, gamma=mark.gamma, relative_gamma=mark.relative_gamma)
+
+    for _ in range(2):
+        found = [*torch.autograd.grad(kernel(), (w, alpha), grads["weight"]), *(grads[name] for name in rest)]
+        length = LR * torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
+        for tensor, gradient in zip(moved, found, strict=True):
+            tensor.grad = gradient * (BOUND / length).clamp(max=1)
+        optimizer.step()
+    return {"weight": kernel().detach(), **{name: tensor.detach() for name, tensor in rest.items()}}
+
+
+def _timed(run: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        return _timed_on_gpu(run)
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _timed_on_gpu(run: Callable[[], Any]) -> float:
+    """Between two events on the device, with cold caches. What the host takes shows in a step's time, not here."""
+    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.empty(CACHES, dtype=torch.int8, device="cuda").zero_()
+    torch.cuda._sleep(AHEAD)  # while the host asks for all that is timed
+    started.record()
+    run()
+    ended.record()
+    torch.cuda.synchronize()
+    return float(started.elapsed_time(ended)) / 1e3
