@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numba import carray, njit, prange, types
 from numba.core import cgutils
+from numba.core.config import NUMBA_NUM_THREADS
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -89,15 +90,16 @@ class CpuStep:
         return torch.from_numpy(np.add.reduceat(self._filters[:, SQUARE], starts, dtype=np.float32))
 
     def _run(self, loop: Any, *more: Any) -> None:
+        threads = torch.get_num_threads()
         with _lock:
             before = numba.get_num_threads()
-            numba.set_num_threads(
-                max(1, min(torch.get_num_threads(), len(self._chunks), numba.config.NUMBA_NUM_THREADS))
-            )
+            numba.set_num_threads(max(1, min(threads, len(self._chunks), NUMBA_NUM_THREADS)))
             try:
                 loop(self._at, self._counts, self._numbers, self._chunks, *more)
             finally:
                 numba.set_num_threads(before)
+                if torch.get_num_threads() != threads:  # numba's first launch sets it for all of OpenMP, torch's part too
+                    torch.set_num_threads(threads)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,9 @@ from pws.optim.bound import ahead_of, factors_of
 from pws.optim.moving import FUSED, Moving, moving
 from pws.optim.sharding import local
 
-TAKEN_BOUND = 0.03
-"""The longest step of a layer, as it is taken."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
+TAKEN_BOUND: Final = 0.05
+"""The longest step of a layer, as it is taken. (SGD's bound is on the gradient's step: momentum makes it longer.)"""
+MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(StandardizingOptimizer):
