@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import pws
 
@@ -96,24 +93,3 @@ def test_a_change_of_global_state_would_be_seen() -> None:
     )
     changed = {key for key, value in json.loads(before).items() if json.loads(after)[key] != value}
     assert changed == {"warnings", "random"}
-
-
-README = (Path(__file__).parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_the_readme_examples_run(example: str) -> None:
-    scope: dict[str, object] = {}
-    exec(example, scope)
-    model = scope["model"]
-    assert isinstance(model, torch.nn.Module)
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("index", "training"))])
-def test_links_and_pictures_of_a_page_exist(page: str) -> None:
-    path = Path(__file__).parents[1] / page
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
-    assert targets
-    assert [target for target in targets if not (path.parent / target).exists()] == []

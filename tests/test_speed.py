@@ -11,22 +11,24 @@ import torch
 from torch import nn
 
 import pws
-from pws.bench.speed import measure, standardization
+from pws.bench.speed import measure
 from pws.bench.speed.contestants import Here
 from pws.bench.speed.measure import ROUNDS, measure_rounds
-from pws.bench.speed.networks import FormulaConv2d, network
+from pws.bench.speed.memory import peak_of
+from pws.bench.speed.networks import FormulaConv2d, network, optimizer_of, step_of
 from pws.bench.speed.pictures import quartiles
+from pws.bench.speed.step_alone import step_alone
 from pws.bench.speed.suite import Case, load_suite, shipped_suites
 from pws.cli import main
 from pws.errors import PwsError
 
 TINY = """
 title: tiny
-rows: [none, pws aten, pws, pws together]
+rows: [none, pws, pws in backward]
 seconds: 0.1
 lives: 1
 cases:
-  - {model: stack4, batch: [1, 2], pixels: 16, width: 0.125}
+  - {model: stack4, batch: 2, pixels: 16, width: 0.125, optimizer: [sgd, sgd-fused]}
   - {model: stack4, batch: 2, pixels: 16, width: 0.125, task: inference}
 """
 
@@ -40,20 +42,21 @@ def test_the_shipped_suites() -> None:
         "modes",
         "resnet50",
         "scaling",
-        "together",
+        "small",
     ]
-    assert [len(load_suite(name).cases) for name in shipped_suites()] == [3, 3, 1, 6, 3, 4, 20, 3]
+    assert [len(load_suite(name).cases) for name in shipped_suites()] == [3, 3, 1, 6, 3, 7, 20, 4]
     for name in shipped_suites():
         assert 1 <= len(load_suite(name, quick=True).cases) <= 2
 
 
-@pytest.mark.parametrize("row", ["none", "bn", "gn", "wn", "nf", "formula", "pws"])
+@pytest.mark.parametrize("row", ["none", "bn", "gn", "wn", "nf", "formula", "pws", "pws layers"])
 @pytest.mark.parametrize("model", ["torchvision:resnet18", "timm:regnety_002"])
 def test_a_network_of_others_with_each_method(model: str, row: str) -> None:
     built = network(model, row)
     count = sum(isinstance(m, nn.BatchNorm2d) for m in built.modules())
     assert (count > 0) == (row == "bn")
-    assert any(isinstance(m, pws.Conv2d) for m in built.modules()) == (row == "pws")
+    assert bool(pws.marked(built)) == (row == "pws")
+    assert any(isinstance(m, pws.Conv2d) for m in built.modules()) == (row == "pws layers")
     assert built(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
 
 
@@ -64,9 +67,31 @@ def test_the_formula_is_the_papers() -> None:
     torch.testing.assert_close(layer(x), ours(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("row", ["pws", "pws layers", "pws in backward", "pws reference"])
+def test_each_way_of_pws_starts_as_the_same_network_and_trains(row: str) -> None:
+    model, x = network("stack4", row, 0.125), torch.randn(2, 3, 16, 16)
+    wanted = network("stack4", "pws", 0.125)(x)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    optimizer = optimizer_of(row, model, fused=True)
+    assert isinstance(optimizer, torch.optim.SGD if row == "pws layers" else pws.optim.SGD)
+    with step_of(row):
+        model(x).square().mean().backward()
+        assert all((p.grad is None) == (row == "pws in backward") for p in model.parameters())
+        optimizer.step()
+    assert not torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_rows_without_a_step_of_their_own_take_torchs_sgd_as_it_comes_or_fused(fused: bool) -> None:
+    optimizer = optimizer_of("bn", network("stack4", "bn", 0.125), fused=fused)
+    assert type(optimizer) is torch.optim.SGD
+    assert bool(optimizer.defaults["fused"]) == fused
+
+
 def test_what_is_kept_for_the_backward_pass() -> None:
     case = Case("stack4", batch=4, pixels=16, width=0.25)
-    measured = measure_rounds(case, {row: Here(row) for row in ("none", "bn", "pws")}, 0.01, lambda _: None)
+    rows = ("none", "bn", "pws", "pws layers", "pws in backward")
+    measured = measure_rounds(case, {row: Here(row) for row in rows}, 0.01, lambda _: None)
     outputs = 0
 
     def count(_: nn.Module, __: object, output: torch.Tensor) -> None:
@@ -80,11 +105,37 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     images = torch.randn(4, 3, 16, 16)
     plain(images)
     kept = outputs + 4 * images.numel()
-    assert kept <= measured["none"].memory < 1.2 * kept  # and the features, the logits, their softmax
-    assert measured["bn"].memory == pytest.approx(measured["none"].memory + outputs, rel=0.02)  # its inputs too
-    # The kernels, and a mean and a reciprocal root a filter.
-    kernels = 4 * sum(p.numel() + 2 * len(p) for p in plain.parameters() if p.dim() > 1)
-    assert measured["pws"].memory == measured["none"].memory + kernels
+    assert kept <= measured["none"].kept < 1.2 * kept  # and the features, the logits, their softmax
+    assert measured["bn"].kept == pytest.approx(measured["none"].kept + outputs, rel=0.02)  # its inputs too
+    assert measured["pws"].kept == measured["pws in backward"].kept == measured["none"].kept
+    kernels = 4 * sum(p.numel() for p in plain.parameters() if p.dim() > 1)
+    assert measured["pws layers"].kept == pytest.approx(measured["none"].kept + kernels, rel=0.1)  # and scales
+
+
+def test_the_peak_of_a_step() -> None:
+    case = Case("stack4", batch=2, pixels=8, width=0.25)  # of small images: gradients are most of it
+    measured = measure_rounds(
+        case, {row: Here(row) for row in ("none", "pws", "pws in backward")}, 0.01, lambda _: None
+    )
+    gradients = 4 * sum(p.numel() for p in network("stack4", "none", 0.25).parameters())
+    for row in ("none", "pws"):
+        assert gradients < measured[row].peak < gradients + 4 * measured[row].kept
+    assert measured["pws"].peak == pytest.approx(measured["none"].peak, rel=0.02)
+    assert measured["pws in backward"].peak < 0.9 * measured["none"].peak
+
+
+def test_the_peak_is_what_is_there_at_once() -> None:
+    before = torch.zeros(1000)
+
+    def run() -> None:
+        first = torch.ones(3000)
+        second = first[:2000] + before.sum()
+        del first
+        torch.ones(2500)
+        del second
+        torch.ones(4000)
+
+    assert peak_of(run) == pytest.approx(4 * (3000 + 2000), rel=0.05)  # small things come with it
 
 
 def test_a_suite_goes_on_where_it_stopped(
@@ -95,8 +146,8 @@ def test_a_suite_goes_on_where_it_stopped(
     assert main(arguments) == 0
     first = json.loads((tmp_path / "tiny.json").read_text())
     assert [case["case"] for case in first["cases"]] == [
-        "stack4 x 0.125, batch 1, 16 px",
         "stack4 x 0.125, batch 2, 16 px",
+        "stack4 x 0.125, batch 2, 16 px, fused SGD",
         "stack4 x 0.125, batch 2, 16 px, inference",
     ]
     assert list(first["cases"][2]["rows"]) == ["none", "pws"]
@@ -119,18 +170,20 @@ def test_a_suite_goes_on_where_it_stopped(
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = standardization.load
+def test_the_step_alone() -> None:
+    found = step_alone("stack4", 0.125, 2)
+    assert 0 < found["deviation"] < 1e-4
+    assert found["bytes"] == 4 * sum(p.numel() for p in network("stack4", "none", 0.125).parameters())
+    assert list(found["seconds"]) == list(found["streams"]) == ["copy", "torch SGD", "torch SGD, fused", "pws SGD"]
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found["seconds"].values())
 
-    def wrong(name: str) -> object:
-        backend = load(name)
-        return type(backend)(
-            backend.name, lambda w, *rest: backend.forward(w * w.cos(), *rest), backend.backward, backend.refusal
-        )
 
-    monkeypatch.setattr(standardization, "load", wrong)
+@pytest.mark.parametrize("wrong", [{"momentum": 0.89}, {"step_bound": 0.99}, {"lr": 0.0999}, {"weight_decay": 0.01}])
+def test_a_wrong_step_is_not_timed(wrong: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = pws.optim.SGD
+    monkeypatch.setattr(pws.optim, "SGD", lambda model, **settings: right(model, **{**settings, **wrong}))
     with pytest.raises(PwsError, match="deviates from float64"):
-        standardization.standardization_alone("stack4", 0.125, 1)
+        step_alone("stack4", 0.125, 1)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +195,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rows: [none]\ncases: [{model: stack4, batch: 1, pixel: 8}]", "did you mean pixels"),
         ("rows: [none]\ncases: [{model: stack4, batch: 1}]", "a case needs model, batch and pixels"),
         ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, task: trian}]", "did you mean train"),
+        ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, optimizer: adam}]", "unknown optimizer"),
         (
             "rows: [none]\nlives: 0\ncases: [{model: stack4, batch: 1, pixels: 8}]",
             "lives must be a whole number above 0",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, Final
 
+import reference
 import torch
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -148,6 +149,22 @@ def assert_alike(model: nn.Module, optimizer: torch.optim.Optimizer, twin: nn.Mo
         assert_close(module.weight, other.kernel(), row)
         if module.bias is not None:
             assert_close(module.bias, other.bias, row)
+
+
+def assert_standardized(model: nn.Module, optimizer: torch.optim.Optimizer, row: str = "kernel float32") -> None:
+    """The weights of marked layers are the kernels of the latents, by the formula."""
+    for module in model.modules():
+        found = mark_of(module)
+        if found is None:
+            continue
+        state = optimizer.state[module.weight]
+        settings = {"gain": found.gain, "gamma": found.gamma, "relative": found.relative_gamma}
+        kernel = reference.kernel(state["w"], state["alpha"], **settings)
+        if "Transpose" in type(module).__name__:
+            blocks = kernel.split(module.out_channels // module.groups)
+            kernel = torch.cat([block.transpose(0, 1) for block in blocks])
+        assert_close(module.weight, kernel, row)
+        assert (kernel.flatten(1).std(1) > 0).all()
 
 
 def positions(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

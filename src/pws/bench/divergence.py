@@ -90,7 +90,8 @@ def sgd_of(model: nn.Module, lr: float, step_bound: float | None = None) -> torc
 def diverges(network: Network, lr: float, steps: int = 200, **where: Any) -> bool:
     """Whether SGD with momentum 0.9 at `lr`, without a bound, ends with a loss that is not finite or no better than a guess.
 
-    A gradient that is not finite counts as such a loss, which it leads to. What is no better than a guess is judged by the mean loss of the last tenth of the steps.
+    A gradient that is not finite counts as such a loss, which it leads to. The second is judged by the mean loss of the last
+    tenth of the steps.
     """
     model, loader = prepare(network, **where)
     sgd = sgd_of(model, lr)

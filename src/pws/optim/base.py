@@ -194,17 +194,17 @@ class StandardizingOptimizer(Optimizer):
         state["w"], state["alpha"] = like(weight, w, shape), like(weight, alpha, shape[:1])
 
     def moment(self, parameter: Tensor, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-        """A running average of the state, zero at first, laid out as `tensor`."""
+        """A running average of the state, zero at first, laid out and stored as `tensor`."""
         if name not in self.state[parameter]:
             self.state[parameter][name] = like(parameter, torch.zeros_like(tensor), shape)
-        return self._like(parameter, name, tensor)
+        return self._like(parameter, name, tensor, tensor.dtype)
 
-    def _like(self, parameter: Tensor, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the state, laid out as `tensor`."""
+    def _like(self, parameter: Tensor, name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the state, laid out as `tensor`, and of `dtype` if one is given: the model may have been cast."""
         whole = self.state[parameter][name]
         found = local(whole)
-        if not same_layout(found, tensor):
-            found = torch.empty_like(tensor, dtype=found.dtype).copy_(found)
+        if not same_layout(found, tensor) or dtype not in (None, found.dtype):
+            found = torch.empty_like(tensor, dtype=dtype or found.dtype).copy_(found)
             self.state[parameter][name] = like(parameter, found, whole.shape)
         return found
 
@@ -257,7 +257,7 @@ class StandardizingOptimizer(Optimizer):
         self.plans.clear()
         for parameter, state in states.items():
             if ("w" in state) != (self.members[parameter].mark is not None):
-                self.state.pop(parameter, None)  # averages of a weight that was marked then and is not now, or the reverse
+                self.state.pop(parameter, None)  # averages of another parametrization: not marked then, or not now
                 continue
             for name, value in state.items():
                 loaded = self.state[parameter][name]

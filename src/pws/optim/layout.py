@@ -55,7 +55,8 @@ def centre(weight: Tensor, transposed: int) -> None:
     dims = tuple(range(1, rows.dim()))
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     mean = wide.mean(dims, keepdim=True)
-    rounding = 16 * torch.finfo(rows.dtype).eps * wide.square().mean(dims, keepdim=True).sqrt()
+    epsilon = 16 * torch.finfo(wide.dtype).eps + torch.finfo(rows.dtype).eps  # of the mean here, of what is stored
+    rounding = epsilon * wide.square().mean(dims, keepdim=True).sqrt()
     if bool((mean.abs() > rounding).any()):
         centred = (wide - torch.where(mean.abs() > rounding, mean, 0.0)).to(rows.dtype)
         held.copy_(swap_channels(centred, transposed) if transposed else centred)

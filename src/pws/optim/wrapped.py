@@ -21,6 +21,8 @@ from pws.optim.sharding import is_sharded
 
 OURS: Final = ("params", "name", "scale_lr_factor")
 """Keys of a group that are not settings of the inner optimizer."""
+SET_BY_US: Final = ("params", "lr", "weight_decay")
+"""Keys of an inner group that differ from ours."""
 MakeOptimizer = Callable[..., Optimizer]
 
 
@@ -160,6 +162,7 @@ class Wrapped(StandardizingOptimizer):
             inner.step()
         for part in chain.from_iterable(self._latents[weight] for weight in now.weights):
             part.grad = None  # a layer without gradient in the next step must not move
+        self._note_counts()
         ahead = [ahead_of(now.groups[owner]) for owner in owners]
         self._cut(moved, before, [id(self.layers[owner]) for owner in owners], ahead)
         for layer in now.layers:
@@ -187,6 +190,13 @@ class Wrapped(StandardizingOptimizer):
                 lr = group["lr"]
             follower.inner["lr"] = lr * factor
             follower.inner["weight_decay"] = 0.0 if follower.is_alpha else group["weight_decay"]
+
+    def _note_counts(self) -> None:
+        """What an inner optimizer has changed in its groups is ours too, and saved: timm's count their steps there."""
+        for follower in self._followers:
+            if follower.own is None:
+                group = self.param_groups[follower.outer]
+                group.update({key: value for key, value in follower.inner.items() if key not in SET_BY_US})
 
     def _cut(self, moved: list[Any], before: list[Tensor], layers: list[int], ahead: list[float]) -> None:
         if self.step_bound is None:
@@ -216,6 +226,10 @@ class Wrapped(StandardizingOptimizer):
         super().load_state_dict(state_dict)
         for inner in self._inner:
             inner.state.clear()
+        for follower in self._followers:
+            if follower.own is None:
+                for key in set(follower.inner) - set(self.param_groups[follower.outer]):
+                    del follower.inner[key]
         for parameter, state in self.state.items():
             if parameter not in self._latents:
                 self._holder(parameter).state[parameter] = state

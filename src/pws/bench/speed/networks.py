@@ -26,7 +26,8 @@ REFERENCE: Final = "pws reference"
 """`pws` with the step in stock operators."""
 WAYS: Final = (LAYERS, IN_BACKWARD, REFERENCE)
 """Rows that are `pws` trained in another way."""
-SETTINGS: Final = {"lr": 1e-4, "momentum": 0.9}
+LR: Final = 1e-4
+MOMENTUM: Final = 0.9
 
 
 def check_row(row: str) -> None:
@@ -46,8 +47,8 @@ def step_of(row: str) -> Iterator[None]:
 def optimizer_of(row: str, model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     """SGD with momentum: of `pws.optim` for marked layers, with its bound; torch's for others, fused or as it comes."""
     if marked(model):
-        return pws.optim.SGD(model, **SETTINGS, step_in_backward=row == IN_BACKWARD)
-    return torch.optim.SGD(model.parameters(), **SETTINGS, fused=fused or None)
+        return pws.optim.SGD(model, lr=LR, momentum=MOMENTUM, step_in_backward=row == IN_BACKWARD)
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, fused=fused or None)
 
 
 def network(model: str, row: str, width: float = 1.0) -> nn.Module:

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 import pws
-from pws.bench.speed.networks import SETTINGS, network
+from pws.bench.speed.networks import LR, MOMENTUM, network
 from pws.errors import PwsError
 from pws.mark import Mark, adopt, mark_of
 
 STREAMS: Final = {"copy": 2, "torch SGD": 8, "torch SGD, fused": 5, "pws SGD": 8}
-"""How often each reads or writes all weights. With momentum and without decay, torch's SGD as it comes takes three operators
-(11 streams with decay); that of pws reads gradient and `w`, then those and the momentum, and writes `w`, momentum and kernel."""
+"""How often each reads or writes all weights. torch's SGD as it comes takes three operators, with momentum and without decay.
+That of pws reads gradient and `w`, then gradient, `w` and momentum, and writes `w`, momentum and kernel."""
 PARITY: Final = 1e-4
 """The largest deviation from float64 allowed, in units of the largest change of a tensor."""
-LR: Final = 0.1
+CHECKED_LR: Final = 0.1
 """At which the step is checked: it moves weights far beyond their rounding, which a small one does not."""
-BOUND: Final = 1.0
-"""At which the step is checked: layers of more than a hundred weights reach it."""
+CHECKED_BOUND: Final = 1.0
+"""At which the step is checked, beside none: layers of more than a hundred weights reach it."""
 CACHES: Final = 2**30
 """Bytes, several times what a GPU's caches hold."""
 AHEAD: Final = 20_000_000
@@ -39,14 +39,19 @@ def step_alone(model: str, width: float, rounds: int) -> dict[str, Any]:
     built = network(model, "pws", width).to(device)
     for parameter in built.parameters():
         parameter.grad = torch.randn_like(parameter)
-    deviation = _checked(built)
+    deviation = max(_deviation(built, bound) for bound in (CHECKED_BOUND, None))
+    if not deviation < PARITY:
+        raise PwsError(
+            f"the step deviates from float64 by {deviation:.1e} of the largest change, and {PARITY:g} is allowed: its times "
+            "would mean nothing. Run the project's tests here, and report what they say."
+        )
     weights = [parameter.detach() for parameter in built.parameters()]
     targets = [torch.empty_like(weight) for weight in weights]
     ways: dict[str, Callable[[], Any]] = {
         "copy": lambda: torch._foreach_copy_(targets, weights),
-        "torch SGD": torch.optim.SGD(_copies(built), **SETTINGS).step,
-        "torch SGD, fused": torch.optim.SGD(_copies(built), **SETTINGS, fused=True).step,
-        "pws SGD": pws.optim.SGD(built, **SETTINGS).step,
+        "torch SGD": torch.optim.SGD(_copies(built), lr=LR, momentum=MOMENTUM).step,
+        "torch SGD, fused": torch.optim.SGD(_copies(built), lr=LR, momentum=MOMENTUM, fused=True).step,
+        "pws SGD": pws.optim.SGD(built, lr=LR, momentum=MOMENTUM).step,
     }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds + 1):
@@ -69,51 +74,40 @@ def _copies(model: nn.Module) -> list[Tensor]:
     return copies
 
 
-def _checked(model: nn.Module) -> float:
-    """The largest deviation of two steps from float64, in units of each tensor's largest change."""
-    layers = [(module, found) for module in model.modules() if (found := mark_of(module)) is not None]
-    before = [[p.detach().clone() for p in layer.parameters()] for layer, _ in layers]
-    optimizer = pws.optim.SGD(model, lr=LR, momentum=0.9, step_bound=BOUND)
+def _deviation(model: nn.Module, bound: float | None) -> float:
+    """The largest of two steps of a model from float64, in units of each tensor's largest change."""
+    layers = [(module, mark) for module in model.modules() if (mark := mark_of(module)) is not None]
+    starts = [{name: p.detach().double() for name, p in layer.named_parameters()} for layer, _ in layers]
+    optimizer = pws.optim.SGD(model, lr=CHECKED_LR, momentum=MOMENTUM, step_bound=bound)
     for _ in range(2):
         optimizer.step()
-    largest = max(_deviation(layer, mark, old) for (layer, mark), old in zip(layers, before, strict=True))
-    if not largest < PARITY:
-        raise PwsError(
-            f"the step deviates from float64 by {largest:.1e} of the largest change, and {PARITY:g} is allowed: its times "
-            "would mean nothing. Run the project's tests here, and report what they say."
-        )
-    return largest
-
-
-def _deviation(layer: nn.Module, mark: Mark, before: list[Tensor]) -> float:
-    """Of one layer, whose tensors were `before` two steps ago."""
-    names = [name for name, _ in layer.named_parameters()]
-    start = {name: tensor.double() for name, tensor in zip(names, before, strict=True)}
-    expected = _two_steps(
-        start, {name: p.grad.double() for name, p in layer.named_parameters() if p.grad is not None}, mark
-    )
     found = []
-    for name, parameter in layer.named_parameters():
-        change = (expected[name] - start[name]).abs().max()
-        found.append(float((parameter.detach().double() - expected[name]).abs().max() / change))
+    for (layer, mark), start in zip(layers, starts, strict=True):
+        grads = {name: p.grad.double() for name, p in layer.named_parameters() if p.grad is not None}
+        expected = _two_steps(start, grads, mark, bound)
+        for name, parameter in layer.named_parameters():
+            change = (expected[name] - start[name]).abs().max()
+            found.append(float((parameter.detach() - expected[name]).abs().max() / change))
     return max(found)
 
 
-def _two_steps(start: dict[str, Tensor], grads: dict[str, Tensor], mark: Mark) -> dict[str, Tensor]:
+def _two_steps(
+    start: dict[str, Tensor], grads: dict[str, Tensor], mark: Mark, bound: float | None
+) -> dict[str, Tensor]:
     """A layer's weight and bias after two steps by autograd through `pws.standardize` and torch's SGD, in float64."""
     w, alpha = (latent.requires_grad_() for latent in adopt(start["weight"], mark))
     rest = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items() if name != "weight"}
     moved = [w, alpha, *rest.values()]
-    optimizer = torch.optim.SGD(moved, lr=LR, momentum=0.9)
+    optimizer = torch.optim.SGD(moved, lr=CHECKED_LR, momentum=MOMENTUM)
 
     def kernel() -> Tensor:
         return pws.standardize(w, alpha, gain=mark.gain, gamma=mark.gamma, relative_gamma=mark.relative_gamma)
 
     for _ in range(2):
         found = [*torch.autograd.grad(kernel(), (w, alpha), grads["weight"]), *(grads[name] for name in rest)]
-        length = LR * torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
+        length = CHECKED_LR * torch.stack([gradient.square().sum() for gradient in found]).sum().sqrt()
         for tensor, gradient in zip(moved, found, strict=True):
-            tensor.grad = gradient * (BOUND / length).clamp(max=1)
+            tensor.grad = gradient if bound is None else gradient * (bound / length).clamp(max=1)
         optimizer.step()
     return {"weight": kernel().detach(), **{name: tensor.detach() for name, tensor in rest.items()}}
 

@@ -1,0 +1,44 @@
+"""The documents: their examples run, and what they link to exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/optimizer.md", "docs/layers.md"])
+def test_the_examples_of_a_page_run_one_after_the_other(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    for example in examples(page):
+        exec(example, scope)
+        model = scope["model"]
+        assert isinstance(model, torch.nn.Module)
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_the_pages_have_examples() -> None:
+    assert [len(examples(page)) for page in ("README.md", "docs/optimizer.md", "docs/layers.md")] == [2, 7, 1]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_of_a_page_exist(page: str) -> None:
+    path = ROOT / page
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text())
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_the_readme_links() -> None:
+    assert len(re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())) > 10
