@@ -1,4 +1,4 @@
-"""The kernel backends that this process can test: triton's in Triton's interpreter where that is asked for."""
+"""The fused steps that this process can test: triton's in Triton's interpreter where that is asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import torch
 
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
-HERE: Final = ["triton"] if INTERPRETED else ["aten", "cpu", *(["triton"] if torch.cuda.is_available() else [])]
+HERE: Final = ["triton"] if INTERPRETED else ["cpu", *(["triton"] if torch.cuda.is_available() else [])]
 
 
 def device_of(backend: str) -> str:

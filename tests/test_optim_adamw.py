@@ -38,7 +38,8 @@ def train_twin(twin: nn.Module, theirs: torch.optim.Optimizer, data: Any, bound:
             for name, module in twin.named_modules()
         }
         theirs.step()
-        cut(twin, before, bound)
+        group = theirs.param_groups[0]
+        cut(twin, before, bound * group["lr"] / group.get("initial_lr", group["lr"]))
         if schedule is not None:
             schedule.step()
 
@@ -127,6 +128,18 @@ def test_decay_is_decoupled_and_leaves_alpha_and_bias_alone() -> None:
     assert_close(state["w"], w * (1 - 0.1 * 0.5), "float64")
     assert torch.equal(state["alpha"], alpha)
     assert torch.equal(layer.bias, bias)
+
+
+@pytest.mark.parametrize("bound", [BOUND, 1e-3])
+def test_the_bound_is_for_the_largest_rate_and_shrinks_with_the_schedule(bound: float) -> None:
+    model, data = mixed()
+    twin = layer_form(model)
+    ours = pws.optim.AdamW(pws.param_groups(model, lr=0.02, weight_decay=0.1), step_bound=bound)
+    theirs = torch.optim.AdamW(pws.param_groups(twin, lr=0.02, weight_decay=0.1))
+    schedules = [lr_scheduler.CosineAnnealingLR(optimizer, STEPS) for optimizer in (ours, theirs)]
+    train(model, ours, data, schedule=schedules[0])
+    train_twin(twin, theirs, data, bound, schedules[1])
+    assert_alike(model, ours, twin)
 
 
 def test_a_schedule_with_cycled_betas() -> None:

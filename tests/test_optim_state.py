@@ -1,4 +1,4 @@
-"""The latents of an optimizer: made from any weight, kept while the kernel is ours, made anew when it is not, saved and loaded."""
+"""The latents of an optimizer: made from any weight, kept while the kernel is ours, else made anew; saved and loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-import reference
 import torch
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -54,6 +53,17 @@ def test_making_an_optimizer_takes_the_means_out_of_the_kernels_and_no_more(kind
     dims = tuple(range(1, before.dim()))
     assert_close(filters_of(layer, layer.weight), before - before.mean(dims, keepdim=True), "float32")
     assert layer.weight.stride() == layout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_rounding_leaves_of_the_means_is_left_alone(dtype: torch.dtype) -> None:
+    layer = mark(nn.Linear(64, 256)).to(dtype)
+    SGD(layer, lr=0.1)
+    before = layer.weight.detach().clone()
+    means = before.double().mean(1).abs() / before.double().std(1)
+    assert float(means.max()) < torch.finfo(dtype).eps
+    SGD(layer, lr=0.1)
+    assert torch.equal(layer.weight, before)
 
 
 @optimizers
@@ -155,7 +165,7 @@ def test_a_change_of_one_per_cent_is_seen_in_every_precision(dtype: torch.dtype)
         kernel = layer.weight.detach().clone()
         layer(x).sum().backward()
         optimizer.step()
-        assert float((layer.weight - kernel).norm() / kernel.norm()) < 0.003
+        assert float((layer.weight.detach() - kernel).norm() / kernel.norm()) < 0.003
 
 
 @optimizers
@@ -237,7 +247,9 @@ def test_a_weight_that_is_not_finite_is_one_clear_error(make: Make, bad: float) 
     with torch.no_grad():
         model[5].weight[0, 0] = bad
     backward(model, data[0])
-    with pytest.raises(pws.PwsError, match="the weight '5.weight' holds NaN or infinity, and has no standardized form"):
+    with pytest.raises(
+        pws.PwsError, match=r"the weight '5.weight' holds NaN or infinity, and has no standardized form"
+    ):
         optimizer.step()
 
 
@@ -262,7 +274,9 @@ def test_training_goes_on_from_a_saved_file_to_the_same_bits(make: Make, dtype: 
 
 
 @optimizers
-@pytest.mark.parametrize("copied_by", [deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied_by", [deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_model_and_optimizer_goes_its_own_way(make: Make, copied_by: Callable[[Any], Any]) -> None:
     model, data = narrow()
     optimizer = make(model)
@@ -307,15 +321,3 @@ def test_the_state_of_another_model_is_refused() -> None:
         SGD(nn.Sequential(deepcopy(model[0]), nn.BatchNorm2d(8)), lr=0.1).load_state_dict(
             SGD(nn.Sequential(deepcopy(model[0])), lr=0.1).state_dict()
         )
-
-
-def test_the_latents_are_the_papers_by_the_formula() -> None:
-    """Against float64 formulas that know nothing of the package, after steps of every kind."""
-    model, data = mixed()
-    for make in OPTIMIZERS.values():
-        optimizer = make(model)
-        train(model, optimizer, data, 5)
-        layer = model[0]
-        state = optimizer.state[layer.weight]
-        kernel = reference.kernel(state["w"], state["alpha"], gain=1.5, relative=True)
-        assert_close(layer.weight, kernel, "float64")

@@ -72,8 +72,8 @@ def test_torchs_adamw_is_ours(bound: float | None) -> None:
     twin = deepcopy(model)
     ours = Wrapped(pws.param_groups(model, **RATES), torch.optim.AdamW, step_bound=bound)
     theirs = AdamW(pws.param_groups(twin, **RATES), step_bound=bound)
-    train(model, ours, data)
-    train(twin, theirs, data)
+    train(model, ours, data, schedule=lr_scheduler.LinearLR(ours, 1.0, 0.1, total_iters=40))
+    train(twin, theirs, data, schedule=lr_scheduler.LinearLR(theirs, 1.0, 0.1, total_iters=40))
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert_close(one, other, "trajectory")
 
@@ -210,7 +210,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_an_optimizer_of_matrices_only_asks_for_scales() -> None:
-    with pytest.raises(pws.PwsError, match="Muon refuses its parameters or settings .* needs scales="):
+    with pytest.raises(pws.PwsError, match=r"Muon refuses its parameters or settings .* needs scales="):
         Wrapped(matrices()[0], torch.optim.Muon, lr=0.1)
 
 

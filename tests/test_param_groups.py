@@ -85,6 +85,59 @@ def test_magnitudes_of_weight_norm_do_not_decay(build: Callable[[], nn.Module]) 
     assert found == {"no_decay": {"bias", magnitude}, "weights": {direction}}
 
 
+def marked_net() -> nn.Module:
+    return nn.Sequential(
+        *(pws.mark(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), pws.mark(nn.ConvTranspose2d(4, 4, 3, groups=2, bias=False))),
+        *(nn.Linear(4, 4), nn.Sequential(pws.mark(nn.Linear(4, 2), gain="linear"))),
+    )
+
+
+def test_biases_of_marked_layers_are_scales_and_their_weights_decay() -> None:
+    net = marked_net()
+    found = names_by_group(net, pws.param_groups(net, **RATES))
+    assert found == {
+        "weights": {"0.weight", "2.weight", "3.weight", "4.0.weight"},
+        "scales": {"0.bias", "4.0.bias"},
+        "no_decay": {"1.weight", "1.bias", "3.bias"},
+    }
+
+
+def test_the_groups_of_marked_layers_tell_what_an_optimizer_of_pws_needs() -> None:
+    net = marked_net()
+    weights, scales, no_decay = pws.param_groups(net, **RATES)
+    assert weights["scale_lr_factor"] == 0.25, "alpha's rate, which is in no group, follows the weight's"
+    assert "scale_lr_factor" not in no_decay
+    members = {member.name: member for group in (weights, scales, no_decay) for member in group.members.values()}
+    assert set(members) == {name for name, _ in net.named_parameters()}
+    assert members["0.weight"].mark == net[0].pws
+    assert members["0.bias"].mark is members["3.weight"].mark is None
+    assert {name: member.transposed for name, member in members.items() if member.transposed} == {"2.weight": 2}
+    assert {member.layer for member in members.values()} == {"0", "1", "2", "3", "4.0"}
+    assert weights.layers is scales.layers
+    assert weights.layers["0"] == dict(net[0].named_parameters())
+
+
+def test_marked_layers_that_share_a_weight_must_standardize_it_alike() -> None:
+    one, other = pws.mark(nn.Linear(4, 4)), nn.Linear(4, 4)
+    other.weight = one.weight
+    net = nn.Sequential(one, other)
+    with pytest.raises(
+        pws.PwsError, match=r"layers that share a weight must standardize it alike; '0.weight' has Mark\(.* None"
+    ):
+        pws.param_groups(net, lr=1)
+    pws.mark(other, gain="tanh")
+    with pytest.raises(pws.PwsError, match="Mark both with the same settings, or neither"):
+        pws.param_groups(net, lr=1)
+    pws.mark(other)
+    assert sum(len(group["params"]) for group in pws.param_groups(net, lr=1)) == 3
+
+
+def test_the_weight_of_a_frozen_marked_layer_is_left_out_and_its_bias_is_not() -> None:
+    net = marked_net()
+    net[0].weight.requires_grad_(False)
+    assert names_by_group(net, pws.param_groups(net, lr=1))["scales"] == {"0.bias", "4.0.bias"}
+
+
 def test_rates() -> None:
     told = {group["name"]: (group["lr"], group["weight_decay"]) for group in pws.param_groups(Net(), **RATES)}
     assert told == {"weights": (0.1, 0.01), "scales": (0.025, 0.0), "no_decay": (0.1, 0.0)}

@@ -33,6 +33,12 @@ TOLERANCES: Final = {
     "trajectory": Tolerance(1e-9, 1e-9, "50 steps in float64, of which each may enlarge the rounding of those before"),
     "trajectory float32": Tolerance(1e-3, 1e-4, "20 steps in float32: 6e-8 in each, enlarged by those after"),
     "single precision bound": Tolerance(1e-6, 1e-7, "pws.clip_grad takes lengths in float32, 6e-8 of steps of 0.03"),
+    "length from sums": Tolerance(
+        0, 2e-6, "of the sum of squares of the gradient with its mean, from which 3 sums are taken"
+    ),
+    "half bias": Tolerance(
+        2**-5, 2**-9, "torch's operators round a bias, its momentum and their products to 8 bits each"
+    ),
     "identity float64": Tolerance(1e-9, 1e-9, "of a scale of 1; variances of small signals lose up to 7 of 16 digits"),
     "identity float32": Tolerance(1e-4, 1e-4, "the same in float32, whose 6e-8 a sum that cancels enlarges"),
     "batch norm": Tolerance(0, 1e-3, "BatchNorm's backward in float32 leaves a sum of 1e-4 where few positions vary"),

@@ -130,8 +130,7 @@ def pws_paper(*, gamma: float = 1e-3) -> Method:
     """PWS as published: gain sqrt(2), a plain head, nothing done to the gradients."""
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
-        layer = nn.Conv2d(in_channels, out_channels, kernel_size, **settings)
-        return pws.mark(layer, gain=pws.PAPER_GAIN, gamma=gamma, reset_parameters=True)
+        return _marked(nn.Conv2d, in_channels, out_channels, kernel_size, **settings, gain=pws.PAPER_GAIN, gamma=gamma)
 
     source = "Parametric Weights Standardization as published: Liu et al. 2021"
     return Method("pws-paper", source, conv, end_norm=one_group)
@@ -144,17 +143,28 @@ def pws_default(
 
     In a residual network the last kernel of each of `B` branches starts times `1 / sqrt(B)`.
     """
-    ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma, "reset_parameters": True}
+    ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma}
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
-        return pws.mark(nn.Conv2d(in_channels, out_channels, kernel_size, **settings), **ours)
+        return _marked(nn.Conv2d, in_channels, out_channels, kernel_size, **settings, **ours)
 
     def head(in_features: int, num_classes: int) -> nn.Module:
-        layer = nn.Linear(in_features, num_classes)
-        return pws.mark(layer, **ours) if standardize_head else layer
+        return (
+            _marked(nn.Linear, in_features, num_classes, **ours)
+            if standardize_head
+            else nn.Linear(in_features, num_classes)
+        )
 
     source = "Parametric Weights Standardization: Liu et al. 2021, with this library's defaults"
     return Method("pws", source, conv, head, end_branch=_share_variance, step_bound=STEP_BOUND)
+
+
+def _marked(
+    kind: type[nn.Module], *sizes: int, gain: float | str, gamma: float, relative_gamma: bool = False, **settings: Any
+) -> nn.Module:
+    """A marked layer, drawn once: torch's own initialization would draw from the generator before."""
+    layer = nn.utils.skip_init(kind, *sizes, **settings)
+    return pws.mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma, reset_parameters=True)
 
 
 def _share_variance(conv: nn.Module, blocks: int) -> nn.Module:

@@ -13,7 +13,7 @@ from pws.errors import PwsError
 from pws.kernels import AdamWRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import ahead_of, factors_of
-from pws.optim.moving import FUSED, Moving, moving
+from pws.optim.moving import Moving, can_be_fused, gradient_of, moving
 from pws.optim.sharding import local
 
 TAKEN_BOUND: Final = 0.05
@@ -110,11 +110,11 @@ class AdamW(StandardizingOptimizer):
                 continue
             params = [local(p) for p in own]
             averages = [[self.moment(p, name, local(p), p.shape) for p in own] for name in MOMENTS]
-            fused = all(p.device.type in FUSED for p in params)
+            fused = can_be_fused(params)
             steps = [self.state[p]["step"].to(p.device if fused else "cpu") - 1 for p in own]  # it counts for itself
             adamw(
                 params,
-                [local(p.grad) for p in own],  # type: ignore[arg-type]
+                [gradient_of(p) for p in own],
                 *averages,
                 max_exp_avg_sqs=[],
                 state_steps=steps,

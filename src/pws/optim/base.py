@@ -220,6 +220,7 @@ class StandardizingOptimizer(Optimizer):
                 torch.autograd.graph.increment_version(layer.bias)
             self._versions[weight] = held._version
             layer.grad = layer.bias_grad = None
+        torch.autograd.graph.increment_version([local(parameter) for parameter in now.plain])  # torch's fused steps don't
 
     def _watch(self) -> None:
         if self.step_in_backward and self._in_backward is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pws.errors import PwsError
 from pws.kernels import Layer, Step, chosen, steps_of
 from pws.optim.bound import ahead_of, by_layer, factors_of
+from pws.optim.layout import is_dense, same_layout
 from pws.optim.sharding import local, sum_over_shards
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Moving:
         for step, numbers in self.steps:
             for i, square in zip(numbers, of(step), strict=True):
                 found[i] = square.to(self.layers[0].w.device)
-        return sum_over_shards(torch.stack(found), self.weights) if found else torch.zeros(0)
+        return sum_over_shards(torch.stack(found), self.weights) if found else torch.zeros(0, device="cpu")
 
     def apply(self, move: Callable[[Step, Tensor], None], factors: Tensor) -> None:
         """Move each marked layer by its factor."""
@@ -136,6 +137,17 @@ def _is_current(now: Moving, optimizer: StandardizingOptimizer, groups: Groups) 
         and (bias is None or layer.bias is None or layer.bias.data_ptr() == local(bias).data_ptr())
         for weight, bias, layer in zip(now.weights, now.biases, now.layers, strict=True)
     )
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """What this process holds of a plain parameter's gradient, laid out as the parameter."""
+    grad, held = local(_grad(parameter)), local(parameter)
+    return grad if same_layout(grad, held) else torch.empty_like(held, dtype=grad.dtype).copy_(grad)
+
+
+def can_be_fused(parameters: Sequence[Tensor]) -> bool:
+    """Whether torch's fused steps move these: they take memory as it comes."""
+    return all(p.device.type in FUSED and is_dense(p) for p in parameters)
 
 
 def norms_of(tensors: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from pws.errors import PwsError
 from pws.kernels import SGDRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import factors_of
-from pws.optim.moving import FUSED, Moving, moving
+from pws.optim.moving import Moving, can_be_fused, gradient_of, moving
 from pws.optim.sharding import local
 
 
@@ -91,7 +91,7 @@ class SGD(StandardizingOptimizer):
 
     def _move_plain(self, now: Moving) -> None:
         """By torch's own function, a call per group."""
-        grads = [local(p.grad) for p in now.plain]  # type: ignore[arg-type]
+        grads = [gradient_of(p) for p in now.plain]
         if self.step_bound is not None:
             factors = now.plain_factors(grads, [peak_lr(now.groups[p]) for p in now.plain], self.step_bound)
             grads = [grad * factor.to(grad.device, grad.dtype) for grad, factor in zip(grads, factors, strict=True)]
@@ -105,7 +105,7 @@ class SGD(StandardizingOptimizer):
                 buffers = [
                     self.moment(now.plain[i], "momentum_buffer", local(now.plain[i]), now.plain[i].shape) for i in own
                 ]
-            fused = all(p.device.type in FUSED for p in params)
+            fused = can_be_fused(params)
             sgd(
                 *(params, [grads[i] for i in own], buffers),
                 fused=fused,

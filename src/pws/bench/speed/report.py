@@ -90,7 +90,7 @@ def markdown(result: Stored) -> str:
 def step_table(result: Stored) -> str:
     """The optimizer's step on each network's weights: time, and the share of a copy's bandwidth that it gets."""
     lines = _head(["network", "MiB", "step", "streams", "ms", "copies", "of a copy's bandwidth", "deviation"])
-    for network, alone in result["step"].items():
+    for network, alone in result.get("step", {}).items():
         name, seconds = network.rpartition(":")[2], alone["seconds"]
         for step, streams in alone["streams"].items():
             copies = statistics.median(a / b for a, b in zip(seconds[step], seconds["copy"], strict=True))
