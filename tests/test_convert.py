@@ -484,8 +484,18 @@ def test_an_activation_in_place_does_not_reach_the_residual_stream(act: nn.Modul
     assert torch.equal(before, X)
 
 
-def test_a_function_in_place_keeps_a_norm_whose_input_others_take() -> None:
-    shared = Parts(lambda m, x: x + m.conv(F.relu(m.norm(x), inplace=True)), conv=conv(), norm=nn.BatchNorm2d(4))
-    assert actions(shared, X)["norm"] == "keep"
-    alone = Parts(lambda m, x: F.relu(m.norm(m.conv(x)), inplace=True), conv=conv(), norm=nn.BatchNorm2d(4))
-    assert actions(alone, X) == {"conv": "standardize", "norm": "remove"}
+def test_a_function_in_place_writes_over_a_tensor_of_its_own_where_a_norm_was() -> None:
+    """The norm's input may be a residual stream; hooks on the layer before it (Opacus') may hold its output."""
+    writing = Parts(lambda m, x: x + m.conv(F.relu(m.norm(x), inplace=True)), conv=conv(), norm=nn.BatchNorm2d(4))
+    apart = Parts(lambda m, x: x + m.conv(F.relu(m.norm(x))), conv=conv(), norm=nn.BatchNorm2d(4))
+    assert actions(writing, X)["norm"] == "remove"
+    both = [pws.convert(model, X) for model in (writing, apart)]
+    both[0].load_state_dict(both[1].state_dict())
+    before = X.clone()
+    assert torch.equal(both[0](before), both[1](X))
+    assert torch.equal(before, X)
+    added = Parts(lambda m, x: m.norm(m.conv(x)).add_(x), conv=conv(), norm=nn.BatchNorm2d(4))
+    hooked = pws.convert(added, X)
+    hooked.conv.register_full_backward_hook(lambda *_: None)  # its output must not be written over then
+    hooked(X).sum().backward()
+    assert hooked.conv.weight.grad is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from pws.diagnosis.batch import batch_of
 from pws.surgery.branches import branch_ends
@@ -36,6 +36,15 @@ class Step:
     parameters_after: int
 
 
+class Copy(nn.Module):
+    """Takes the place of a norm whose output is written over: that must not reach the tensor before it, which others may
+    take, or hooks hold."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """A tensor of its own."""
+        return input.clone()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `pws.convert` would do; print it, then `apply` it."""
@@ -55,6 +64,8 @@ class Plan:
     """Of the inputs of norms."""
     in_place: frozenset[str]
     """Activations that write over the output of a norm that is taken out."""
+    copied: frozenset[str]
+    """Norms whose output a function writes over (`out += identity`): what takes their place copies."""
     warm_start: bool
     form: Form
     progress: Progress | None
@@ -164,4 +175,5 @@ class Plan:
                 module.inplace = False  # type: ignore[assignment]
         affine = affine_layer(norm, self.dims[name] - 2) if self.warm_start and name not in self.pairs else None
         rest = [affine, *rest] if affine is not None else rest
+        rest = [*rest, Copy()] if not rest and name in self.copied else rest
         return nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())

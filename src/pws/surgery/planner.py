@@ -83,7 +83,8 @@ class Planner:
         ]
         gains = {name: self._gain(name) for name in chosen}
         in_place = frozenset(name for name, written in self.run.in_place.items() if written & self.removed)
-        rest = (example, pairs, self.run.dims, in_place, self.warm_start, self.form, progress)
+        copied = frozenset(self.run.overwritten & self.removed)
+        rest = (example, pairs, self.run.dims, in_place, copied, self.warm_start, self.form, progress)
         return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, *rest)
 
     def _right_before(self, norm: str) -> str:
@@ -147,8 +148,6 @@ class Planner:
     def _norm(self, name: str) -> tuple[str, str]:
         if self._is_kept(name):
             return "keep", "asked for"
-        if name in self.run.exposed:
-            return "keep", "a function writes over its output, and others take its input"
         if self.warm_start and affine_of(self.modules[name]) is None:
             return "keep", "it has no running statistics that a layer could take over"
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))

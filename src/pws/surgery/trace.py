@@ -82,8 +82,8 @@ class Trace:
     """Layers that did not convolve with their own weight."""
     in_place: dict[str, set[str]] = field(default_factory=dict)
     """Modules, such as ReLU(inplace=True), to the norms whose output they wrote over."""
-    exposed: set[str] = field(default_factory=set)
-    """Norms whose output a function wrote over, and whose input others take: without the norm they would get that."""
+    overwritten: set[str] = field(default_factory=set)
+    """Norms whose output a function wrote over: without the norm it would write over the norm's input."""
 
 
 def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) -> Trace:
@@ -114,8 +114,6 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
             ) from error
     for tensor in tensors_in(outputs):
         follower.take(OUTPUT, follower.value(tensor))
-    shared = {name for name, tensor_id in follower.norm_inputs.items() if follower.times_taken[tensor_id] > 1}
-    follower.trace.exposed = follower.overwritten & shared
     return follower.trace
 
 
@@ -143,9 +141,7 @@ class _Follower(TorchFunctionMode):
             module: name for name, module in model.named_modules() if getattr(module, "inplace", False) is True
         }
         self.writing = False
-        self.overwritten: set[str] = set()
-        self.times_taken: dict[int, int] = {}
-        self.norm_inputs: dict[str, int] = {}
+        self.norms_run: set[str] = set()
 
     def put(self, tensor: Tensor, value: Value) -> None:
         self.values[id(tensor)] = (tensor, value)
@@ -186,7 +182,7 @@ class _Follower(TorchFunctionMode):
         """The norm whose output this is, nothing between."""
         value = self.value(tensor)
         name = next(iter(value.sources), INPUT)
-        return name if len(value.sources) == 1 and not value.steps and name in self.norm_inputs else None
+        return name if len(value.sources) == 1 and not value.steps and name in self.norms_run else None
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensor = input_of(args, kwargs)
@@ -196,9 +192,8 @@ class _Follower(TorchFunctionMode):
         self.trace.uses.append(Use(name, self.is_norm(module), value))
         self.trace.dims[name] = tensor.dim()
         self.take(name, value)
-        self._count(tensor)
         if self.is_norm(module):
-            self.norm_inputs[name] = id(tensor)
+            self.norms_run.add(name)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         self.inside.pop()
@@ -229,16 +224,11 @@ class _Follower(TorchFunctionMode):
         return result
 
     def _look_at_writing(self, name: str, given: list[Tensor], kwargs: dict[str, Any]) -> None:
-        for tensor in given:
-            self._count(tensor)
         writes = (
             kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
         )
         if writes and not self.writing and given and (norm := self._norm_of(given[0])):
-            self.overwritten.add(norm)
-
-    def _count(self, tensor: Tensor) -> None:
-        self.times_taken[id(tensor)] = self.times_taken.get(id(tensor), 0) + 1
+            self.trace.overwritten.add(norm)
 
     def _merged(self, name: str, known: list[tuple[Tensor, Value]]) -> Value:
         values = list(dict.fromkeys(value for _, value in known))
