@@ -83,7 +83,7 @@ def mark(
         )
     check_fan_in(filters_of(layer, weight))
     found = Mark(resolve_gain(gain), float(gamma), bool(relative_gamma))
-    layer.pws = found
+    vars(layer)["pws"] = found
     if reset_parameters:
         with torch.no_grad():
             filters = filters_of(layer, weight)
@@ -151,7 +151,7 @@ def adopt(kernel: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:
     """
     kernel = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float32))
     dims = tuple(range(1, kernel.dim()))
-    n = kernel[0].numel()
+    n = kernel.shape[1:].numel()
     centred = kernel - kernel.mean(dims, keepdim=True)
     std = centred.square().mean(dims, keepdim=True).sqrt()
     # What rounding leaves of a constant filter is no variance.

@@ -58,10 +58,10 @@ class CpuStep:
 
     @staticmethod
     def serves(layer: Layer) -> bool:
-        """Whether all of it is float32 on the CPU."""
+        """Whether all of it is float32 on the CPU, and it has a filter: a process may hold none of a sharded layer."""
         tensors = (layer.kernel, layer.w, layer.bias)
         there = all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in tensors)
-        return there and layer.grad_dtype == torch.float32
+        return there and layer.grad_dtype == torch.float32 and layer.alpha.numel() > 0
 
     def squares(self) -> Tensor:
         """See `Step`."""
@@ -98,7 +98,9 @@ class CpuStep:
                 loop(self._at, self._counts, self._numbers, self._chunks, *more)
             finally:
                 numba.set_num_threads(before)
-                if torch.get_num_threads() != threads:  # numba's first launch sets it for all of OpenMP, torch's part too
+                if (
+                    torch.get_num_threads() != threads
+                ):  # numba's first launch sets it for all of OpenMP, torch's part too
                     torch.set_num_threads(threads)
 
 

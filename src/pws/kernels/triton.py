@@ -1,7 +1,7 @@
 """The step on a GPU: two launches for all layers of the model, three for AdamW, a program per filter.
 
-A program finds its layer's tensors by their addresses, in a table on the GPU. The formulas are those of `pws.kernels.reference`;
-sums are in float32.
+A program finds its layer's tensors by their addresses, in a table on the GPU. The formulas are those of
+`pws.kernels.reference`; sums are in float32.
 """
 
 from __future__ import annotations

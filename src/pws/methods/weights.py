@@ -163,7 +163,7 @@ def _marked(
     kind: type[nn.Module], *sizes: int, gain: float | str, gamma: float, relative_gamma: bool = False, **settings: Any
 ) -> nn.Module:
     """A marked layer, drawn once: torch's own initialization would draw from the generator before."""
-    layer = nn.utils.skip_init(kind, *sizes, **settings)
+    layer: nn.Module = nn.utils.skip_init(kind, *sizes, **settings)
     return pws.mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma, reset_parameters=True)
 
 

@@ -115,7 +115,8 @@ class AdamW(StandardizingOptimizer):
             adamw(
                 params,
                 [gradient_of(p) for p in own],
-                *averages,
+                exp_avgs=averages[0],
+                exp_avg_sqs=averages[1],
                 max_exp_avg_sqs=[],
                 state_steps=steps,
                 fused=fused,

@@ -70,11 +70,15 @@ class StandardizingOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own `zero_grad` is: the fused steps are no graph of tensors
+    def _take_step(self) -> None:
         if self._in_backward is None:
             self.move(None)
         else:
             self._in_backward.end()
-        return loss
 
     def move(self, parameters: Iterable[Tensor] | None) -> None:
         """Move what has a gradient, all or of `parameters`."""
@@ -220,7 +224,9 @@ class StandardizingOptimizer(Optimizer):
                 torch.autograd.graph.increment_version(layer.bias)
             self._versions[weight] = held._version
             layer.grad = layer.bias_grad = None
-        torch.autograd.graph.increment_version([local(parameter) for parameter in now.plain])  # torch's fused steps don't
+        torch.autograd.graph.increment_version(
+            [local(parameter) for parameter in now.plain]
+        )  # torch's fused steps don't
 
     def _watch(self) -> None:
         if self.step_in_backward and self._in_backward is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def by_layer(squares: Tensor, layers: Sequence[int]) -> Tensor:
     return squares.new_zeros(len(numbers)).index_add_(0, index, squares)[index]
 
 
-def ahead_of(group: Mapping[str, Any]) -> float:
+def ahead_of(group: dict[str, Any]) -> float:
     """The largest rate of a group's schedule over its present one: a step that is measured at the largest rate shrinks with the
     schedule even where it is cut to the bound."""
     lr = float(group["lr"])

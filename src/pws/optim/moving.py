@@ -82,7 +82,8 @@ class Moving:
         """Raise `NonFiniteGradientError` if a gradient is not finite, in any process."""
         total = squares.sum()
         if self.plain:
-            total = total + norms_of([local(_grad(p)) for p in self.plain]).sum().to(total.device)
+            norms = sum_over_shards(norms_of([local(_grad(p)) for p in self.plain]), self.plain)
+            total = total + norms.sum().to(total.device)
         if torch.isfinite(total):
             return
         bad = [

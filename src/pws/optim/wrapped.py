@@ -44,8 +44,8 @@ class Wrapped(StandardizingOptimizer):
         Wrapped(model, torch.optim.Muon, lr=0.02, scales=partial(torch.optim.AdamW, lr=1e-3))
 
     The inner optimizer sees each marked weight as the matrix `w` `(out_channels, fan_in)`, with the gradient of
-    `pws.optim.SGD`; alpha without decay; and every plain parameter as it is. Its step `D` of a layer is cut as that of `pws.optim.AdamW` is; then
-    the kernel is made from `w` and alpha.
+    `pws.optim.SGD`; alpha without decay; and every plain parameter as it is. Its step of a layer is cut as that of
+    `pws.optim.AdamW` is. Then the kernel is made from `w` and alpha.
 
     The state of a marked weight holds `w` (filters first), `alpha`, what the inner optimizer keeps of `w`, and of alpha under
     `alpha_...`. Groups are ours: a scheduler changes them, and the inner optimizer follows.
