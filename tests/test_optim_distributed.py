@@ -16,16 +16,23 @@ import torch
 import torch.distributed.checkpoint as dcp
 from tolerances import assert_close
 from torch import Tensor, distributed, multiprocessing, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from twins import Batches, train
 
 import pws
 from pws.mark import mark, mark_of
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS: Final = 10
 HALF: Final = STEPS // 2
 Result = dict[str, Any]
@@ -123,6 +130,43 @@ def sharded(rank: int, name: str, dtype: torch.dtype = torch.float64, **settings
     return everything(net, optimizer)
 
 
+def rewritten(net: nn.Module, batches: Batches) -> Result:
+    """Other weights are loaded into the model after half of the steps."""
+    optimizer = OPTIMIZERS["sgd"](net)
+    train(net, optimizer, batches, HALF)
+    weights = network(seed=5).state_dict()
+    set_model_state_dict(net, weights, options=StateDictOptions(full_state_dict=True))
+    train(net, optimizer, batches[HALF:], STEPS - HALF)
+    return everything(net, optimizer)
+
+
+def perceptron() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.LayerNorm(6), mark(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 4), mark(nn.Linear(4, 3)))
+    return nn.Sequential(*layers).double()
+
+
+def split(net: nn.Sequential) -> nn.Sequential:
+    """Tensor parallelism: marked filters and columns of a plain layer over the processes; a norm gets half of each sample."""
+    norm, along_filters, along_columns = SequenceParallel(), ColwiseParallel(input_layouts=Shard(1)), RowwiseParallel()
+    return parallelize_module(net, init_device_mesh("cpu", (2,)), {"0": norm, "1": along_filters, "3": along_columns})
+
+
+def sequences(rank: int | None = None) -> Batches:
+    generator = torch.Generator().manual_seed(2)
+    part = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+    return [
+        (torch.randn(5, 4, 6, generator=generator).double()[:, part], torch.randint(3, (5, 3), generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+def tensor_parallel(net: nn.Module, batches: Batches) -> Result:
+    optimizer = OPTIMIZERS["sgd"](net)
+    train(net, optimizer, batches, STEPS)
+    return everything(net, optimizer)
+
+
 def refused(rank: int, layer: nn.Module) -> str:
     net = fully_shard(nn.Sequential(mark(layer)), mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(pws.PwsError) as caught:
@@ -186,6 +230,8 @@ def checks(rank: int, folder: str) -> Iterator[tuple[str, Any]]:
             yield f"loaded-{name}-{layout}", loaded(rank, folder, name, layout)
     yield "fsdp-sgd-whole", sharded(rank, "sgd", nested=False)
     yield "fsdp-sgd-replicated", sharded(rank, "sgd", shape=(2, 1))
+    yield "rewritten", rewritten(shard(network()), data(rank))
+    yield "tensor parallel", tensor_parallel(split(perceptron()), sequences(rank))
     yield "refused", refused(rank, nn.ConvTranspose2d(4, 6, 2))
     yield "refused groups", refused(rank, nn.ConvTranspose2d(4, 6, 2, groups=2))
     yield "not finite", [not_finite(rank, number) for number in (0, 7)]
@@ -256,11 +302,19 @@ def test_however_the_model_is_sharded(ranks: list[Result], how: str) -> None:
     assert_both_equal(ranks, f"fsdp-sgd-{how}", one("sgd"))
 
 
+def test_weights_that_are_loaded_into_shards_are_adopted(ranks: list[Result]) -> None:
+    assert_both_equal(ranks, "rewritten", rewritten(network(), data()))
+
+
+def test_tensor_parallelism_with_gradients_in_parts(ranks: list[Result]) -> None:
+    assert_both_equal(ranks, "tensor parallel", tensor_parallel(perceptron(), sequences()))
+
+
 def test_filters_that_are_split_are_refused_with_the_remedy(ranks: list[Result]) -> None:
     for rank in ranks:
         assert "'0.weight' is split as S(0) and holds its filters along dimension 1" in rank["refused"]
-        assert "Shard it along its filters: fully_shard(model, shard_placement_fn=" in rank["refused"]
-        assert "in groups" in rank["refused groups"]
+        assert "Split it so: fully_shard(model, shard_placement_fn=" in rank["refused"]
+        assert "in groups. Take the mark off this layer" in rank["refused groups"]
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_stops_both(ranks: list[Result]) -> None:

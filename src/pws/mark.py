@@ -157,7 +157,8 @@ def adopt(kernel: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:
     # What rounding leaves of a constant filter is no variance.
     flat = std <= 8 * torch.finfo(kernel.dtype).eps * kernel.abs().amax(dims, keepdim=True)
     if flat.any():
-        drawn = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(0)).to(kernel)
+        generator = torch.Generator("cpu").manual_seed(0)
+        drawn = torch.randn(kernel.shape, generator=generator, device="cpu", dtype=torch.float32).to(kernel)
         drawn = drawn - drawn.mean(dims, keepdim=True)
         drawn = drawn / drawn.square().mean(dims, keepdim=True).sqrt()
         unit = torch.where(flat, drawn, centred / std)

@@ -20,7 +20,7 @@ from pws.mark import Mark, adopt, kernel_of
 from pws.optim.in_backward import REFUSAL, StepInBackward
 from pws.optim.layout import centre, filters, filters_shape, same_layout
 from pws.optim.moving import Moving
-from pws.optim.sharding import check_sharding, like, local
+from pws.optim.sharding import check_sharding, complete_gradient, like, local, versions
 from pws.param_groups import Group, Member, param_groups
 from pws.standardize import constants, swap_channels
 
@@ -52,9 +52,10 @@ class StandardizingOptimizer(Optimizer):
         """What is known of each parameter."""
         self.layers: dict[Tensor, dict[str, Tensor]] = {}
         """Each parameter, to all those of its layer by name."""
+        self._groups: dict[Tensor, int] = {}
         self.plans: dict[Any, Moving] = {}
         """By the parameters that have gradients."""
-        self._versions: dict[Tensor, int] = {}
+        self._versions: dict[Tensor, tuple[int, int]] = {}
         self._in_backward: StepInBackward | None = None
         super().__init__(groups_of(params, defaults), defaults)
         self._watch()
@@ -103,25 +104,27 @@ class StandardizingOptimizer(Optimizer):
         super().add_param_group(dict(param_group))
         for parameter in self.param_groups[-1]["params"]:
             member = group.members[parameter] if group else Member("a parameter without layer", "")
-            check_sharding(parameter, member.name, member.transposed if member.mark else 0)
-            self.members[parameter] = member
+            self.members[parameter], self._groups[parameter] = member, len(self.param_groups) - 1
             self.layers[parameter] = group.layers[member.layer] if group else {"": parameter}  # type: ignore[assignment]
             if member.mark is not None:
+                check_sharding(parameter, member.name, member.transposed)
                 centre(parameter, member.transposed)
         self._watch()
 
     def with_gradients(self, parameters: Iterable[Tensor] | None) -> dict[Tensor, dict[str, Any]]:
         """The parameters that have a gradient, all or of `parameters`, with their groups."""
-        wanted = None if parameters is None else set(parameters)
+        if parameters is None:
+            held = ((parameter, group) for group in self.param_groups for parameter in group["params"])
+        else:
+            held = ((parameter, self.param_groups[self._groups[parameter]]) for parameter in parameters)
         found = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                grad = parameter.grad
-                if grad is None or (wanted is not None and parameter not in wanted):
-                    continue
-                if grad.layout != torch.strided or parameter not in self.members:
-                    self._refuse(parameter)
-                found[parameter] = group
+        for parameter, group in held:
+            if parameter.grad is None:
+                continue
+            if parameter.grad.layout != torch.strided or parameter not in self.members:
+                self._refuse(parameter)
+            complete_gradient(parameter)
+            found[parameter] = group
         return found
 
     def _refuse(self, parameter: Tensor) -> None:
@@ -180,7 +183,7 @@ class StandardizingOptimizer(Optimizer):
 
     def is_ours(self, weight: Tensor) -> bool:
         """Whether nobody has written to a kernel since we did."""
-        return self._versions.get(weight) == local(weight)._version
+        return self._versions.get(weight) == versions(weight)
 
     def _reconcile(self, weight: Tensor, member: Member, kernel: Tensor) -> None:
         """Adopt the kernel, unless it is what the latents say."""
@@ -222,7 +225,7 @@ class StandardizingOptimizer(Optimizer):
                 torch.autograd.graph.increment_version(held)
             if layer.bias is not None:
                 torch.autograd.graph.increment_version(layer.bias)
-            self._versions[weight] = held._version
+            self._versions[weight] = versions(weight)
             layer.grad = layer.bias_grad = None
         torch.autograd.graph.increment_version(
             [local(parameter) for parameter in now.plain]
@@ -274,7 +277,7 @@ class StandardizingOptimizer(Optimizer):
                     )  # torch has cast it to the parameter's dtype
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("step_bound", "step_in_backward", "members", "layers")
+        own = ("step_bound", "step_in_backward", "members", "layers", "_groups")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Parameters sharded by FSDP2: their filters on this process, and sums over the processes that hold the others."""
+"""Parameters sharded by FSDP2 or tensor parallelism: the filters of this process, and sums over those of the others."""
 
 from __future__ import annotations
 
@@ -21,13 +21,27 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def versions(tensor: Tensor) -> tuple[int, int]:
+    """These change whenever somebody writes: to a DTensor, or to the part that this process holds."""
+    return tensor._version, local(tensor)._version
+
+
+def complete_gradient(parameter: Any) -> None:
+    """Split a gradient as the parameter is: tensor parallelism may leave it as parts that have yet to be summed."""
+    if is_sharded(parameter.grad) and parameter.grad.placements != parameter.placements:
+        parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
+
+
 def like(parameter: Any, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """This process's filters of a state, as a tensor of the whole `shape` sharded as the parameter is: filters first."""
+    """This process's part of a state, as a tensor of the whole `shape` that is split as the parameter is; along the filters
+    where they come first in the state alone."""
     if not is_sharded(parameter):
         return tensor
     from torch.distributed.tensor import DTensor, Shard
 
-    placements = [Shard(0) if place.is_shard() else place for place in parameter.placements]
+    placements = parameter.placements
+    if tensor.shape != local(parameter).shape:
+        placements = [Shard(0) if place.is_shard() else place for place in placements]
     alike = tuple(shape) == tuple(parameter.shape)
     stride = parameter.stride() if alike else torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
@@ -43,11 +57,14 @@ def check_sharding(parameter: Any, name: str, transposed: int) -> None:
     for place in parameter.placements:
         if place.is_replicate() or (place.is_shard(wanted) and transposed <= 1):
             continue
-        remedy = "fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p is conv.weight else None)"
+        remedy = {
+            0: "Split it along dimension 0.",
+            1: "Split it so: fully_shard(model, shard_placement_fn=lambda p: Shard(1) if p is conv.weight else None).",
+        }
         raise PwsError(
             f"the statistics of a filter need all of it on one process; {name!r} is split as {place} and holds its filters "
             f"along dimension {wanted}{', in groups' if transposed > 1 else ''}. "
-            + (f"Shard it along its filters: {remedy}." if transposed == 1 else "Leave this layer out of the sharding.")
+            + remedy.get(transposed, "Take the mark off this layer, or keep it whole on every process.")
         )
 
 
@@ -57,7 +74,7 @@ def sum_over_shards(squares: Tensor, parameters: Sequence[Any]) -> Tensor:
     for i, parameter in enumerate(parameters):
         if is_sharded(parameter):
             for dim, place in enumerate(parameter.placements):
-                if place.is_shard():
+                if not place.is_replicate():
                     meshes.setdefault(parameter.device_mesh.get_group(dim), []).append(i)
     for group, numbers in meshes.items():
         part = squares[numbers]

@@ -13,6 +13,7 @@ from pws.errors import PwsError
 from pws.mark import marked
 from pws.methods import Method
 from pws.optim import SGD, AdamW, Wrapped
+from pws.optim.adamw import TAKEN_BOUND
 from pws.training.recipe import OptimConfig
 
 
@@ -36,10 +37,13 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, bound: float | None) -
 
 
 def step_bound(optim: OptimConfig, method: Method | None) -> float | None:
-    """The recipe's bound on a layer's step; "method" is the method's own, which gives way to a clipped norm."""
-    if optim.step_bound == "method":
-        return method.step_bound if method and optim.clip_norm is None else None
-    return optim.step_bound
+    """The recipe's bound on a layer's step; "method" is the method's own for sgd, and what the others bound the step they take
+    with; it gives way to a clipped norm."""
+    if optim.step_bound != "method":
+        return optim.step_bound
+    if method is None or method.step_bound is None or optim.clip_norm is not None:
+        return None
+    return method.step_bound if optim.name == "sgd" else TAKEN_BOUND
 
 
 def _class_of(name: str) -> type[Optimizer]:

@@ -22,8 +22,8 @@ class ModelConfig:
         gamma: (pws, pws-paper) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
         relative_gamma: (pws) add gamma * 2 / fan_in instead.
         standardize_head: (pws) standardize the head too; true if left out.
-        calibrate: set alpha from the first training batch, once: "initalpha" is the paper's (output variance 2, the stem
-            and the first convolution of each block), "all" gives every pws layer output variance 1.
+        calibrate: scale kernels on the first training batch, once: "initalpha" is the paper's (output variance 2, the stem
+            and the first convolution of each block), "all" gives every standardized layer output variance 1.
     """
 
     name: str = "allconv"
@@ -83,7 +83,7 @@ class OptimConfig:
         warmup_epochs: epochs over which the learning rate rises linearly from 0, a part of an epoch too.
         clip_norm: clip the gradient to this global norm, in place of the method's own step bound.
         step_bound: no layer's step is longer than this (in pws.optim for pws and pws-paper, by pws.clip_grad for the others);
-            "method" is the method's own, 0.03 for pws and none for the others, null is none.
+            "method" is the method's own (for pws 0.03 with sgd, 0.05 with others; none for other methods), null is none.
         label_smoothing: the part of each label that is spread over all classes.
     """
 
