@@ -146,37 +146,42 @@ def _column(at: Any, counts: Any) -> Any:
 
 
 @njit(fastmath=FAST)
-def _statistics(row: Any, gamma: Any) -> Any:
-    """Mean and `1 / sqrt(v + gamma)` of a filter, in two passes: a large mean costs no digits."""
+def _statistics(row: Any, total: Any, squares: Any, gamma: Any) -> Any:
+    """Mean and `1 / sqrt(v + gamma)` of a filter from its sums. Means are about 0, for no step moves them; where one is larger
+    than the deviation, sums would lose digits, and the filter is read again."""
     count = np.float32(row.shape[0])
-    total = np.float32(0)
-    for k in range(row.shape[0]):
-        total += row[k]
     mean = total / count
-    squares = np.float32(0)
-    for k in range(row.shape[0]):
-        squares += (row[k] - mean) * (row[k] - mean)
-    return mean, np.float32(1) / np.sqrt(squares / count + gamma)
+    variance = squares / count - mean * mean
+    if mean * mean > variance:
+        squares = np.float32(0)
+        for k in range(row.shape[0]):
+            squares += (row[k] - mean) * (row[k] - mean)
+        variance = squares / count
+    return mean, np.float32(1) / np.sqrt(variance + gamma)
 
 
 @njit(fastmath=FAST)
-def _write(row: Any, kernel: Any, scale: Any, gamma: Any) -> None:
-    mean, rstd = _statistics(row, gamma)
+def _write(row: Any, kernel: Any, total: Any, squares: Any, scale: Any, gamma: Any) -> None:
+    """The kernel of a filter, from the filter and its sums."""
+    mean, rstd = _statistics(row, total, squares, gamma)
     factor = scale * rstd
     for k in range(row.shape[0]):
         kernel[k] = (row[k] - mean) * factor
 
 
 @njit(fastmath=FAST)
-def _gradient_sums(row: Any, grad: Any, mean: Any) -> Any:
-    """`sum G`, `sum G^2` and `sum G (w - m)`."""
-    total, squares, along = np.float32(0), np.float32(0), np.float32(0)
+def _all_sums(row: Any, grad: Any) -> Any:
+    """`sum w`, `sum w^2`, `sum G`, `sum G^2` and `sum G w`, in one loop, so that memory is read all the time."""
+    total, squares = np.float32(0), np.float32(0)
+    of_grad, grad_squares, products = np.float32(0), np.float32(0), np.float32(0)
     for k in range(row.shape[0]):
-        g = grad[k]
-        total += g
-        squares += g * g
-        along += g * (row[k] - mean)
-    return total, squares, along
+        w, g = row[k], grad[k]
+        total += w
+        squares += w * w
+        of_grad += g
+        grad_squares += g * g
+        products += g * w
+    return total, squares, of_grad, grad_squares, products
 
 
 @njit(parallel=True, cache=True, fastmath=FAST)
@@ -188,11 +193,11 @@ def _sums(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None
         w_OK, grad_OK, alpha_O = _rows(a[W], n), _rows(a[GRAD], n), _column(a[ALPHA], n)
         count = np.float32(n[ENTRIES])
         for o in range(first, end):
-            mean, rstd = _statistics(w_OK[o], x[GAMMA])
-            total, squares, along = _gradient_sums(w_OK[o], grad_OK[o], mean)
-            along *= rstd
+            total, squares, of_grad, grad_squares, products = _all_sums(w_OK[o], grad_OK[o])
+            mean, rstd = _statistics(w_OK[o], total, squares, x[GAMMA])
+            along = (products - mean * of_grad) * rstd
             # sum h^2 / n = v r^2 = 1 - gamma r^2
-            rest = squares - total * total / count - along * along / count * (1 + x[GAMMA] * rstd * rstd)
+            rest = grad_squares - of_grad * of_grad / count - along * along / count * (1 + x[GAMMA] * rstd * rstd)
             if rest < 0:  # by rounding; NaN stays
                 rest = np.float32(0)
             step, of_alpha = x[PEAK] * x[C] * alpha_O[o] * rstd, x[ALPHA_PEAK] * x[C] * along
@@ -201,34 +206,34 @@ def _sums(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None
                 of_bias = x[BIAS_PEAK] * _column(a[BIAS_GRAD], n)[o]
                 square += of_bias * of_bias
             row = filters[n[OFFSET] + o]
-            row[MEAN], row[RSTD], row[MEAN_GRAD], row[MEAN_ALONG], row[SQUARE] = (
-                mean,
-                rstd,
-                total / count,
-                along / count,
-                square,
-            )
+            row[MEAN], row[RSTD], row[MEAN_GRAD], row[MEAN_ALONG] = mean, rstd, of_grad / count, along / count
+            row[SQUARE] = square
 
 
 @njit(fastmath=FAST)
-def _sgd_row(w: Any, grad: Any, buffer: Any, row: Any, scale: Any, x: Any) -> None:
-    """`w` and its momentum by the gradient `scale (G - mean(G) - h mean(G h))`."""
+def _sgd_row(w: Any, grad: Any, buffer: Any, row: Any, scale: Any, x: Any) -> Any:
+    """`w` and its momentum by the gradient `scale (G - mean(G) - h mean(G h))`; the sums of the new `w`."""
     mean, centre, slope = row[MEAN], row[MEAN_GRAD], row[MEAN_ALONG] * row[RSTD]
     lr, decay, momentum = x[LR], x[DECAY], x[MOMENTUM]
+    total, squares = np.float32(0), np.float32(0)
     if momentum == 0:
         for k in range(w.shape[0]):
-            w[k] -= lr * (scale * (grad[k] - centre - (w[k] - mean) * slope) + decay * w[k])
-    elif x[NESTEROV] == 0:
-        for k in range(w.shape[0]):
-            moved = momentum * buffer[k] + (scale * (grad[k] - centre - (w[k] - mean) * slope) + decay * w[k])
-            buffer[k] = moved
-            w[k] -= lr * moved
+            new = w[k] - lr * (scale * (grad[k] - centre - (w[k] - mean) * slope) + decay * w[k])
+            w[k] = new
+            total += new
+            squares += new * new
     else:
+        # Nesterov's step is the gradient and momentum times the new buffer, else it is the new buffer.
+        of_step, of_moved = (np.float32(1), momentum) if x[NESTEROV] != 0 else (np.float32(0), np.float32(1))
         for k in range(w.shape[0]):
             step = scale * (grad[k] - centre - (w[k] - mean) * slope) + decay * w[k]
             moved = momentum * buffer[k] + step
             buffer[k] = moved
-            w[k] -= lr * (step + momentum * moved)
+            new = w[k] - lr * (of_step * step + of_moved * moved)
+            w[k] = new
+            total += new
+            squares += new * new
+    return total, squares
 
 
 @njit(fastmath=FAST)
@@ -255,13 +260,13 @@ def _sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, factors:
         for o in range(first, end):
             row = filters[n[OFFSET] + o]
             scale = factor * x[C] * alpha_O[o] * row[RSTD]
-            _sgd_row(w_OK[o], grad_OK[o], buffer_OK[o], row, scale, x)
+            total, squares = _sgd_row(w_OK[o], grad_OK[o], buffer_OK[o], row, scale, x)
             of_alpha = factor * x[C] * row[MEAN_ALONG] * np.float32(n[ENTRIES])
             alpha_O[o] = _sgd_scalar(alpha_O[o], of_alpha, alpha_buffer_O, o, x[ALPHA_LR], np.float32(0), x)
             if a[BIAS_GRAD] != 0:
                 of_bias = factor * bias_grad_O[o]
                 bias_O[o] = _sgd_scalar(bias_O[o], of_bias, bias_buffer_O, o, x[BIAS_LR], x[BIAS_DECAY], x)
-            _write(w_OK[o], kernel_OK[o], x[C] * alpha_O[o], x[GAMMA])
+            _write(w_OK[o], kernel_OK[o], total, squares, x[C] * alpha_O[o], x[GAMMA])
 
 
 @njit(fastmath=FAST)
@@ -335,11 +340,15 @@ def _adamw(at: Any, counts: Any, numbers: Any, chunks: Any, factors: Any) -> Non
         zero = np.float32(0)
         for o in range(first, end):
             w = w_OK[o]
+            total, squares = zero, zero
             for k in range(w.shape[0]):
-                w[k] += factor * _change(w[k], first_OK[o, k], second_OK[o, k], x[LR], x[DECAY], x)
+                new = w[k] + factor * _change(w[k], first_OK[o, k], second_OK[o, k], x[LR], x[DECAY], x)
+                w[k] = new
+                total += new
+                squares += new * new
             alpha_O[o] += factor * _change(alpha_O[o], alpha_first_O[o], alpha_second_O[o], x[ALPHA_LR], zero, x)
             if a[BIAS_GRAD] != 0:
                 bias_O[o] += factor * _change(
                     bias_O[o], bias_first_O[o], bias_second_O[o], x[BIAS_LR], x[BIAS_DECAY], x
                 )
-            _write(w, kernel_OK[o], x[C] * alpha_O[o], x[GAMMA])
+            _write(w, kernel_OK[o], total, squares, x[C] * alpha_O[o], x[GAMMA])
