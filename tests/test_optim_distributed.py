@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -167,10 +168,10 @@ def tensor_parallel(net: nn.Module, batches: Batches) -> Result:
     return everything(net, optimizer)
 
 
-def refused(rank: int, layer: nn.Module) -> str:
+def refused(layer: nn.Module, optimizer: Callable[..., Any] = pws.optim.SGD) -> str:
     net = fully_shard(nn.Sequential(mark(layer)), mesh=init_device_mesh("cpu", (2,)))
     with pytest.raises(pws.PwsError) as caught:
-        pws.optim.SGD(net, lr=0.1)
+        optimizer(net, lr=0.1)
     return str(caught.value)
 
 
@@ -232,8 +233,9 @@ def checks(rank: int, folder: str) -> Iterator[tuple[str, Any]]:
     yield "fsdp-sgd-replicated", sharded(rank, "sgd", shape=(2, 1))
     yield "rewritten", rewritten(shard(network()), data(rank))
     yield "tensor parallel", tensor_parallel(split(perceptron()), sequences(rank))
-    yield "refused", refused(rank, nn.ConvTranspose2d(4, 6, 2))
-    yield "refused groups", refused(rank, nn.ConvTranspose2d(4, 6, 2, groups=2))
+    yield "refused", refused(nn.ConvTranspose2d(4, 6, 2))
+    yield "refused groups", refused(nn.ConvTranspose2d(4, 6, 2, groups=2))
+    yield "refused wrapped", refused(nn.Linear(4, 6), partial(pws.optim.Wrapped, optimizer=torch.optim.SGD))
     yield "not finite", [not_finite(rank, number) for number in (0, 7)]
 
 
@@ -315,6 +317,11 @@ def test_filters_that_are_split_are_refused_with_the_remedy(ranks: list[Result])
         assert "'0.weight' is split as S(0) and holds its filters along dimension 1" in rank["refused"]
         assert "Split it so: fully_shard(model, shard_placement_fn=" in rank["refused"]
         assert "in groups. Take the mark off this layer" in rank["refused groups"]
+
+
+def test_a_wrapped_optimizer_refuses_parts_of_matrices(ranks: list[Result]) -> None:
+    for rank in ranks:
+        assert "Use pws.optim.SGD or AdamW under fully_shard" in rank["refused wrapped"]
 
 
 def test_a_gradient_that_is_not_finite_on_one_process_stops_both(ranks: list[Result]) -> None:

@@ -134,6 +134,18 @@ def test_functional_gradients_are_those_of_the_backward_pass() -> None:
         assert_close(per_sample[name].mean(0), value.grad, "float32")
 
 
+def test_functional_gradients_can_be_given_to_the_optimizer() -> None:
+    model = network()
+    optimizer = sgd(model)
+    for _ in range(3):
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+        found = grad(lambda own: F.cross_entropy(functional_call(model, own, (X,)), Y))(parameters)
+        for name, value in model.named_parameters():
+            value.grad = found[name]
+        optimizer.step()
+    assert_same(model, trained())
+
+
 def test_export_needs_no_special_case() -> None:
     model = trained().eval()
     assert torch.allclose(torch.export.export(model, (X,)).module()(X), model(X), atol=1e-6)

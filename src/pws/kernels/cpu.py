@@ -65,12 +65,21 @@ class CpuStep:
 
     def squares(self) -> Tensor:
         """See `Step`."""
+        self._begin()
+        self._run(_sums, self._filters)
+        return self._by_layer()
+
+    def bounded_sgd(self, bound: float | None) -> bool:
+        """`squares`, the factors of a bound and `sgd` in one call; false if a gradient is not finite, and nothing has moved."""
+        self._begin()
+        return bool(self._run(_bounded_sgd, self._filters, np.float32(np.inf if bound is None else bound)))
+
+    def _begin(self) -> None:
+        """Tell the tables of this step's gradients and rates."""
         self._at[:, GRAD] = [_address(layer.grad) for layer in self.layers]
         self._at[:, BIAS_GRAD] = [_address(layer.bias_grad) for layer in self.layers]
         numbers = [(layer.c, layer.gamma, *layer.peaks, *layer.rates) for layer in self.layers]
         self._numbers[:, : len(numbers[0])] = numbers
-        self._run(_sums, self._filters)
-        return self._by_layer()
 
     def sgd(self, factors: Tensor) -> None:
         """See `Step`."""
@@ -89,15 +98,17 @@ class CpuStep:
         starts = self._counts[:, OFFSET]
         return torch.from_numpy(np.add.reduceat(self._filters[:, SQUARE], starts, dtype=np.float32))
 
-    def _run(self, loop: Any, *more: Any) -> None:
+    def _run(self, loop: Any, *more: Any) -> Any:
         threads = torch.get_num_threads()
         with _lock:
-            before = numba.get_num_threads()
-            numba.set_num_threads(max(1, min(threads, len(self._chunks), NUMBA_NUM_THREADS)))
+            before, wanted = numba.get_num_threads(), min(threads, NUMBA_NUM_THREADS)
+            if wanted != before:
+                numba.set_num_threads(wanted)
             try:
-                loop(self._at, self._counts, self._numbers, self._chunks, *more)
+                return loop(self._at, self._counts, self._numbers, self._chunks, *more)
             finally:
-                numba.set_num_threads(before)
+                if wanted != before:
+                    numba.set_num_threads(before)
                 if (
                     torch.get_num_threads() != threads
                 ):  # numba's first launch sets it for all of OpenMP, torch's part too
@@ -267,6 +278,23 @@ def _sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, factors:
                 of_bias = factor * bias_grad_O[o]
                 bias_O[o] = _sgd_scalar(bias_O[o], of_bias, bias_buffer_O, o, x[BIAS_LR], x[BIAS_DECAY], x)
             _write(w_OK[o], kernel_OK[o], total, squares, x[C] * alpha_O[o], x[GAMMA])
+
+
+@njit(cache=True)
+def _bounded_sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, bound: Any) -> Any:
+    """`_sums`, each layer's factor, and `_sgd`; false before anything moves if a gradient is not finite."""
+    _sums(at, counts, numbers, chunks, filters)
+    factors = np.ones(counts.shape[0], np.float32)
+    for layer in range(counts.shape[0]):
+        square = np.float32(0)
+        for row in range(counts[layer, OFFSET], counts[layer, OFFSET] + counts[layer, FILTERS]):
+            square += filters[row, SQUARE]
+        if not np.isfinite(square):
+            return False
+        if square > bound * bound:
+            factors[layer] = bound / np.sqrt(square)
+    _sgd(at, counts, numbers, chunks, filters, factors)
+    return True
 
 
 @njit(fastmath=FAST)

@@ -13,9 +13,10 @@ from pws.errors import PwsError
 from pws.kernels import Layer, Step, chosen, steps_of
 from pws.optim.bound import ahead_of, by_layer, factors_of
 from pws.optim.layout import is_dense, same_layout
-from pws.optim.sharding import local, sum_over_shards
+from pws.optim.sharding import is_sharded, local, sum_over_shards
 
 if TYPE_CHECKING:
+    from pws.kernels.cpu import CpuStep
     from pws.optim.base import StandardizingOptimizer
 
 FUSED: Final = ("cpu", "cuda", "xpu", "mps")
@@ -54,6 +55,14 @@ class Moving:
             for i, square in zip(numbers, of(step), strict=True):
                 found[i] = square.to(self.layers[0].w.device)
         return sum_over_shards(torch.stack(found), self.weights) if found else torch.zeros(0, device="cpu")
+
+    def moves_at_once(self, move: Callable[[CpuStep], bool]) -> bool:
+        """Move in one call, where nothing else has to be asked: all of it is one step on the CPU, of this process alone.
+        False if it can't be, or a gradient is not finite; then nothing has moved."""
+        if len(self.steps) != 1 or self.plain or any(map(is_sharded, self.weights)):
+            return False
+        step: Any = self.steps[0][0]
+        return hasattr(step, "bounded_sgd") and move(step)
 
     def apply(self, move: Callable[[Step, Tensor], None], factors: Tensor) -> None:
         """Move each marked layer by its factor."""

@@ -81,12 +81,12 @@ class SGD(StandardizingOptimizer):
         now = moving(self, moments, parameters)
         if now is None:
             return
-        squares = now.squares(lambda step: step.squares())
-        now.check_finite(squares, lambda p: self.members[p].name)
-        factors = factors_of(squares, self.step_bound)
-        if now.plain:
-            self._move_plain(now)
-        now.apply(lambda step, own: step.sgd(own), factors)
+        if not now.moves_at_once(lambda step: step.bounded_sgd(self.step_bound)):
+            squares = now.squares(lambda step: step.squares())
+            now.check_finite(squares, lambda p: self.members[p].name)
+            if now.plain:
+                self._move_plain(now)
+            now.apply(lambda step, own: step.sgd(own), factors_of(squares, self.step_bound))
         self.written(now)
 
     def _move_plain(self, now: Moving) -> None:

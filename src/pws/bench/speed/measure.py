@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Final
@@ -50,18 +51,16 @@ def measure_rounds(
     """Time `contestants` for about `seconds`."""
     rows = list(contestants)
     repeats = {}
-    one_round = 0.0
     for row in rows:
         say(f"{case}: {row} warms up")
-        step = contestants[row].prepare(case)
-        repeats[row] = max(1, round(TURN / step))
-        one_round += step * repeats[row]
-    rounds = min(max(round(seconds / one_round), ROUNDS[0]), ROUNDS[1])
+        repeats[row] = max(1, round(TURN / contestants[row].prepare(case)))
     taken: dict[str, list[float]] = {row: [] for row in rows}
-    for number in range(rounds):
-        say(f"{case}: round {number + 1} of {rounds}")
+    number, end = 0, time.perf_counter() + seconds
+    while number < ROUNDS[0] or (number < ROUNDS[1] and time.perf_counter() < end):
+        say(f"{case}: round {number + 1}, {max(0.0, end - time.perf_counter()):.0f} s left")
         for i in range(len(rows)):
             row = rows[(number + i) % len(rows)]  # each follows each other one: caches are left differently
             taken[row].append(contestants[row].time(repeats[row]))
+        number += 1
     say(f"{case}: memory")
     return {row: Measured(tuple(taken[row]), **asdict(contestants[row].memory())) for row in rows}
