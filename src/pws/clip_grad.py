@@ -37,10 +37,15 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
         The largest length before clipping, a scalar tensor; where a gradient is not finite, neither is it.
 
     Raises:
-        PwsError: the bound is not positive, or the optimizer holds no parameter of the model.
+        PwsError: the bound is not positive, the optimizer holds no parameter of the model, or it steps in the backward pass.
     """
     if not 0 < bound < float("inf"):
         raise PwsError(f"the bound on a step's length must be positive and finite; got {bound!r}. Usual: {STEP_BOUND}.")
+    if getattr(optimizer, "step_in_backward", False):
+        raise PwsError(
+            "step_in_backward=True has moved the layers in the backward pass, and no gradient is left to clip. The optimizer's own "
+            "step_bound holds there; make it without step_in_backward to clip otherwise."
+        )
     rates = {parameter: peak_lr(group) for group in optimizer.param_groups for parameter in group["params"]}
     layers = _layers(model, rates)
     gradients = [parameter.grad for layer in layers for parameter in layer if parameter.grad is not None]

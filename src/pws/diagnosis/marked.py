@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pws.errors import PwsError
 from pws.mark import Mark, adopt, filters_of, mark_of
 from pws.optim.base import ROUNDING
+from pws.optim.sharding import is_sharded
 from pws.standardize import constants
 
 
@@ -27,7 +28,14 @@ def marked_weights(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise `PwsError` if the optimizer is none, or one of torch's own that moves a marked weight as a plain one."""
+    """Raise `PwsError` if marked weights are split over processes, the optimizer is none, or it is one of torch's own that moves
+    a marked weight as a plain one."""
+    for weight, layer in marked_weights(model).items():
+        if is_sharded(weight):
+            raise PwsError(
+                f"a diagnosis needs whole filters, and the weight of a marked {type(layer).__name__} is split over processes "
+                "(fully_shard). Diagnose a whole copy: load the checkpoint in one process."
+            )
     if optimizer is None:
         return
     if not isinstance(optimizer, torch.optim.Optimizer):
