@@ -40,11 +40,12 @@ def test_the_shipped_suites() -> None:
         "lives",
         "models",
         "modes",
+        "resnet50-224",
         "resnet50",
         "scaling",
         "small",
     ]
-    assert [len(load_suite(name).cases) for name in shipped_suites()] == [3, 3, 1, 6, 3, 7, 20, 4]
+    assert [len(load_suite(name).cases) for name in shipped_suites()] == [3, 3, 1, 6, 3, 2, 5, 20, 4]
     for name in shipped_suites():
         assert 1 <= len(load_suite(name, quick=True).cases) <= 2
 
