@@ -220,3 +220,11 @@ def test_a_closure_that_runs_the_backward_pass(make: Make) -> None:
         )
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         assert_close(one, other, "float64")
+
+
+def test_clipping_by_pws_finds_out_that_no_gradient_is_left() -> None:
+    layer = pws.mark(nn.Linear(4, 3), gain="linear")
+    optimizer = pws.optim.SGD(layer, lr=0.1, step_in_backward=True)
+    layer(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(pws.PwsError, match="no gradient is left to clip"):
+        pws.clip_grad(layer, optimizer)

@@ -43,8 +43,8 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
         raise PwsError(f"the bound on a step's length must be positive and finite; got {bound!r}. Usual: {STEP_BOUND}.")
     if getattr(optimizer, "step_in_backward", False):
         raise PwsError(
-            "step_in_backward=True has moved the layers in the backward pass, and no gradient is left to clip. The optimizer's own "
-            "step_bound holds there; make it without step_in_backward to clip otherwise."
+            "step_in_backward=True has moved the layers in the backward pass, and no gradient is left to clip. The optimizer's "
+            "own step_bound holds there; make it without step_in_backward to clip otherwise."
         )
     rates = {parameter: peak_lr(group) for group in optimizer.param_groups for parameter in group["params"]}
     layers = _layers(model, rates)

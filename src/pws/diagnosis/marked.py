@@ -28,8 +28,8 @@ def marked_weights(model: nn.Module) -> dict[nn.Parameter, nn.Module]:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise `PwsError` if marked weights are split over processes, the optimizer is none, or it is one of torch's own that moves
-    a marked weight as a plain one."""
+    """Raise `PwsError` if marked weights are split over processes, the optimizer is none, or it is one of torch's own that
+    moves a marked weight as a plain one."""
     for weight, layer in marked_weights(model).items():
         if is_sharded(weight):
             raise PwsError(
