@@ -15,7 +15,7 @@ import reference
 import torch
 from backends import HERE, INTERPRETED, device_of
 from tolerances import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 
 import pws
 from pws import kernels
@@ -380,3 +380,28 @@ def test_tritons_step_in_tritons_interpreter() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process tests triton's step")
+@pytest.mark.parametrize("bound", [None, 1e-3])
+def test_the_cpus_step_in_one_call_keeps_the_bound_and_refuses_what_is_not_finite(bound: float | None) -> None:
+    def moved(name: str | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(pws.mark(nn.Conv2d(3, 8, 3), gain="linear"), nn.Flatten(), pws.mark(nn.Linear(72, 5)))
+        optimizer = pws.optim.SGD(model, lr=0.3, momentum=0.9, weight_decay=1e-3, step_bound=bound)
+        with pws.kernels.use(name):
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(torch.ones(2, 3, 5, 5)).square().sum().backward()
+                optimizer.step()
+            before = [p.detach().clone() for p in model.parameters()]
+            for p in model.parameters():
+                p.grad = torch.full_like(p, torch.inf)
+            with pytest.raises(pws.optim.NonFiniteGradientError):
+                optimizer.step()
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            assert torch.equal(parameter, value)
+        return before
+
+    for fused, wanted in zip(moved("cpu"), moved("reference"), strict=True):
+        assert_close(fused, wanted, "trajectory float32")
