@@ -81,3 +81,18 @@ def sum_over_shards(squares: Tensor, parameters: Sequence[Any]) -> Tensor:
         distributed.all_reduce(part, group=group)
         squares = squares.index_copy(0, torch.tensor(numbers, device=squares.device), part)
     return squares
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered if it is a DTensor; every process must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def replicated(parameter: Any, values: Tensor) -> Tensor:
+    """`values`, which every process has, as a DTensor if `parameter` is one, so that they can be computed with together."""
+    if not is_sharded(parameter):
+        return values
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    return DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)

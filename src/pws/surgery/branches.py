@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from pws.surgery.trace import INPUT, Trace, trace
+from pws.surgery.trace import trace
+from pws.surgery.value import INPUT, Trace
 
 
 def branch_ends(model: nn.Module, example: Any) -> dict[str, float]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from pws.errors import PwsError
+from pws.diagnosis.batch import REJECTIONS, Batch, batch_of
+from pws.errors import PwsError, one_line
 from pws.layers import StandardizedLayer
 from pws.mark import filters_of
+from pws.optim.sharding import replicated, whole
 from pws.surgery.branches import branch_ends
-from pws.surgery.standardized import is_standardized, own_filters, own_weight, set_filters
-from pws.surgery.trace import input_of
-
-Batch = Tensor | tuple[Any, ...] | list[Any]
+from pws.surgery.running import branches_run, evaluated, hooked, input_of, removed_after
+from pws.surgery.stand_ins import Affine
+from pws.surgery.standardized import is_standardized, own_filters, own_weight
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Calibrated:
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
-    batches: Tensor | Iterable[Batch],
+    batches: Any,
     *,
     target: float = 1.0,
     per_channel: bool = False,
@@ -55,14 +55,14 @@ def calibrate(
     and a resumed run must not call this again. With `torch.distributed` initialized, the statistics are pooled over all
     ranks, and every rank (all must hold the same model) sets the same scales.
 
-    The model runs in eval mode without gradient (BatchNorm then uses its running statistics); its modes, buffers and
-    every other parameter are left as they were.
+    The model runs in eval mode without gradient (BatchNorm then uses its running statistics); then in train mode, if some
+    layers run in that alone (auxiliary heads). Its modes, buffers and every other parameter are left as they were.
 
     Args:
         model: any module that holds marked layers or pws layers.
-        batches: the model's input tensor, or an iterable of batches, each such a tensor or a tuple that starts with it
-            (put one `(images, labels)` of a loader into a list). They are joined: choose no more samples than one forward
-            pass has memory for.
+        batches: the model's input (a tensor, or a dict of arguments), or an iterable of batches as a DataLoader gives them:
+            inputs, or `(inputs, targets)` (put one `(images, labels)` into a list). They are joined: choose no more samples
+            than one forward pass has memory for.
         target: the output variance wanted; the paper uses 2.
         per_channel: a factor a channel, from that channel's own variance, instead of one a layer.
         mean: shift each bias so that its channel's output has this mean (BatchNorm's is 0), and take the variance about the
@@ -84,9 +84,17 @@ def calibrate(
     names = {m: n for n, m in model.named_modules() if is_standardized(m) and (not only or only(n, m))}
     setting = Setting(names, target, per_channel, mean)
     if names:
-        images = _join(batches).to(_scale_of(next(iter(names))).device)
-        setting.shares = branch_ends(model, images) if share_branches else {}
-        setting.run(model, lambda: model(images))
+        batch = _on_device(_join(batches), _scale_of(next(iter(names))).device)
+        setting.shares = branch_ends(model, batch.inputs) if share_branches else {}
+        try:
+            setting.run(model, lambda: batch.outputs(model))
+        except PwsError:
+            raise
+        except REJECTIONS as error:
+            raise PwsError(
+                f"calibrate needs batches that the model takes; {type(model).__name__} stopped with {type(error).__name__}: "
+                f"{one_line(error)}. Give what its forward takes, as a DataLoader gives it."
+            ) from error
     if not setting.done:
         raise PwsError(
             f"calibrate found no marked layer and no pws layer that ran in {type(model).__name__}. Mark its layers (pws.mark, "
@@ -97,7 +105,8 @@ def calibrate(
 
 @dataclass
 class Setting:
-    """Layers being set, each when it is called."""
+    """Layers being set, each by its first call; the parameters change at the end, so that a model may differentiate inside its
+    forward, and nothing has changed if a layer fails."""
 
     names: Mapping[nn.Module, str]
     target: float
@@ -106,37 +115,77 @@ class Setting:
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of the target, for the layers that end residual branches."""
     done: dict[Tensor, Calibrated] = field(default_factory=dict)
-    """By what was scaled: a weight of two layers is set by the first."""
+    """By what is scaled: a weight of two layers is set by the first."""
+    factors: dict[Tensor, tuple[nn.Module, Tensor]] = field(default_factory=dict)
+    """By the same; the layer, and one factor or one per channel."""
+    biases: dict[nn.Module, Tensor] = field(default_factory=dict)
+    """New ones."""
+    affines: Mapping[nn.Module, float] = field(default_factory=dict)
+    """What stands in for norms of the input, to the eps of the norm: set from what it is given."""
+    set_affines: set[nn.Module] = field(default_factory=set)
 
     def run(self, model: nn.Module, forward: Callable[[], object]) -> None:
-        """Set all layers that `forward` calls; none if it fails."""
+        """Set all layers that `forward` calls in eval mode, then those that it calls in train mode alone; none if it fails."""
         layers = list(self.names)
-        with torch.no_grad(), _restored_on_error(layers), evaluated(model), hooked(layers, self._set):
-            forward()
+        pre_hooks = [affine.register_forward_pre_hook(self._set_affine) for affine in self.affines]
+        with torch.no_grad(), hooked(layers, self._set), removed_after(pre_hooks):
+            with evaluated(model):
+                forward()
+            if len(self.done) < len({_scale_of(layer) for layer in layers}):
+                with branches_run(model):
+                    forward()
+        self._write()
+
+    def _set_affine(self, affine: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(affine, Affine)
+        if affine not in self.set_affines:
+            self.set_affines.add(affine)
+            affine.standardize(args[0].detach(), self.affines[affine])
 
     def _set(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        scale, bias = _scale_of(layer), _bias_of(layer)
-        if scale in self.done:
-            return output
-        name, channel = self.names[layer], 1 - _kernel_of(layer).dim()
+        scale, bias, channel = _scale_of(layer), _bias_of(layer), 1 - _kernel_of(layer).dim()
         channel_last = output.movedim(channel, -1)
         centred = channel_last if bias is None else channel_last - bias
+        if scale not in self.done:
+            inputs = input_of(args, kwargs)
+            self._look(layer, centred.detach(), 0.0 if inputs is None else _rounding(layer, inputs))
+        result = centred * self.factors[scale][1].to(centred.dtype)
+        bias = self.biases.get(layer, bias)
+        result = result if bias is None else result + bias.to(result.dtype)
+        return result.movedim(-1, channel)
+
+    def _look(self, layer: nn.Module, centred: Tensor, rounding: float) -> None:
+        name, bias = self.names[layer], _bias_of(layer)
         shift = None if self.mean is None or bias is None else -_moments(centred, True)[0]
         if shift is not None:
             centred = centred + shift.to(centred.dtype)
         variance = _moments(centred, self.per_channel)[1]
-        _check_variance(variance, _rounding(layer, input_of(args, kwargs)), name)
+        _check_variance(variance, rounding, name)
         factor = (self.target * self.shares.get(name, 1.0) / variance).sqrt()
-        self.done[scale] = Calibrated(name, float(variance.mean()), float(factor.mean()))
-        _multiply(layer, factor)
-        result = centred * factor.to(centred.dtype)
-        if bias is not None:
-            if self.mean is not None and shift is not None:
-                bias.copy_(self.mean + shift * factor)
-                result = result + self.mean
-            else:
-                result = result + bias
-        return result.movedim(-1, channel)
+        self.done[_scale_of(layer)] = Calibrated(name, float(variance.mean()), float(factor.mean()))
+        self.factors[_scale_of(layer)] = layer, factor
+        if shift is not None and self.mean is not None:
+            self.biases[layer] = self.mean + shift * factor
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        for layer, factor in self.factors.values():
+            scale = _scale_of(layer)
+            scale.mul_(replicated(scale, _spread(layer, factor).to(scale.dtype)))
+        for layer, bias in self.biases.items():
+            old = layer._parameters["bias"]
+            assert old is not None
+            old.copy_(replicated(old, bias.to(old.dtype)))
+        # Autocast would go on with the copies that it made of the weights before.
+        torch.clear_autocast_cache()
+
+
+def _spread(layer: nn.Module, factor: Tensor) -> Tensor:
+    """One factor, or one per channel laid out as what is scaled."""
+    if factor.numel() == 1 or isinstance(layer, StandardizedLayer):
+        return factor
+    filters = own_filters(layer)
+    return filters_of(layer, factor.view(-1, *[1] * (filters.dim() - 1)).expand(filters.shape))
 
 
 def _scale_of(layer: nn.Module) -> Tensor:
@@ -150,18 +199,7 @@ def _kernel_of(layer: nn.Module) -> Tensor:
 
 def _bias_of(layer: nn.Module) -> Tensor | None:
     bias: Any = layer.bias
-    return bias  # type: ignore[no-any-return]
-
-
-def _multiply(layer: nn.Module, factor: Tensor) -> None:
-    """Multiply the kernel, by one factor or one a filter."""
-    if isinstance(layer, StandardizedLayer):
-        layer.alpha.mul_(factor)
-    else:
-        filters = own_filters(layer)
-        set_filters(layer, filters * factor.view(-1, *[1] * (filters.dim() - 1)))
-    # Autocast would go on with the copy that it made of the weight before.
-    torch.clear_autocast_cache()
+    return None if bias is None else whole(bias)
 
 
 def _moments(output: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
@@ -180,8 +218,9 @@ def _moments(output: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
 
 def _rounding(layer: nn.Module, inputs: Tensor) -> float:
     """An output variance that rounding alone can make: a zero-mean kernel answers a constant input with such noise."""
-    kernel = filters_of(layer, _kernel_of(layer))
-    scale = kernel.double().square().sum() / len(kernel) * inputs.double().square().mean()
+    kernel = whole(_kernel_of(layer)).detach()
+    filters = len(filters_of(layer, kernel))
+    scale = kernel.double().square().sum() / filters * inputs.detach().double().square().mean()
     return float(scale) * (16 * torch.finfo(inputs.dtype).eps) ** 2
 
 
@@ -194,53 +233,39 @@ def _check_variance(variance: Tensor, rounding: float, name: str) -> None:
         )
 
 
-def _join(batches: Tensor | Iterable[Batch]) -> Tensor:
-    parts = (
-        [batches]
-        if isinstance(batches, Tensor)
-        else [b[0] if isinstance(b, tuple | list) and b else b for b in batches]
-    )
-    shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    samples = [part for part in parts if isinstance(part, Tensor) and part.numel()]
-    if not parts or len(samples) < len(parts) or len({part.shape[1:] for part in samples}) > 1:
+def _join(batches: Any) -> Batch:
+    """One batch of all inputs, whatever their structure; targets are left out."""
+    parts = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
+    inputs = [batch_of(part).inputs for part in parts]
+    try:
+        if not inputs:
+            raise TypeError("no batch at all")
+        return Batch(_joined(inputs), None, False)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise PwsError(
-            "calibrate needs at least one batch, of input tensors that can be joined, or of tuples that start with one; "
-            f"got {shapes or 'none'}. Put a single (images, labels) batch into a list."
-        )
-    return torch.cat(samples)
+            f"calibrate needs at least one batch, and batches that can be joined: {one_line(error)}. Give the model's input, "
+            "or a list of batches as a DataLoader gives them; put a single (images, labels) batch into a list."
+        ) from error
 
 
-@contextmanager
-def _restored_on_error(layers: list[nn.Module]) -> Iterator[None]:
-    parameters = [p for layer in layers for p in (_scale_of(layer), _bias_of(layer)) if p is not None]
-    before = [parameter.clone() for parameter in parameters]
-    try:
-        yield
-    except BaseException:
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
-        torch.clear_autocast_cache()
-        raise
+def _joined(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, Mapping):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_joined(arguments) for arguments in zip(*parts, strict=True))
+    if isinstance(first, list):
+        return [item for part in parts for item in part]
+    raise TypeError(f"inputs are tensors, or tuples, dicts or lists of them; got {type(first).__name__}")
 
 
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, then each module as it was."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-@contextmanager
-def hooked(layers: Sequence[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
-    """The layers with a forward hook `(layer, args, kwargs, output)`."""
-    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _on_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Batch):
+        return Batch(_on_device(value.inputs, device), None, False)
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _on_device(item, device) for key, item in value.items()}
+    return type(value)(_on_device(item, device) for item in value) if isinstance(value, tuple | list) else value

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, Final
+from collections.abc import Collection
+from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from pws.errors import PwsError, UnknownNameError
 from pws.standardize import check_gamma
+from pws.surgery.norms import NORMS
 from pws.surgery.plan import FORMS, Form, Plan
 from pws.surgery.planner import Keep, Planner
 from pws.surgery.trace import trace
 from pws.surgery.warm_start import Progress
-
-
-def _named(name: str) -> Callable[[nn.Module], bool]:
-    """Classes that several libraries have, without a common base."""
-    return lambda module: any(cls.__name__ == name for cls in type(module).__mro__)
-
-
-NORMS: Final[dict[str, tuple[Callable[[nn.Module], bool], ...]]] = {
-    "batch": (
-        lambda m: isinstance(m, _BatchNorm) and not isinstance(m, _InstanceNorm),
-        *(_named(name) for name in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")),
-    ),
-    "group": (lambda m: isinstance(m, nn.GroupNorm) and m.num_groups > 1,),
-    "layer": (_named("LayerNorm2d"), lambda m: isinstance(m, nn.GroupNorm) and m.num_groups == 1),
-    "instance": (lambda m: isinstance(m, _InstanceNorm),),
-}
-"""The families of norms that can be taken out."""
 
 
 def plan(

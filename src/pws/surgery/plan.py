@@ -5,20 +5,25 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from pws.diagnosis.batch import batch_of
+from pws.errors import PwsError
 from pws.surgery.branches import branch_ends
 from pws.surgery.calibrate import Setting
 from pws.surgery.copying import copy_of
+from pws.surgery.norms import affine_of, is_trained, norm_eps, scale_and_shift
+from pws.surgery.plan_file import read_plan, write_plan
+from pws.surgery.stand_ins import Affine, Copy
 from pws.surgery.standardized import add_bias, is_standardized, standardize_layer, to_layers
-from pws.surgery.warm_start import Progress, absorb, affine_layer, affine_of, match, output_error
+from pws.surgery.warm_start import Match, Progress, absorb, output_error
 
 Form = Literal["optimizer", "layers"]
 FORMS: Final[tuple[Form, ...]] = ("optimizer", "layers")
-ACTIONS: Final = ("standardize", "absorb", "remove", "keep", "skip")
+ACTIONS: Final = ("standardize", "absorb", "remove", "affine", "keep", "skip")
 
 
 @dataclass(frozen=True)
@@ -29,20 +34,12 @@ class Step:
     kind: str
     """Its class."""
     action: str
-    """"standardize", "absorb" (a plain layer takes over its norm), "remove", "keep" or "skip" (it can't be standardized)."""
+    """"standardize", "absorb" (a plain layer takes over its norm), "remove", "affine" (a scale and shift per channel stay),
+    "keep" or "skip" (it can't be standardized)."""
     reason: str
     parameters: int
     """Before."""
     parameters_after: int
-
-
-class Copy(nn.Module):
-    """Takes the place of a norm whose output is written over: that must not reach the tensor before it, which others may
-    take, or hooks hold."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """A tensor of its own."""
-        return input.clone()
 
 
 @dataclass(frozen=True)
@@ -51,24 +48,43 @@ class Plan:
 
     steps: tuple[Step, ...]
     """In the order of execution; what did not run comes last."""
-    model: nn.Module
-    """What is converted: the model given, or a copy whose lazy layers have got their shapes."""
     gains: dict[str, float]
     biases: frozenset[str]
+    """Layers that get one."""
     gamma: float
     relative_gamma: bool
-    example: Any
     pairs: dict[str, str]
     """Each norm that is taken out right behind a layer, to the layer."""
-    dims: dict[str, int]
-    """Of the inputs of norms."""
+    fixed: frozenset[str]
+    """Norms of the input, whose scale and shift no training changes."""
     in_place: frozenset[str]
-    """Activations that write over the output of a norm that is taken out."""
-    copied: frozenset[str]
-    """Norms whose output a function writes over (`out += identity`): what takes their place copies."""
+    """Activations that write over the input or output of a norm that is taken out."""
+    aliased: frozenset[str]
+    """Norms without which another tensor would be changed: what takes their place copies."""
+    selected: frozenset[str]
+    """Layers whose inputs the model's numbers select: a detector's regions."""
+    ends: frozenset[str]
+    """Layers and norms that nothing but the output is behind."""
     warm_start: bool
     form: Form
-    progress: Progress | None
+    model: nn.Module | None = None
+    """What is converted: the model given, or a copy whose lazy layers have got their shapes; None for a plan from a file."""
+    example: Any = None
+    progress: Progress | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, without the model and the example: `Plan.load` reads it."""
+        write_plan(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """A plan from a file that `save` wrote. `apply(model)` builds the converted model from the original architecture,
+        without data; then load the converted weights.
+
+        Raises:
+            PwsError: the file holds no plan.
+        """
+        return read_plan(Plan, Step, path)
 
     def named(self, action: str) -> list[str]:
         """The layers and norms with which this happens."""
@@ -80,6 +96,8 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
         counts = ", ".join(f"{action} {len(names)}" for action in ACTIONS if (names := self.named(action)))
+        if self.model is None:
+            return "\n".join([*lines, "", counts])
         before = sum(p.numel() for p in self.model.parameters())
         lines += ["", f"{counts}; parameters {before:,} before, {self.parameters_after:,} after"]
         if self.output_error is not None:
@@ -90,11 +108,19 @@ class Plan:
 
     @property
     def parameters_after(self) -> int:
-        """Of the converted model."""
+        """Of the converted model; for a plan with its model."""
         changed = sum(step.parameters_after - step.parameters for step in self.steps)
-        return sum(p.numel() for p in self.model.parameters()) + changed
+        return sum(p.numel() for p in self._own_model.parameters()) + changed
 
-    def apply(self, *, calibrate: bool = True) -> nn.Module:
+    @property
+    def _own_model(self) -> nn.Module:
+        if self.model is None:
+            raise PwsError(
+                "a plan from a file holds no model: give one of the planned architecture, plan.apply(model)."
+            )
+        return self.model
+
+    def apply(self, model: nn.Module | None = None, *, calibrate: bool = True) -> nn.Module:
         """A converted copy; the model is left alone.
 
         Each layer to standardize keeps its class and gets a mark, and its weight becomes the kernel of alpha 1; an optimizer
@@ -106,44 +132,67 @@ class Plan:
         branches together as much: what the norms saw to. (`pws.calibrate` does it again on better data.) Without `calibrate`
         neither is done: the model is to be loaded from a checkpoint.
 
+        Args:
+            model: another of the same architecture, which is converted without fit or calibration: a plan from a file needs it.
+            calibrate: see above.
+
         Raises:
-            PwsError: a layer's output does not vary on the example.
+            PwsError: a layer's output does not vary on the example, or the model given is of another architecture.
         """
-        result = deepcopy(self._fitted) if self.warm_start and calibrate else self._converted()
-        if calibrate and not self.warm_start and self.named("standardize"):
-            names = {m: n for n, m in result.named_modules() if is_standardized(m)}
-            setting = Setting(names, 1.0, False, None, branch_ends(result, self.example))
-            setting.run(result, lambda: self.run_example(result))
+        if model is not None or not calibrate:
+            result = self._converted(self._own_model if model is None else model)
+        elif any(tensor.is_meta for tensor in self._own_model.parameters()):
+            raise PwsError(
+                "kernels are set from numbers, and this model has none (device meta). Convert it with calibrate=False, or give "
+                "it memory and weights first: model.to_empty(device=...), model.load_state_dict(...)."
+            )
+        elif self.warm_start:
+            result = deepcopy(self._fitted)
+        else:
+            result = self._calibrated()
         if self.form == "layers":
             to_layers(result)
         return result
 
     @cached_property
     def output_error(self) -> float | None:
-        """With a warm start: root mean square of the outputs' difference on the example, in units of the outputs' deviation.
-        Of few images it says too little: the fit knows them."""
-        if not self.warm_start:
+        """With a warm start: root mean square of the difference of what the last layers give on the example, in units of its
+        deviation. Of few images it says too little: the fit knows them. None without a warm start, or without a model."""
+        if not self.warm_start or self.model is None:
             return None
-        return output_error(self.model, self._fitted, self.run_example)
+        return output_error(self.model, self._fitted, self.ends, self.run_example)
 
     @cached_property
     def _fitted(self) -> nn.Module:
         """A marked copy whose layers give what layer and norm gave, as nearly as filters of mean zero can on the example."""
-        result = self._converted()
+        model = self._own_model
+        result = self._converted(model)
         for norm, layer in self.pairs.items():
             if layer in self.named("absorb"):
-                absorb(result.get_submodule(layer), self.model.get_submodule(norm))
-        norms = {layer: self.model.get_submodule(norm) for norm, layer in self.pairs.items()}
+                absorb(result.get_submodule(layer), model.get_submodule(norm))
+        norms = {layer: model.get_submodule(norm) for norm, layer in self.pairs.items()}
         affines = {name: affine_of(norms[name]) if name in norms else None for name in self.named("standardize")}
-        match(self.model, result, affines, self.run_example, self.progress)
+        Match(model, result, affines, self.selected, self.progress).run(self.run_example)
+        return result
+
+    def _calibrated(self) -> nn.Module:
+        model = self._own_model
+        result = self._converted(model)
+        setting = Setting({m: n for n, m in result.named_modules() if is_standardized(m)}, 1.0, False, None)
+        untrained = {n: norm for n in self.fixed if not is_trained(norm := model.get_submodule(n))}
+        setting.affines = {_affine_in(result.get_submodule(n)): norm_eps(norm) for n, norm in untrained.items()}
+        if setting.names or setting.affines:
+            setting.shares = branch_ends(result, self.example)
+            setting.run(result, lambda: self.run_example(result))
         return result
 
     def run_example(self, model: nn.Module) -> Any:
         """The outputs of a model on the example."""
         return batch_of((self.example,)).outputs(model)
 
-    def _converted(self) -> nn.Module:
-        result = copy_of(self.model)
+    def _converted(self, model: nn.Module) -> nn.Module:
+        self._check(model)
+        result = copy_of(model)
         modules = dict(result.named_modules())
         for name in self.named("standardize"):
             standardize_layer(
@@ -158,22 +207,38 @@ class Plan:
         # Without the norm they would write over its input, which others may take: a residual stream.
         for name in self.in_place:
             modules[name].inplace = False
-        without = {modules[name]: self._without_norm(name, modules[name]) for name in self.named("remove")}
+        without = {
+            modules[n]: self._without_norm(n, modules[n]) for n in (*self.named("remove"), *self.named("affine"))
+        }
         for parent in list(result.modules()):
             for name, child in parent._modules.items():
                 if child in without:
                     parent._modules[name] = without[child]
         return without.get(result, result)
 
+    def _check(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        for step in self.steps:
+            found = type(modules[step.name]).__name__ if step.name in modules else "nothing"
+            if found != step.kind:
+                raise PwsError(
+                    f"a plan is applied to the architecture that was planned, not yet converted; at {step.name!r} it has a "
+                    f"{step.kind}, this model {found}. Build the same model, or plan this one."
+                )
+
     def _without_norm(self, name: str, norm: nn.Module) -> nn.Module:
-        """What is left of a norm: nothing, or the activation of a module that holds one (timm's BatchNormAct2d); with a warm
-        start its scale and shift too, where no layer takes them over."""
+        """What is left of a norm: nothing, a copy, its scale and shift, or the activation of a module that holds one (timm's
+        BatchNormAct2d)."""
         held = [getattr(norm, part, None) for part in ("drop", "act")]
         rest = [module for module in held if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)]
         for module in rest:
             if hasattr(module, "inplace"):
                 module.inplace = False  # type: ignore[assignment]
-        affine = affine_layer(norm, self.dims[name] - 2) if self.warm_start and name not in self.pairs else None
-        rest = [affine, *rest] if affine is not None else rest
-        rest = [*rest, Copy()] if not rest and name in self.copied else rest
+        if name in self.named("affine"):
+            rest = [Affine(*scale_and_shift(norm), fixed=name in self.fixed), *rest]
+        rest = [*rest, Copy()] if not rest and name in self.aliased else rest
         return nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())
+
+
+def _affine_in(module: nn.Module) -> Affine:
+    return next(found for found in module.modules() if isinstance(found, Affine))

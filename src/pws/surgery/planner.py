@@ -13,10 +13,11 @@ from pws.gain import variance_preserving_gain
 from pws.layers import StandardizedLayer
 from pws.mark import mark_of
 from pws.standardize import check_fan_in
+from pws.surgery.norms import affine_of, channels_of, has_own_forward, is_frozen
 from pws.surgery.plan import Form, Plan, Step
 from pws.surgery.standardized import own_filters, own_weight, parent_of
-from pws.surgery.trace import INPUT, Trace, Value
-from pws.surgery.warm_start import Progress, affine_layer, affine_of
+from pws.surgery.value import INPUT, OUTPUT, Trace, Value
+from pws.surgery.warm_start import Progress
 
 _ON_INPUT: Final = (
     "keep",
@@ -59,42 +60,74 @@ class Planner:
         self.norms = list(dict.fromkeys(use.name for use in run.uses if use.is_norm))
         self.refusals = {name: self._refusal(name) for name in self.layers}
         self.gates = self._gates()
-        self.removed: set[str] = set()
+        self.gone: set[str] = set()
 
     def plan(self, gamma: float, relative_gamma: bool, example: Any, progress: Progress | None) -> Plan:
         """The plan; arguments as those of `pws.plan`."""
         norms = {name: self._norm(name) for name in self.norms}
-        self.removed = {name for name, (action, _) in norms.items() if action == "remove"}
+        removed = {name for name, (action, _) in norms.items() if action == "remove"}
+        self.gone = {name for name, (action, _) in norms.items() if action != "keep"}
         layers = {name: self._layer(name) for name in self.layers}
         chosen = [name for name, (action, _) in layers.items() if action == "standardize"]
         takes_over = [*chosen, *(name for name in self.layers if self.refusals[name] in _PLAIN)]
-        pairs = {name: layer for name in self.removed if (layer := self._right_before(name)) in takes_over}
+        pairs = {name: layer for name in removed if (layer := self._right_before(name)) in takes_over}
         absorbing = set(pairs.values()) - set(chosen)
         layers |= {n: ("absorb", f"{layers[n][1]}; it takes over the norm") for n in absorbing}
         needs_bias = [*chosen, *pairs.values()] if self.warm_start else list(filter(self._gets_bias, chosen))
         biases = frozenset(name for name in needs_bias if self.modules[name].bias is None)
         decided = norms | layers
-        affine = self.removed - set(pairs) if self.warm_start else set()
-        steps = [self._step(n, *decided[n], bias=n in biases, affine=n in affine) for n in self.inputs]
+        affine = {name for name, (action, _) in norms.items() if action == "affine"}
+        if self.warm_start:
+            affine |= removed - set(pairs)
+            decided |= {n: ("affine", f"{norms[n][1]}; its scale and shift stay") for n in affine & removed}
+        steps = [self._step(n, *decided[n], bias=n in biases) for n in self.inputs]
         steps += [
             self._step(name, "keep", "it did not run on the example")
             for name, module in self.modules.items()
             if self.is_norm(module) and name not in norms
         ]
-        gains = {name: self._gain(name) for name in chosen}
-        in_place = frozenset(name for name, written in self.run.in_place.items() if written & self.removed)
-        copied = frozenset(self.run.overwritten & self.removed)
-        rest = (example, pairs, self.run.dims, in_place, copied, self.warm_start, self.form, progress)
-        return Plan(tuple(steps), self.model, gains, biases, gamma, relative_gamma, *rest)
+        # A layer's output is its own: whoever gets it may write over it.
+        returned = {name for name in self.run.returned if not self._reads_alone(name)}
+        return Plan(
+            steps=tuple(steps),
+            model=self.model,
+            gains={name: self._gain(name) for name in chosen},
+            biases=biases,
+            gamma=gamma,
+            relative_gamma=relative_gamma,
+            example=example,
+            pairs=pairs,
+            fixed=frozenset(affine - removed),
+            in_place=frozenset(name for name, written in self.run.in_place.items() if written & self.gone),
+            aliased=frozenset((self.run.aliased | returned) & self.gone),
+            selected=frozenset(n for n in self.layers if any(value.selected for value in self.inputs[n])),
+            ends=frozenset(filter(self._is_end, self.inputs)),
+            warm_start=self.warm_start,
+            form=self.form,
+            progress=progress,
+        )
+
+    def _is_end(self, name: str) -> bool:
+        """Whether nothing but the model's output takes its output, and the same entries of it on every run."""
+        is_gate = name in self.run.gates
+        selected = any(value.selected for value in self.inputs[name])
+        return self.run.takers.get(name, set()) <= {OUTPUT} and not selected and not is_gate
 
     def _right_before(self, norm: str) -> str:
-        """The layer whose output only this norm takes, and nothing else; "" if there is none."""
-        value = self.inputs[norm][0]
-        if len(self.inputs[norm]) > 1 or len(value.sources) != 1 or value.steps:
+        """The layer whose output only this norm takes, once, and nothing else, along the same channels; "" if there is none."""
+        if not self._reads_alone(norm) or len(self.inputs[norm]) > 1:
             return ""
-        (layer,) = value.sources
-        alone = self.run.takers.get(layer) == {norm} and len(self.inputs.get(layer, ())) == 1
-        return layer if alone else ""
+        (layer,) = self.inputs[norm][0].sources
+        is_other_axis = self.run.dims[norm] > 2 and isinstance(self.modules[layer], nn.Linear)
+        return "" if is_other_axis or len(self.inputs[layer]) > 1 else layer
+
+    def _reads_alone(self, norm: str) -> bool:
+        """Whether it takes the output of one layer as it is, and nothing else takes that."""
+        for value in self.inputs[norm]:
+            layer = min(value.sources, default=INPUT)
+            if len(value.sources) != 1 or value.steps or layer not in self.layers or self.run.takers[layer] != {norm}:
+                return False
+        return True
 
     def _refusal(self, name: str) -> tuple[str, str] | None:
         """Action and reason for a layer that can't or must not be standardized."""
@@ -109,6 +142,10 @@ class Planner:
             return "skip", "its forward does not convolve with its weight as it is"
         if hasattr(module, "alpha"):
             return "skip", "it has an alpha of its own"
+        if own_weight(module).is_complex():
+            return "skip", "its weight is complex"
+        if not own_weight(module).is_meta and not own_weight(module).any():
+            return "keep", "its weight is 0: that has no scale which standardizing could keep"
         # One kernel can't have the scales of several layers, and a plain module wants none of it.
         others = [holder for holder in self.holders[own_weight(module)] if holder != name]
         if others:
@@ -148,33 +185,67 @@ class Planner:
     def _norm(self, name: str) -> tuple[str, str]:
         if self._is_kept(name):
             return "keep", "asked for"
+        if has_own_forward(self.modules[name]):
+            return "keep", "its forward is not torch's: what else it does would be lost"
         if self.warm_start and affine_of(self.modules[name]) is None:
             return "keep", "it has no running statistics that a layer could take over"
-        sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
+        if obstacle := self._obstacle(name):
+            return "keep", obstacle
+        sources = self._sources(name)
+        if sources == {INPUT}:
+            return "affine", "it sees the input, nothing else: a fixed scale and shift stay"
+        behind = sorted(sources - set(self.norms) - {INPUT})
+        steps = frozenset[str]().union(*(value.steps for value in self.inputs[name]))
+        return "remove", f"behind {_list(behind) or 'another norm'}{_through(steps)}"
+
+    def _sources(self, norm: str) -> frozenset[str]:
+        return frozenset[str]().union(*(value.sources for value in self.inputs[norm]))
+
+    def _obstacle(self, norm: str) -> str:
+        """Why nothing would do the norm's work without it; "" if something would."""
+        if not all(value.is_known for value in self.inputs[norm]):
+            return "where its input comes from can't be followed"
+        sources, frozen = self._sources(norm), is_frozen(self.modules[norm])
+        parameters = sources.difference(self.norms, self.layers, {INPUT}).union(
+            *(value.parameters for value in self.inputs[norm])
+        )
+        if parameters:
+            return f"it normalizes what was made with the parameter {min(parameters)}, outside of a layer's own call"
         behind = sorted(sources - set(self.norms) - {INPUT})
         harmless = (None, _IS_LAYER, _IS_MARKED, *_PLAIN)
         refused = [layer for layer in behind if self.refusals[layer] not in harmless]
         if refused:
-            return "keep", f"it normalizes {refused[0]}, which stays as it is: {(self.refusals[refused[0]] or '')[1]}"
-        steps = frozenset[str]().union(*(value.steps for value in self.inputs[name]))
-        return "remove", f"behind {_list(behind) or 'the input'}{_through(steps)}"
+            return f"it normalizes {refused[0]}, which stays as it is: {(self.refusals[refused[0]] or '')[1]}"
+        if frozen and behind and not any(own_weight(self.modules[layer]).requires_grad for layer in behind):
+            return f"it is frozen, and so is {_list(behind)}"
+        return ""
 
     def _layer(self, name: str) -> tuple[str, str]:
         refusal = self.refusals[name]
         if refusal:
             return refusal
-        norms = sorted(self.run.takers.get(name, set()) & self.removed)
+        norms = sorted(self.run.takers.get(name, set()) & self.gone)
         if norms:
             return "standardize", f"its output went to {_list(norms)}"
-        sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
         if name in self.gates:
             return "keep", "it makes a gate, which is not normalized"
-        if sources & self.removed:
-            return "standardize", f"its input came from {_list(sorted(sources & self.removed))}"
-        return "keep", "no norm that is taken out stands beside it"
+        sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
+        if not sources & self.gone:
+            return "keep", "no norm that is taken out stands beside it"
+        if self._predicts(name):
+            return "keep", "it predicts: no norm saw to the scale of its output"
+        return "standardize", f"its input came from {_list(sorted(sources & self.gone))}"
+
+    def _predicts(self, name: str) -> bool:
+        """Whether its output reaches no norm."""
+        seen, new = set[str](), {name}
+        while new:
+            seen |= new
+            new = set[str]().union(*(self.run.takers.get(layer, set()) for layer in new)) - seen - {OUTPUT}
+        return not seen & set(self.norms)
 
     def _gets_bias(self, name: str) -> bool:
-        takers = self.run.takers.get(name, set()) & self.removed
+        takers = self.run.takers.get(name, set()) & self.gone
         return any(getattr(self.modules[norm], "bias", None) is not None for norm in takers)
 
     def _gain(self, name: str) -> float:
@@ -183,12 +254,12 @@ class Planner:
             return variance_preserving_gain(value.activation)
         return variance_preserving_gain("linear")
 
-    def _step(self, name: str, action: str, reason: str, *, bias: bool = False, affine: bool = False) -> Step:
+    def _step(self, name: str, action: str, reason: str, *, bias: bool = False) -> Step:
         module = self.modules[name]
         before = sum(p.numel() for p in module.parameters(recurse=False))
         after = 0 if action == "remove" else before
-        left = affine_layer(module, self.run.dims[name] - 2) if affine else None
-        after += 0 if left is None else sum(p.numel() for p in left.parameters())
+        if action == "affine":
+            after = 2 * channels_of(module)
         if action in ("standardize", "absorb"):
             alpha = action == "standardize" and self.form == "layers"
             after += len(own_filters(module)) * (alpha + bias)

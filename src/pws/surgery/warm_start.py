@@ -8,67 +8,89 @@ mean `m`. So each layer gets the zero-mean filters that come nearest to what the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.batch import tensors_in
 from pws.errors import PwsError
-from pws.surgery.calibrate import evaluated, hooked
 from pws.surgery.nearest import nearest_filters
+from pws.surgery.norms import Affine, affine_of
+from pws.surgery.running import branches_run, evaluated, hooked, input_of
 from pws.surgery.standardized import own_filters, set_filters
-from pws.surgery.trace import input_of
 
 Forward = Callable[[nn.Module], Any]
-Affine = tuple[Tensor, Tensor]
-"""Scale and shift a channel."""
 Progress = Callable[[int, int], None]
 
 
-@torch.no_grad()
-def match(
-    original: nn.Module,
-    converted: nn.Module,
-    targets: Mapping[str, Affine | None],
-    forward: Forward,
-    progress: Progress | None,
-) -> None:
-    """Fit weight and bias of the marked layers of `converted`.
+@dataclass
+class Match:
+    """Fits weight and bias of the marked layers of `converted`, each by its first call."""
 
-    Args:
-        original: the trained model.
-        converted: its copy, with marked layers.
-        targets: name of each layer to fit, to the scale and shift that its output in `original` went through.
-        forward: runs a model on the example.
-        progress: called with the number of layers fitted and of all.
-    """
-    wanted: dict[str, Tensor] = {}
-    names = {original.get_submodule(name): name for name in targets}
+    original: nn.Module
+    """The trained model."""
+    converted: nn.Module
+    """Its copy, with marked layers."""
+    targets: Mapping[str, Affine | None]
+    """Name of each layer to fit, to the scale and shift that its output in `original` went through."""
+    selected: Collection[str]
+    """Layers whose inputs the numbers select (a detector's regions): both models' do not correspond, so these are fitted on the
+    original's."""
+    progress: Progress | None
+    """Called with the number of layers fitted and of all."""
+    fitted: set[str] = field(default_factory=set)
 
-    def record(module: nn.Module, _: object, __: object, output: Tensor) -> None:
-        affine = targets[names[module]]
-        weight: Any = module.weight
-        channel_last = output.movedim(1 - weight.dim(), -1)
+    @torch.no_grad()
+    def run(self, forward: Forward) -> None:
+        """`forward` runs a model on the example: in eval mode, then in train mode for what runs in that alone."""
+        for mode in (evaluated, branches_run):
+            if len(self.fitted) < len(self.targets):
+                self._pass(forward, mode)
+
+    def _pass(self, forward: Forward, mode: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+        wanted: dict[str, Tensor] = {}
+        left = [name for name in self.targets if name not in self.fitted]
+        originals = {self.original.get_submodule(name): name for name in left}
+        layers = {self.converted.get_submodule(name): name for name in left}
+
+        def record(module: nn.Module, _: object, __: object, output: Tensor) -> None:
+            wanted.setdefault(originals[module], self._target(originals[module], module, output))
+
+        def fit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+            name = layers[module]
+            corresponds = name in wanted and wanted[name].shape == _channel_last(module, output).shape
+            if name in self.fitted or name in self.selected or not corresponds:
+                return output
+            return self._fit(name, args, kwargs, wanted.pop(name))
+
+        def fit_apart(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if originals[module] not in self.fitted:
+                self._fit(originals[module], args, kwargs, self._target(originals[module], module, output))
+
+        with mode(self.original), hooked(list(originals), record):
+            forward(self.original)
+        with mode(self.converted), hooked(list(layers), fit):
+            forward(self.converted)
+        if any(name in wanted for name in left if name not in self.fitted):
+            with mode(self.original), hooked(list(originals), fit_apart):
+                forward(self.original)
+
+    def _target(self, name: str, module: nn.Module, output: Tensor) -> Tensor:
+        affine, channel_last = self.targets[name], _channel_last(module, output).detach()
         # A copy in any case: an activation in place may follow.
-        target = channel_last.clone() if affine is None else channel_last * affine[0] + affine[1]
-        wanted.setdefault(names[module], target)
+        return channel_last.clone() if affine is None else channel_last * affine[0] + affine[1]
 
-    with evaluated(original), hooked(list(names), record):
-        forward(original)
-    layers = {converted.get_submodule(name): name for name in targets}
-    fitted: set[nn.Module] = set()
-
-    def fit(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if layer in fitted:
-            return output
-        fitted.add(layer)
-        name = layers[layer]
-        affine, trained_OK = targets[name], own_filters(original.get_submodule(name)).flatten(1)
+    def _fit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: Tensor) -> Tensor:
+        self.fitted.add(name)
+        layer, trained = self.converted.get_submodule(name), self.original.get_submodule(name)
+        affine, trained_OK = self.targets[name], own_filters(trained).detach().flatten(1)
         trained_OK = trained_OK if affine is None else trained_OK * affine[0][:, None]
         inputs = input_of(args, kwargs)
-        _check_finite(name, inputs, wanted[name])
+        assert inputs is not None
+        _check_finite(name, inputs, wanted)
 
         def call(module: nn.Module, some: Tensor) -> Tensor:
             # Transposed convolutions are given an output_size too.
@@ -76,13 +98,19 @@ def match(
             result: Tensor = module.forward(*(some if value is inputs else value for value in args), **named)
             return result
 
-        result = nearest_filters(layer, inputs, wanted.pop(name), trained_OK, call)
-        if progress is not None:
-            progress(len(fitted), len(targets))
+        # New parameters: a model that differentiates inside its forward still needs the old ones.
+        for key, parameter in layer._parameters.items():
+            if parameter is not None:
+                layer._parameters[key] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        result = nearest_filters(layer, inputs, wanted, trained_OK, call)
+        if self.progress is not None:
+            self.progress(len(self.fitted), len(self.targets))
         return result
 
-    with evaluated(converted), hooked(list(layers), fit):
-        forward(converted)
+
+def _channel_last(layer: nn.Module, output: Tensor) -> Tensor:
+    weight: Any = layer.weight
+    return output.movedim(1 - weight.dim(), -1)
 
 
 def _check_finite(name: str, *tensors: Tensor) -> None:
@@ -91,18 +119,6 @@ def _check_finite(name: str, *tensors: Tensor) -> None:
             f"a warm start keeps what a trained model computes, which must be finite; at layer {name!r} it is not, on the "
             "example. The checkpoint's weights or a norm's running statistics hold NaN or infinity: look for them there."
         )
-
-
-def affine_of(norm: nn.Module) -> Affine | None:
-    """Scale and shift a channel of a norm in eval mode; None if it has no running statistics."""
-    mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor):
-        return None
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    scale = (variance + getattr(norm, "eps", 1e-5)).rsqrt()
-    scale = scale * weight.detach() if isinstance(weight, Tensor) else scale
-    shift = -mean * scale
-    return scale, shift + bias.detach() if isinstance(bias, Tensor) else shift
 
 
 @torch.no_grad()
@@ -116,29 +132,34 @@ def absorb(layer: nn.Module, norm: nn.Module) -> None:
     bias.copy_(bias * affine[0] + affine[1])
 
 
-def affine_layer(norm: nn.Module, dims: int) -> nn.Module | None:
-    """A norm's scale and shift as a plain layer, a depthwise 1x1 convolution over `dims` dimensions; None if it has none."""
-    kinds: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-    affine = affine_of(norm)
-    if affine is None or dims not in kinds:
-        return None
-    scale, shift = affine
-    layer = kinds[dims](len(scale), len(scale), 1, groups=len(scale)).to(scale)
-    layer.weight.data.copy_(scale.view_as(layer.weight))
-    assert layer.bias is not None
-    layer.bias.data.copy_(shift)
-    return layer
-
-
 @torch.no_grad()
-def output_error(original: nn.Module, converted: nn.Module, forward: Forward) -> float:
-    """Root mean square of the outputs' difference in eval mode, in units of the original outputs' deviation."""
-    with evaluated(original):
-        wanted = _flat(forward(original))
-    with evaluated(converted):
-        found = _flat(forward(converted))
+def output_error(original: nn.Module, converted: nn.Module, names: Collection[str], forward: Forward) -> float:
+    """Root mean square of the difference of what modules give at their first call, in units of the original's deviation; the
+    mean over the modules. NaN if none of them ran."""
+    errors: list[float] = []
+    for mode in (evaluated, branches_run):
+        with mode(original):
+            wanted = _first_outputs(original, names, forward)
+        with mode(converted):
+            found = _first_outputs(converted, names, forward)
+        errors += [_error(found[name], wanted[name]) for name in wanted]
+        names = [name for name in names if name not in wanted]
+        if not names:
+            break
+    return sum(errors) / len(errors) if errors else float("nan")
+
+
+def _first_outputs(model: nn.Module, names: Collection[str], forward: Forward) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    modules = {model.get_submodule(name): name for name in names}
+
+    def keep(module: nn.Module, _: object, __: object, output: Tensor) -> None:
+        found.setdefault(modules[module], output.detach().double().clone())
+
+    with hooked(list(modules), keep):
+        forward(model)
+    return found
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).square().mean().sqrt() / wanted.std())
-
-
-def _flat(outputs: Any) -> Tensor:
-    return torch.cat([tensor.double().flatten() for tensor in tensors_in(outputs) if tensor.is_floating_point()])

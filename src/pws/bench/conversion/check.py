@@ -18,7 +18,7 @@ from pws.bench.conversion.models import shape_of
 from pws.bench.result import commit
 from pws.diagnosis.batch import tensors_in
 from pws.models import model_of
-from pws.surgery.convert import NORMS
+from pws.surgery.norms import NORMS
 from pws.surgery.standardized import is_standardized
 
 STEPS: Final = 5
