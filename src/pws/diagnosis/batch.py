@@ -61,7 +61,7 @@ def check_finite(values: Any, role: str) -> None:
     for tensor in tensors_in(values):
         if not tensor.numel():
             raise PwsError(f"a batch needs at least one sample; got an {role} of shape {tuple(tensor.shape)}.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             raise PwsError(
                 f"the batch's {role} must be finite; got {bad:,} NaN or infinite of {tensor.numel():,} entries, in the {role} "

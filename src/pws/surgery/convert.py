@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from pws.errors import PwsError, UnknownNameError
 from pws.standardize import check_gamma
-from pws.surgery.norms import NORMS
+from pws.surgery.norms import NORMS, is_trained
 from pws.surgery.plan import FORMS, Form, Plan
 from pws.surgery.planner import Keep, Planner
 from pws.surgery.trace import trace
@@ -31,9 +33,10 @@ def plan(
     """What converting `model` to PWS would do, found by running a copy of it once on `example`.
 
     A layer is standardized if its output goes into a norm that is taken out, whatever stands between them (an activation, an
-    addition, a concatenation), or if it takes such a norm's output (pre-activation networks, heads), unless all that it does
-    is to scale another tensor (squeeze and excitation). A norm stays if it was asked for, did not run, or normalizes a layer
-    that can't be standardized.
+    addition, a concatenation), or if it takes such a norm's output (pre-activation networks, heads). Where no norm is behind
+    it, it predicts, and its weights keep their scale. A gate, which only scales another tensor (squeeze and excitation), stays
+    plain. A norm stays if that was asked for, if it did not run, if its forward is not torch's, or if what it normalizes was
+    not made by layers that can be standardized. A norm of the input becomes a fixed scale and shift.
 
     Args:
         model: any module. It is left alone.
@@ -73,12 +76,48 @@ def plan(
         )
     run = trace(model, example, is_norm)
     kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
-    planner = Planner(model, run, is_norm, kept, warm_start=warm_start, form=form)
-    return planner.plan(gamma, relative_gamma, example, progress)
+    _check_keep(kept, model)
+    made = Planner(model, run, is_norm, kept, warm_start=warm_start, form=form)
+    planned = made.plan(gamma, relative_gamma, example, progress)
+    if not warm_start:
+        _warn_of_trained(planned)
+    return planned
 
 
-def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **settings: Any) -> nn.Module:
-    """A copy of `model` that trains without its norms: `plan(model, example, **settings).apply(calibrate=calibrate)`.
+def _check_keep(kept: list[Keep], model: nn.Module) -> None:
+    """Raise `UnknownNameError` for a name or pattern that nothing has."""
+    names = [name for name, _ in model.named_modules() if name]
+    for rule in kept:
+        if isinstance(rule, str) and not any(fnmatchcase(name, rule) for name in names):
+            raise UnknownNameError("layer or norm to keep", rule, names)
+
+
+def _warn_of_trained(planned: Plan) -> None:
+    modules = dict(planned.model.named_modules()) if planned.model is not None else {}
+    trained = [name for name in (*planned.named("remove"), *planned.named("affine")) if is_trained(modules[name])]
+    if trained:
+        warnings.warn(
+            f"{len(trained)} norms that are taken out, such as {trained[0]!r}, hold statistics of some training, and the "
+            "layers beside them are set anew: what the model computes is lost. To keep it, convert with warm_start=True on "
+            "some hundred real images.",
+            stacklevel=3,
+        )
+
+
+def convert(
+    model: nn.Module,
+    example: Any,
+    *,
+    calibrate: bool = True,
+    norms: Collection[str] = ("batch",),
+    keep: Keep | Collection[Keep] = (),
+    gamma: float = 1e-3,
+    relative_gamma: bool = False,
+    warm_start: bool = False,
+    form: Form = "optimizer",
+    progress: Progress | None = None,
+) -> nn.Module:
+    """A copy of `model` that trains without its norms: `plan(model, example, ...).apply(calibrate=calibrate)`.
 
     Its layers are those of `model`, marked as standardized: train it with an optimizer of `pws.optim`, which reads the marks.
     With another optimizer they train as plain layers without a norm. `form="layers"` makes pws layers instead.
@@ -87,7 +126,7 @@ def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **setting
         model: any module. It is left alone.
         example: what its forward takes; a batch of real data, if the kernels are calibrated on it.
         calibrate: scale the kernels on the example, so that each layer keeps the variance that its norm saw to.
-        settings: those of `pws.plan`: `norms`, `keep`, `gamma`, `relative_gamma`, `warm_start`, `form`, `progress`.
+        norms, keep, gamma, relative_gamma, warm_start, form, progress: as of `pws.plan`.
 
     Examples:
         >>> import torch
@@ -102,4 +141,14 @@ def convert(model: nn.Module, example: Any, *, calibrate: bool = True, **setting
         >>> converted[0].pws
         Mark(gain=1.0, gamma=0.001, relative_gamma=False)
     """
-    return plan(model, example, **settings).apply(calibrate=calibrate)
+    return plan(
+        model,
+        example,
+        norms=norms,
+        keep=keep,
+        gamma=gamma,
+        relative_gamma=relative_gamma,
+        warm_start=warm_start,
+        form=form,
+        progress=progress,
+    ).apply(calibrate=calibrate)

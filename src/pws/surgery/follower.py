@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from pws.diagnosis.batch import tensors_in
@@ -65,10 +66,16 @@ class Follower(TorchFunctionMode):
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """The model's modules with hooks that call this."""
-        modules = list(self.modules)
+        # Modules of TorchScript take no hooks of their own.
+        modules = [module for module in self.modules if not isinstance(module, torch.jit.ScriptModule)]
         handles = [module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in modules]
-        with removed_after(handles), hooked(modules, self._leave):
+        everywhere = register_module_forward_hook(self._leave_script, with_kwargs=True)
+        with removed_after([*handles, everywhere]), hooked(modules, self._leave):
             yield
+
+    def _leave_script(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(module, torch.jit.ScriptModule) and not self._in_norm():
+            self._leave_other(module, args, kwargs, output)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in self.writers and not self.inside:

@@ -45,8 +45,8 @@ def forward(layer: nn.Module, inputs: Tensor) -> Tensor:
 @torch.no_grad()
 def nearest_filters(
     layer: nn.Module, inputs: Tensor, targets: Tensor, trained_OK: Tensor, call: Call = forward
-) -> Tensor:
-    """Set weight and bias so that the layer's outputs come nearest to `targets`; returns its outputs.
+) -> None:
+    """Set weight and bias so that the layer's outputs come nearest to `targets`.
 
     Args:
         layer: a plain one with a bias.
@@ -77,7 +77,6 @@ def nearest_filters(
     bias.copy_(bias_GO.flatten())
     # Autocast would go on with the copy that it made of the weight before.
     torch.clear_autocast_cache()
-    return call(layer, inputs)
 
 
 def _solve(inner_GKK: Tensor, cross_GKO: Tensor, trained_GKO: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class Plan:
     """Each norm that is taken out right behind a layer, to the layer."""
     fixed: frozenset[str]
     """Norms of the input, whose scale and shift no training changes."""
+    predicting: frozenset[str]
+    """Layers to standardize behind which no norm is: their weights keep their scale."""
     in_place: frozenset[str]
     """Activations that write over the input or output of a norm that is taken out."""
     aliased: frozenset[str]
@@ -178,7 +180,8 @@ class Plan:
     def _calibrated(self) -> nn.Module:
         model = self._own_model
         result = self._converted(model)
-        setting = Setting({m: n for n, m in result.named_modules() if is_standardized(m)}, 1.0, False, None)
+        names = {m: n for n, m in result.named_modules() if is_standardized(m) and n not in self.predicting}
+        setting = Setting(names, 1.0, False, None)
         untrained = {n: norm for n in self.fixed if not is_trained(norm := model.get_submodule(n))}
         setting.affines = {_affine_in(result.get_submodule(n)): norm_eps(norm) for n, norm in untrained.items()}
         if setting.names or setting.affines:
@@ -201,6 +204,7 @@ class Plan:
                 gamma=self.gamma,
                 relative_gamma=self.relative_gamma,
                 bias=name in self.biases,
+                keeps_scale=name in self.predicting,
             )
         for name in self.named("absorb"):
             add_bias(modules[name])
@@ -237,7 +241,10 @@ class Plan:
         if name in self.named("affine"):
             rest = [Affine(*scale_and_shift(norm), fixed=name in self.fixed), *rest]
         rest = [*rest, Copy()] if not rest and name in self.aliased else rest
-        return nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())
+        stand_in = nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())
+        if name in self.pairs:
+            vars(stand_in)["pws_layer_before"] = self.pairs[name]
+        return stand_in
 
 
 def _affine_in(module: nn.Module) -> Affine:

@@ -98,6 +98,7 @@ class Planner:
             example=example,
             pairs=pairs,
             fixed=frozenset(affine - removed),
+            predicting=frozenset(filter(self._predicts, chosen)),
             in_place=frozenset(name for name, written in self.run.in_place.items() if written & self.gone),
             aliased=frozenset((self.run.aliased | returned) & self.gone),
             selected=frozenset(n for n in self.layers if any(value.selected for value in self.inputs[n])),
@@ -232,9 +233,8 @@ class Planner:
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
         if not sources & self.gone:
             return "keep", "no norm that is taken out stands beside it"
-        if self._predicts(name):
-            return "keep", "it predicts: no norm saw to the scale of its output"
-        return "standardize", f"its input came from {_list(sorted(sources & self.gone))}"
+        scale = "; it predicts, so its weights keep their scale" if self._predicts(name) else ""
+        return "standardize", f"its input came from {_list(sorted(sources & self.gone))}{scale}"
 
     def _predicts(self, name: str) -> bool:
         """Whether its output reaches no norm."""

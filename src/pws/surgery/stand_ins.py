@@ -6,6 +6,11 @@ import torch
 from torch import Tensor, nn
 
 
+def layer_before(stand_in: nn.Module) -> str:
+    """Name of the layer right before the norm whose place this takes; "" if none is known."""
+    return str(vars(stand_in).get("pws_layer_before", ""))
+
+
 class Copy(nn.Module):
     """Gives a tensor of its own, as the norm did: something writes over it or makes a view of it, which must not reach the
     norm's input."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Final
 
 import torch
@@ -33,26 +34,35 @@ PARENTS: Final[dict[type[nn.Module], type[StandardizedLayer]]] = {
 
 
 class ReadsKernel(StandardizedLayer):
-    """For subclasses of torch's layers, whose own forward reads `self.weight`: it reads as the kernel.
+    """For subclasses of torch's layers, whose own forward reads `self.weight`: it reads the kernel there.
 
-    The parameter behind it, which optimizers and checkpoints see, is the raw weight as in every pws layer.
+    To all others `weight` is the raw weight, as in every pws layer, so that pruning, parametrizations and replicas work.
     """
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The standardized weight."""
-        return self.kernel()
 
     def filters(self) -> Tensor:
         """The raw weight with one filter an entry of the leading dimension."""
-        return own_filters(self)
+        return filters_of(self, self.weight)
 
     def kernel(self) -> Tensor:
         """The standardized weight, in the shape of the raw one."""
         return filters_of(self, super().kernel())
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The subclass's own, of a plain layer with the kernel as its weight."""
+        kind = plain_class(self)
+        plain: Any = kind.__new__(kind)
+        parameters = {name: value for name, value in self._parameters.items() if name != "weight"}
+        plain.__dict__ = {**self.__dict__, "_parameters": parameters, "weight": self.kernel()}
+        return plain.forward(*args, **kwargs)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+
+def plain_class(layer: StandardizedLayer) -> type[nn.Module]:
+    """The class that it would have without pws."""
+    parents = (cls for cls in type(layer).__mro__ if issubclass(cls, nn.Module))
+    return next(cls for cls in parents if not issubclass(cls, StandardizedLayer))
 
 
 _made: dict[type[nn.Module], type[nn.Module]] = {}
@@ -80,13 +90,20 @@ def is_standardized(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def standardize_layer(layer: nn.Module, *, gain: float, gamma: float, relative_gamma: bool, bias: bool) -> None:
-    """Mark `layer` and make its weight the kernel of alpha 1; a bias of 0 if it has none and `bias` is true."""
+def standardize_layer(
+    layer: nn.Module, *, gain: float, gamma: float, relative_gamma: bool, bias: bool, keeps_scale: bool
+) -> None:
+    """Mark `layer` and make its weight the kernel of alpha 1, or with `keeps_scale` take the mean out of each filter. It gets a
+    bias of 0 if it has none and `bias` is true."""
     mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma)
     filters = own_filters(layer)
     # Under autocast the kernel would be rounded.
-    with torch.autocast(filters.device.type, enabled=False):
-        set_filters(layer, standardize(filters, gain=gain, gamma=gamma, relative_gamma=relative_gamma))
+    with nullcontext() if filters.is_meta else torch.autocast(filters.device.type, enabled=False):
+        if keeps_scale:
+            kernel = filters - filters.mean(tuple(range(1, filters.dim())), keepdim=True)
+        else:
+            kernel = standardize(filters, gain=gain, gamma=gamma, relative_gamma=relative_gamma)
+        set_filters(layer, kernel)
     if bias:
         add_bias(layer)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pws.gain import ACTIVATIONS
 
-INPUT: Final = ""
-"""The source of the model's input; layers and norms are sources by their names."""
+INPUT: Final = "<input>"
+"""The source of the model's input; layers and norms are sources by their names (that of the model itself is empty)."""
 OUTPUT: Final = "output"
 """What takes the model's output."""
 _SUMS: Final = ("add", "sub", "rsub")

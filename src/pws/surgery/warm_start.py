@@ -102,10 +102,10 @@ class Match:
         for key, parameter in layer._parameters.items():
             if parameter is not None:
                 layer._parameters[key] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-        result = nearest_filters(layer, inputs, wanted, trained_OK, call)
+        nearest_filters(layer, inputs, wanted, trained_OK, call)
         if self.progress is not None:
             self.progress(len(self.fitted), len(self.targets))
-        return result
+        return call(layer, inputs)
 
 
 def _channel_last(layer: nn.Module, output: Tensor) -> Tensor:
