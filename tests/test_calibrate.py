@@ -12,6 +12,8 @@ import pytest
 import torch
 from tolerances import assert_close
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import pws
 from pws.layers import StandardizedLayer
@@ -316,11 +318,16 @@ def work(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     net, images = torch.load(f"{folder}/input.pt", weights_only=False)
     half = images[:5] if rank == 0 else images[5:]
-    scales = {}
+    scales: dict[object, list[Tensor]] = {}
     for per_channel in (False, True):
         copy = deepcopy(net)
         pws.calibrate(copy, half, per_channel=per_channel)
         scales[per_channel] = [scale_of(layer).detach() for layer in standardized(copy).values()]
+        sharded = fully_shard(deepcopy(net), mesh=init_device_mesh("cpu", (2,)))
+        pws.calibrate(sharded, half, per_channel=per_channel)
+        scales[f"sharded, {per_channel}"] = [scale_of(layer).full_tensor() for layer in standardized(sharded).values()]
+    with pytest.raises(pws.PwsError, match="sharded by fully_shard"):
+        pws.fold(sharded)
     torch.save(scales, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -337,6 +344,9 @@ def test_two_ranks_agree_to_the_bit_and_with_one_process(made: Made, tmp_path: P
         for layer, first, second in pairs:
             assert torch.equal(first, second)
             assert_close(first, scale_of(layer), "float64")
+        for rank in ranks:
+            for plain, gathered in zip(rank[per_channel], rank[f"sharded, {per_channel}"], strict=True):
+                assert_close(gathered, plain, "float64")
 
 
 def test_both_forms_come_out_the_same() -> None:

@@ -61,6 +61,134 @@ def test_a_warm_start_is_exact_where_filters_have_no_mean() -> None:
         assert_close(converted(example) / scale, model(example) / scale, "identity float32")
 
 
+@pytest.mark.parametrize(("channels", "length"), [(6, 9), (8, 8)])
+def test_a_norm_of_another_axis_than_the_layers_channels_keeps_its_scale_and_shift(channels: int, length: int) -> None:
+    """Linear works along the last axis of (N, C, L), BatchNorm1d along C."""
+    x = images(64, channels, length)
+    layers = [nn.Linear(length, length), nn.BatchNorm1d(channels), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(length, length), nn.BatchNorm1d(channels))
+    model = settled(model, x)
+    plan = pws.plan(model, x, warm_start=True)
+    assert plan.named("affine") == ["1", "4"]
+    converted = plan.apply().eval()
+    assert_close(converted[:2](x), model[:2](x), "identity float32")
+    assert_close(converted[4](x), model[4](x), "identity float32")
+
+
+def settled(model: nn.Module, x: Tensor) -> nn.Module:
+    """With running statistics of `x`, and affines that differ from channel to channel."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.2, 3)
+            nn.init.normal_(module.bias)
+            module.momentum = None
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(x)
+    return model.eval()
+
+
+def test_a_norm_of_the_input_keeps_its_scale_and_shift() -> None:
+    x = images(512, 20) * torch.logspace(-2, 2, 20) + 5
+    model = settled(
+        nn.Sequential(nn.BatchNorm1d(20), nn.Linear(20, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2)), x
+    )
+    converted = pws.plan(model, x, warm_start=True).apply()
+    assert_close(converted[0](x), model[0](x), "identity float32")
+    assert not converted[0].weight.requires_grad
+
+
+class Auxiliary(nn.Module):
+    """With a head that runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.head = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.norm(self.stem(x)).relu()
+        return (y.mean((2, 3)), self.head(y)) if self.training else y.mean((2, 3))
+
+
+def in_training(model: nn.Module, x: Tensor) -> Tensor:
+    """What the head gives, with the norms of eval mode."""
+    for module in model.train().modules():
+        module.training = not isinstance(module, nn.BatchNorm2d)
+    outputs: Tensor = model(x)[1]
+    return outputs
+
+
+def test_a_head_that_runs_in_training_only_is_fitted_and_counted() -> None:
+    x = images(32, 3, 12, 12)
+    model = settled(Auxiliary(), x)
+    plan = pws.plan(model, x, warm_start=True)
+    wanted, found = in_training(model, x), in_training(plan.apply(), x)
+    error = float((found - wanted).detach().double().square().mean().sqrt() / wanted.detach().double().std())
+    assert error < 0.2
+    # The other output, the stem's, is exact: its mean with the head's error.
+    assert plan.output_error == pytest.approx(error, rel=0.01) or plan.output_error == pytest.approx(
+        error / 2, rel=0.01
+    )
+
+
+def test_a_head_that_runs_in_training_only_is_calibrated() -> None:
+    x = images(32, 3, 12, 12)
+    converted = pws.convert(Auxiliary(), x).train()
+    y = converted.norm(converted.stem(x)).relu()
+    assert (converted.head[0](y) - converted.head[0].bias.view(-1, 1, 1)).var().item() == pytest.approx(1, rel=1e-3)
+
+
+class Found(nn.Sequential):
+    """As many outputs as there are positive ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).flatten()
+        return y[y > 0]
+
+
+def test_where_the_number_of_outputs_depends_on_the_data_the_error_is_that_of_the_last_layer() -> None:
+    x = images(16, 3, 12, 12).abs()
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    model = settled(Found(*layers), x)
+    plan = pws.plan(model, x, warm_start=True)
+    wanted, found = nn.Sequential(*model)(x), nn.Sequential(*plan.apply().eval())(x)
+    error = float((found - wanted).double().square().mean().sqrt() / wanted.double().std())
+    assert plan.output_error == pytest.approx(error, rel=1e-3)
+    assert f"{100 * error:.3g} %" in str(plan)
+
+
+class Regions(nn.Module):
+    """The head sees the patches that score highest, as that of a detector does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+        )
+        self.score = nn.Conv2d(8, 1, 1)
+        self.head = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.body(x)
+        rows = y.movedim(1, -1).flatten(0, 2)
+        best = self.score(y).flatten().topk(100).indices
+        return self.score(y), self.head(rows[best])
+
+
+def test_a_head_of_chosen_regions_is_fitted_on_the_regions_that_the_trained_model_chose() -> None:
+    x = images(32, 3, 12, 12).abs()
+    model = settled(Regions(), x)
+    plan = pws.plan(model, x, warm_start=True)
+    assert plan.selected >= {"head.0", "head.3"}
+    converted = plan.apply().eval()
+    rows = model.body(x).movedim(1, -1).flatten(0, 2)
+    rows = rows[model.score(model.body(x)).flatten().topk(100).indices]
+    wanted, found = model.head(rows), converted.head(rows)
+    assert float((found - wanted).detach().square().mean().sqrt() / wanted.detach().std()) < 0.3
+
+
 def test_a_warm_start_states_its_error() -> None:
     example = images(32, 3, 16, 16).abs()  # of one sign: the means of filters count
     model = trained(small(), example)

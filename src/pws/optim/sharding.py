@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from pws.errors import PwsError
 
@@ -96,3 +96,10 @@ def replicated(parameter: Any, values: Tensor) -> Tensor:
 
     mesh = parameter.device_mesh
     return DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what `fully_shard` gathered for a forward pass: parameters are written where they are sharded."""
+    for module in model.modules():
+        if callable(release := getattr(module, "reshard", None)):
+            release()

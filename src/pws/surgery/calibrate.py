@@ -13,7 +13,7 @@ from pws.diagnosis.batch import REJECTIONS, Batch, batch_of
 from pws.errors import PwsError, one_line
 from pws.layers import StandardizedLayer
 from pws.mark import filters_of
-from pws.optim.sharding import replicated, whole
+from pws.optim.sharding import replicated, reshard, whole
 from pws.surgery.branches import branch_ends
 from pws.surgery.running import branches_run, evaluated, hooked, input_of, removed_after
 from pws.surgery.stand_ins import Affine
@@ -134,6 +134,7 @@ class Setting:
             if len(self.done) < len({_scale_of(layer) for layer in layers}):
                 with branches_run(model):
                     forward()
+        reshard(model)
         self._write()
 
     def _set_affine(self, affine: nn.Module, args: tuple[Any, ...]) -> None:
