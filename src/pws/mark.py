@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pws.autocast import fresh_casts
 from pws.errors import PwsError
 from pws.gain import resolve_gain
 from pws.standardize import check_fan_in, check_gamma, swap_channels, wide_kernel
@@ -85,7 +86,7 @@ def mark(
     found = Mark(resolve_gain(gain), float(gamma), bool(relative_gamma))
     vars(layer)["pws"] = found
     if reset_parameters:
-        with torch.no_grad():
+        with torch.no_grad(), fresh_casts():
             filters = filters_of(layer, weight)
             raw = torch.empty_like(filters).normal_(std=(2 / filters[0].numel()) ** 0.5)
             weight.copy_(filters_of(layer, kernel_of(raw, None, found)))

@@ -216,7 +216,8 @@ class StandardizingOptimizer(Optimizer):
         return found
 
     def written(self, now: Moving) -> None:
-        """Note that the kernels are ours, tell autograd that they have changed, and let the gradients go."""
+        """Note that the kernels are ours, tell autograd and autocast that they have changed, and let the gradients go."""
+        torch.clear_autocast_cache()
         for weight, layer in zip(now.weights, now.layers, strict=True):
             held, transposed = local(weight), self.members[weight].transposed
             if layer.is_copy:

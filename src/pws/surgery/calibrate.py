@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from pws.autocast import fresh_casts
 from pws.errors import PwsError
 from pws.layers import StandardizedLayer
 from pws.mark import filters_of
@@ -108,6 +109,7 @@ class Setting:
     done: dict[Tensor, Calibrated] = field(default_factory=dict)
     """By what was scaled: a weight of two layers is set by the first."""
 
+    @fresh_casts()
     def run(self, model: nn.Module, forward: Callable[[], object]) -> None:
         """Set all layers that `forward` calls; none if it fails."""
         layers = list(self.names)
@@ -160,8 +162,6 @@ def _multiply(layer: nn.Module, factor: Tensor) -> None:
     else:
         filters = own_filters(layer)
         set_filters(layer, filters * factor.view(-1, *[1] * (filters.dim() - 1)))
-    # Autocast would go on with the copy that it made of the weight before.
-    torch.clear_autocast_cache()
 
 
 def _moments(output: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,6 @@ def _restored_on_error(layers: list[nn.Module]) -> Iterator[None]:
     except BaseException:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
-        torch.clear_autocast_cache()
         raise
 
 

@@ -75,8 +75,6 @@ def nearest_filters(
     bias = layer._parameters["bias"]
     assert bias is not None
     bias.copy_(bias_GO.flatten())
-    # Autocast would go on with the copy that it made of the weight before.
-    torch.clear_autocast_cache()
     return call(layer, inputs)
 
 

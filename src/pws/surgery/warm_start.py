@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pws.autocast import fresh_casts
 from pws.diagnosis.batch import tensors_in
 from pws.errors import PwsError
 from pws.surgery.calibrate import evaluated, hooked
@@ -27,6 +28,7 @@ Affine = tuple[Tensor, Tensor]
 Progress = Callable[[int, int], None]
 
 
+@fresh_casts()
 @torch.no_grad()
 def match(
     original: nn.Module,
@@ -130,6 +132,7 @@ def affine_layer(norm: nn.Module, dims: int) -> nn.Module | None:
     return layer
 
 
+@fresh_casts()
 @torch.no_grad()
 def output_error(original: nn.Module, converted: nn.Module, forward: Forward) -> float:
     """Root mean square of the outputs' difference in eval mode, in units of the original outputs' deviation."""
