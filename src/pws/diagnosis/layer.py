@@ -178,7 +178,7 @@ def layer_diagnosis(
         groups=record.layout.groups,
         calls=len(calls),
         positions=outputs.count,
-        finite=all(c.finite for c in calls),
+        finite=record.finite,
         finite_kernel=math.isfinite(record.kernel_norm),
         note=_note(record, step, back.gradient, _mean(outputs.variance)),
         input=_signal(inputs),

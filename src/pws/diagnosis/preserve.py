@@ -38,7 +38,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 def random_state(model: nn.Module) -> Callable[[], None]:
-    """Remember the random generators of Python, NumPy, and torch on the CPU and the model's devices; the result rewinds them."""
+    """Remember the random generators of Python, NumPy and torch (the CPU and the model's devices); the result rewinds."""
     python, cpu, accelerators = random.getstate(), torch.get_rng_state(), _accelerator_states(model)
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()

@@ -70,6 +70,11 @@ class LayerRecord:
     step_map: StepMap | None = None
     calls: list[CallRecord] = field(default_factory=list)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every output was."""
+        return all(call.finite for call in self.calls)
+
 
 class StepMap:
     """From a step on the trained parameters to the change of a kernel: the Jacobian of `kernel(parameters)`.

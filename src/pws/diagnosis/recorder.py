@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from pws.diagnosis.batch import REJECTIONS
 from pws.diagnosis.marked import kernel_step, marked_weights
 from pws.diagnosis.moments import batched
-from pws.diagnosis.operation import Call, call_of
+from pws.diagnosis.operation import Call, Operations
 from pws.diagnosis.preserve import preserved
 from pws.diagnosis.record import (
     CallRecord,
@@ -82,13 +81,18 @@ class Recorder:
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
             # A compiled region would hide its operations.
-            with torch.compiler.set_stance("force_eager"), _Operations(self._operation):
+            with torch.compiler.set_stance("force_eager"), Operations(self._operation):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
             self._stack.clear()
         self._map_computed_kernels()
+
+    @property
+    def first_input_is_finite(self) -> bool:
+        """Whether that of the first layer is."""
+        return all(bool(layer.calls[0].input.mean.isfinite().all()) for layer in list(self.layers.values())[:1])
 
     def abandon(self) -> None:
         """The forward pass failed: leave its kernels alone."""
@@ -223,20 +227,6 @@ def _alias(tensor: Tensor) -> Tensor:
     return torch.ops.aten.alias(tensor) if tensor.requires_grad else tensor
 
 
-class _Operations(TorchFunctionMode):
-    """Hands every operation with a weight to `handler`."""
-
-    def __init__(self, handler: Callable[[Call], Tensor]) -> None:
-        super().__init__()
-        self.handler = handler
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        call = call_of(function, args, kwargs or {})
-        return function(*args, **(kwargs or {})) if call is None else self.handler(call)
-
-
 class _Reached(BaseException):
     """Carries a kernel out of a forward pass that need not go on."""
 
@@ -268,7 +258,7 @@ def kernel_again(module: nn.Module, args: Any, kwargs: Any, ordinal: int) -> Ten
     handles = [child.register_forward_pre_hook(enter) for child in inner]
     handles += [child.register_forward_hook(leave, always_call=True) for child in inner]
     try:
-        with preserved(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), _Operations(operation):
+        with preserved(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), Operations(operation):
             module.forward(*_detached(args), **_detached(kwargs))
     except _Reached as reached:
         return reached.kernel

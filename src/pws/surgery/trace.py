@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer
 from torch.overrides import TorchFunctionMode
 
-from pws.diagnosis.batch import REJECTIONS, batch_of, tensors_in
+from pws.diagnosis.batch import REJECTIONS, batch_of, check_finite, tensors_in
 from pws.errors import PwsError, one_line
 from pws.gain import ACTIVATIONS
 from pws.surgery.copying import copy_of
@@ -102,6 +102,7 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
             module.eval()
     follower = _Follower(copy, is_norm)
     batch = batch_of((example,))
+    check_finite(batch.inputs, "input")
     with torch.random.fork_rng(), torch.no_grad(), follower.hooks(), follower:
         for tensor in tensors_in(batch.inputs):
             follower.put(tensor, Value(frozenset({INPUT})))
