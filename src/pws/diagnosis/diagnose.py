@@ -83,6 +83,7 @@ def diagnose(
             if not recorder.first_input_is_finite:
                 check_finite(parsed.inputs, "input")
             value = loss_of(loss, parsed, outputs)
+            recorder.forget_backward()
             if torch.isfinite(value):
                 _backward(value, model)
             elif all(record.finite for record in recorder.layers.values()):
@@ -110,7 +111,7 @@ def diagnosis_of(
     return Diagnosis(
         layers=tuple(layers),
         model=type(recorder.model).__name__,
-        loss=None if loss is None else float(loss.detach()) / loss_scale,
+        loss=None if loss is None else float(loss.detach()),
         unused=tuple(unused),
         settings=settings,
         step=step,

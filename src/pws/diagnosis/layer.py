@@ -221,12 +221,12 @@ class _Backward:
 
 def _backward(record: LayerRecord, scale: float) -> _Backward:
     seen = [(call, call.backward) for call in record.calls if call.backward is not None]
-    if not seen:
-        return _Backward()
+    gradients = [call.kernel_gradient for call in record.calls if call.kernel_gradient is not None]
+    average = torch.stack(gradients).sum(0) / scale if gradients else None
+    if not seen:  # the kernel may have a gradient still: by a gradient that the loss is made of
+        return _Backward(average=average)
     delta = pool([b.delta for _, b in seen])
     gradient = Moments(delta.count, delta.mean / scale, delta.variance / scale**2)
-    gradients = [call.kernel_gradient for call, _ in seen if call.kernel_gradient is not None]
-    average = torch.stack(gradients).sum(0) / scale if gradients else None
     expectation = gradient.count * gradient.mean * pool([call.patch for call, _ in seen]).mean
     delta_patch = torch.stack([b.delta_patch for _, b in seen]).sum(0) / scale
     return _Backward(

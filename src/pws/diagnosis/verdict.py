@@ -71,6 +71,17 @@ def collapse_verdict(history: Sequence[Diagnosis]) -> Verdict:
     return _shift_collapse(history) or changed or unhealthy.verdict
 
 
+def non_finite_after(diagnosis: Diagnosis) -> Verdict:
+    """Of a model whose output or loss is not finite, although every layer's output is."""
+    last = f" The last one is {_named(diagnosis.layers[-1])}." if diagnosis.layers else ""
+    return Verdict(
+        "non-finite output",
+        None,
+        f"The model's output holds NaN or infinity, and the output of every layer with a weight is finite.{last}",
+        "Look at what the model does without a weight: a logarithm, root or division of zero, an exponential, a mask.",
+    )
+
+
 def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
     layer = next((layer for layer in diagnosis.layers if not layer.finite or not layer.finite_kernel), None)
     if layer is None:
