@@ -17,6 +17,7 @@ from pws.diagnosis.marked import check_optimizer
 from pws.diagnosis.preserve import preserved
 from pws.diagnosis.recorder import Recorder
 from pws.errors import PwsError, one_line
+from pws.optim.sharding import is_sharded
 
 LAYER_KINDS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -57,9 +58,9 @@ def diagnose(
             far a step moves the kernel; without it, the size is assumed that an optimizer starts with. Other models need none.
 
     Raises:
-        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized; the batch holds NaN or
-            infinity that reach a layer or the loss; the loss is not a scalar or does not depend on the model's parameters; the
-            optimizer is one of torch's own and the model has marked layers.
+        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized; its weights are split
+            over processes; the batch holds NaN or infinity that reach a layer or the loss; the loss is not a scalar or does not
+            depend on the model's parameters; the optimizer is one of torch's own and the model has marked layers.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
@@ -133,6 +134,12 @@ def check_model(model: nn.Module) -> None:
         raise PwsError(f"diagnose explains a torch.nn.Module; got a {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise PwsError("a scripted model hides its operations; pass the model that it was made from.")
+    if any(map(is_sharded, model.parameters())) or any(map(_is_fsdp, model.modules())):
+        raise PwsError(
+            "a diagnosis needs whole weights and their gradients, and those of this model are split over processes "
+            "(fully_shard, FSDP or tensor parallelism). pws.Monitor measures it while it trains; or load its checkpoint in one "
+            "process."
+        )
     if any(parameter.is_complex() for parameter in model.parameters()):
         raise PwsError("a diagnosis is defined for real weights; the model has complex ones.")
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
@@ -145,6 +152,10 @@ def check_model(model: nn.Module) -> None:
             f"the model must be initialized; {lazy[0]!r} and {len(lazy) - 1} more parameters are lazy and get their shape from "
             "the first batch. Run the model once before the diagnosis."
         )
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return type(module).__name__ == "FullyShardedDataParallel"  # importing it would set up torch.distributed
 
 
 def outputs_of(model: nn.Module, batch: Batch) -> Any:

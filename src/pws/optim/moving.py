@@ -160,9 +160,9 @@ def can_be_fused(parameters: Sequence[Tensor]) -> bool:
     return all(p.device.type in FUSED and is_dense(p) for p in parameters)
 
 
-def norms_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The length of each tensor, in float32 at least, on the device of the first."""
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def norms_of(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The length of each tensor, in `dtype` at least, on the device of the first."""
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else dtype
     norms = torch._foreach_norm(list(tensors), 2, wide)
     return torch.stack([norm.to(norms[0].device) for norm in norms])
 
