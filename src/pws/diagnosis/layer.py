@@ -98,6 +98,9 @@ class LayerDiagnosis:
     normalized: bool
     """Whether the loss does not depend on the kernel's scale: a norm follows that divides by it. Such a layer can't make
     the variance explode, whatever its step: it is left out of the network's critical learning rate."""
+    gate: bool
+    """Whether it only scales what other layers make (squeeze and excitation, the queries and keys of attention). Its variance
+    is not that of the signal which goes through the network, so no verdict is drawn from it."""
     update_ratio: float | None
     """Norm of the kernel's change by a gradient step at learning rate 1, over the kernel's norm."""
     critical_lr: float | None
@@ -105,6 +108,11 @@ class LayerDiagnosis:
     `sqrt(Var(y) / mean_o((n sbar_o)^2 Var(xbar)))`; infinity where no step can move them, None for a constant output."""
 
     filters: Filters
+
+    @property
+    def counts(self) -> bool:
+        """Whether its variance decides over the network's: it is no gate, and no norm takes its scale back."""
+        return not (self.gate or self.normalized)
 
     @property
     def shift_share(self) -> float:
@@ -196,6 +204,7 @@ def layer_diagnosis(
         covariance_part=_rms(back.covariance),
         average_gradient_ratio=moved.average_ratio,
         normalized=_is_normalized(record),
+        gate=record.gate,
         update_ratio=moved.update_ratio,
         critical_lr=moved.critical_lr,
         filters=Filters(

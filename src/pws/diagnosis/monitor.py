@@ -298,7 +298,7 @@ class Monitor:
         return diagnosis_of(recorder, loss, settings, step=self._step, loss_scale=self._scale)
 
     def _collapsed(self, diagnosis: Diagnosis) -> bool:
-        """Whether a number is not finite, or a layer that no norm follows has been taken over by its filters' means, or its
+        """Whether a number is not finite, or a layer that counts has been taken over by its filters' means, or its
         variance has fallen to a thousandth of what it started with, or risen a millionfold."""
         if diagnosis.verdict.cause.startswith("non-finite"):
             return diagnosis.verdict.cause != "non-finite gradient" or self._scale <= 1
@@ -308,7 +308,7 @@ class Monitor:
             or layer.output.variance < started[layer.name].output.variance / FACTOR
             or layer.output.variance > max(started[layer.name].output.variance, 1.0) * FACTOR**2
             for layer in diagnosis.layers
-            if layer.name in started and not (layer.normalized or started[layer.name].normalized)
+            if layer.name in started and layer.counts and started[layer.name].counts
         )
 
     def _finished(self) -> bool:

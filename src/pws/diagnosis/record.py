@@ -68,6 +68,8 @@ class LayerRecord:
     trained: bool = False
     """Whether a call's kernel hangs on trained parameters."""
     step_map: StepMap | None = None
+    gate: bool = False
+    """Whether it only scales what other layers make."""
     calls: list[CallRecord] = field(default_factory=list)
 
     @property

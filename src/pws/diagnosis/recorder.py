@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pws.diagnosis.gates import Gates
 from pws.diagnosis.kernel_again import kernel_again
 from pws.diagnosis.marked import kernel_step, marked_weights
 from pws.diagnosis.moments import batched
@@ -60,6 +61,7 @@ class Recorder:
         self._stack: list[_Running] = []
         self._computed: dict[tuple[str, int], _Running] = {}
         self._handles: list[Any] = []
+        self._gates = Gates()
         self._followed: set[nn.Parameter] = set()
         self.on_backward_end: Callable[[], None] | None = None
         """Called once, when the training's backward pass through the recorded graph has ended, before whatever follows it. It
@@ -97,6 +99,8 @@ class Recorder:
                 handle.remove()
             self._stack.clear()
             self._in_forward = False
+            for key in self._gates.found():
+                self.layers[key].gate = True
         self._map_computed_kernels()
 
     @property
@@ -135,10 +139,13 @@ class Recorder:
         running = self._stack[-1]
         ordinal, running.operations = running.operations, running.operations + 1
         # Aliases, whose gradients are this call's alone: a kernel may be shared, an input used elsewhere too.
-        parameter = call.kernel
+        parameter, key = call.kernel, (self._names[running.module], ordinal)
+        self._gates.takes(key, call.input.grad_fn)
+        self._gates.takes(key, parameter.grad_fn, as_kernel=True)
         if torch.is_grad_enabled():
             call = Call(call.function, _alias(call.input), _alias(call.kernel), call.bias, call.settings)
         output = call.run()
+        self._gates.makes(key, output.grad_fn)
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
             patch = batched(call.patch_average())
             record = record_forward(call, output, patch)
