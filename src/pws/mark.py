@@ -153,6 +153,10 @@ def adopt(kernel: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:
     kernel = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float32))
     dims = tuple(range(1, kernel.dim()))
     n = kernel.shape[1:].numel()
+    # In units of the filter's largest entry, a power of two: squares of large filters overflow, those of small ones vanish.
+    unit_of = torch.exp2(kernel.abs().amax(dims, keepdim=True).log2().floor())
+    unit_of = torch.where((unit_of > 0) & torch.isfinite(unit_of), unit_of, 1.0)
+    kernel = kernel / unit_of
     centred = kernel - kernel.mean(dims, keepdim=True)
     std = centred.square().mean(dims, keepdim=True).sqrt()
     # What rounding leaves of a constant filter is no variance.
@@ -169,5 +173,5 @@ def adopt(kernel: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:
     kaiming = (2 / n) ** 0.5
     gamma = mark.gamma * 2 / n if mark.relative_gamma else mark.gamma
     c = mark.gain * n**-0.5
-    alpha = std.flatten() * ((kaiming**2 + gamma) ** 0.5 / (c * kaiming))
+    alpha = (std * unit_of).flatten() * ((kaiming**2 + gamma) ** 0.5 / (c * kaiming))
     return torch.empty_like(kernel).copy_(unit * kaiming), alpha

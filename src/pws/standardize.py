@@ -15,6 +15,8 @@ from torch import Tensor
 from pws.errors import PwsError, ShapeError
 from pws.gain import resolve_gain
 
+LARGE: Final = 1e12
+"""Entries up to this have squares, and sums of squares, far from the end of float32."""
 # Asked once: torch.compile of torch 2.11 can't trace the question, and would compile each layer's call on its own.
 _AUTOCAST_DEVICES: Final = frozenset(
     device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia") if torch.amp.is_autocast_available(device)
@@ -51,7 +53,8 @@ def standardize(
 
     Raises:
         ShapeError: a filter has fewer than two entries, or alpha does not hold one number a filter.
-        PwsError: gamma is negative, gain is not positive, or the weight is of integers.
+        PwsError: gamma is negative, gain is not positive, the weight is of integers or alpha of complex numbers, or the two are
+            on different devices.
 
     Examples:
         >>> import torch
@@ -70,8 +73,21 @@ def standardize(
             f"alpha holds one scale a filter, shape ({weight.shape[0]},) for a weight of shape {tuple(weight.shape)}; "
             f"got {tuple(alpha.shape)}. Pass alpha.flatten() if it comes from a checkpoint with trailing ones."
         )
+    if alpha is not None and alpha.is_complex():
+        raise PwsError(
+            f"alpha scales real filters; got {alpha.dtype}. Pass alpha.real or alpha.abs(), whichever is meant."
+        )
     check_gamma(gamma)
-    return scaled(weight, alpha, resolve_gain(gain), gamma, relative_gamma)
+    return scaled(_within_range(weight), alpha, resolve_gain(gain), gamma, relative_gamma)
+
+
+def _within_range(weight: Tensor) -> Tensor:
+    """A weight whose squares overflow, made small: its kernel is the same, for gamma is nothing beside such a variance."""
+    if torch.promote_types(weight.dtype, torch.float32) != torch.float32 or not weight.numel():
+        return weight
+    dims = tuple(range(1, weight.dim()))
+    largest = weight.detach().abs().amax(dims, keepdim=True).float()
+    return weight * (LARGE / largest).clamp(max=1.0).to(weight.dtype)
 
 
 def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
@@ -81,6 +97,11 @@ def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, rela
 
 def wide_kernel(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
     """`scaled` in float32 at least, whatever autocast says."""
+    if alpha is not None and alpha.device != weight.device:
+        raise PwsError(
+            f"a weight and its alpha must be on one device; the weight is on {weight.device}, alpha on {alpha.device}. Move "
+            "the whole layer: layer.to(device)."
+        )
     c, gamma = constants(weight, gain, gamma, relative_gamma)
     # In float32 at least: half-precision statistics would overflow.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
