@@ -44,6 +44,55 @@ def test_a_forecast_is_that_of_autocast_without_a_cache() -> None:
     assert found == pytest.approx(plain, rel=0.5)
 
 
+class Twice(nn.Module):
+    """A layer of it runs twice in a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.twice = mark(nn.Conv2d(1, 8, 3)), mark(nn.Conv2d(8, 8, 3, padding=1))
+        self.head = nn.Linear(288, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.twice(F.relu(self.twice(F.relu(self.first(x))))))
+        logits: Tensor = self.head(x.flatten(1))
+        return logits
+
+
+class Decorated(Twice):
+    """Its own autocast has a cache, whatever stands around it."""
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_forecast_of_a_model_with_autocast_of_its_own() -> None:
+    with autocast(cache_enabled=False):
+        expected = pws.forecast(Twice(), BATCHES, F.cross_entropy).diverging_lr
+    with autocast():
+        found = pws.forecast(Decorated(), BATCHES, F.cross_entropy).diverging_lr
+    assert found == pytest.approx(expected, rel=0.2)  # gradients of the two runs are added in half precision
+
+
+def test_calibrate_of_a_model_with_autocast_of_its_own() -> None:
+    (expected, found), outputs = (Twice(), Decorated()), []
+
+    def keep(_: nn.Module, __: object, output: Tensor) -> None:
+        outputs.append(output.clone())
+
+    for model in (expected, found):
+        model.head.register_forward_hook(keep)
+    with autocast(cache_enabled=False):
+        pws.calibrate(expected, IMAGES)
+    with autocast():
+        found(IMAGES)  # which fills the cache
+        outputs.pop()
+        pws.calibrate(found, IMAGES)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+    assert torch.equal(*outputs)  # the second run of a layer is that of its new weight
+
+
 def step_of(make: Callable[[nn.Module], StandardizingOptimizer]) -> Callable[[nn.Module], None]:
     def step(model: nn.Module) -> None:
         optimizer = make(model)

@@ -160,6 +160,7 @@ def _is_fsdp(module: nn.Module) -> bool:
 
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """What the model returns; raises `PwsError` if it rejects the batch."""
+    torch.clear_autocast_cache()  # a forward that is decorated with autocast switches the cache on again
     try:
         return batch.outputs(model)
     except PwsError:

@@ -162,6 +162,8 @@ def _multiply(layer: nn.Module, factor: Tensor) -> None:
     else:
         filters = own_filters(layer)
         set_filters(layer, filters * factor.view(-1, *[1] * (filters.dim() - 1)))
+    # A forward that is decorated with autocast has its cache on, and would go on with the copy of the weight before.
+    torch.clear_autocast_cache()
 
 
 def _moments(output: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
