@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from pws.diagnosis.batch import REJECTIONS, tensors_in, total
 from pws.diagnosis.diagnose import bare, diagnosis_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.look_again import look_again
 from pws.diagnosis.marked import check_optimizer
 from pws.diagnosis.measurements import append_csv, metrics_of, new_file
-from pws.diagnosis.preserve import preserved, random_state
+from pws.diagnosis.preserve import random_state
 from pws.diagnosis.record import is_finite
 from pws.diagnosis.recorder import Recorder
 from pws.diagnosis.verdict import FACTOR, Verdict, collapse_verdict, non_finite_after
@@ -233,26 +234,12 @@ class Monitor:
         return self.first_unhealthy is not None and self.history[-1].step == self._step
 
     def _again(self, args: Any, kwargs: Any) -> Recorder:
-        """The forward pass of a step that was not measured, once more, with the same random numbers."""
+        """The forward pass of a step that was not measured, once more."""
         self._looked_again = self._looking = True
-        inner = bare(self.model)
-        recorder = Recorder(inner, self.optimizer)
-        # The other processes do not run this pass: a synchronized norm would wait for them for ever.
-        synchronized = [m for m in inner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
         try:
-            for norm in synchronized:
-                norm.training = False
-            # With gradients: the model may take some itself.
-            with preserved(inner), torch.enable_grad(), recorder.forward():
-                self._rewind()
-                inner(*args, **kwargs)
-                recorder.abandon()
+            return look_again(bare(self.model), self.optimizer, self._rewind, args, kwargs)
         finally:
             self._looking = False
-            recorder.close()
-            for norm in synchronized:
-                norm.training = True
-        return recorder
 
     def _measured(self, recorder: Recorder) -> None:
         """The backward pass of a measured step has ended."""
