@@ -61,9 +61,13 @@ def test_a_kernel_is_adopted_whatever_its_size(scale: float) -> None:
     assert_close(kernel_of(w, alpha, layer.pws) / scale, kernel / scale, "float32")
 
 
-def test_alpha_is_real() -> None:
-    with pytest.raises(pws.PwsError, match=r"alpha scales real filters; got torch\.complex64"):
-        pws.standardize(torch.randn(4, 3), torch.ones(4, dtype=torch.complex64))
+@pytest.mark.parametrize("which", ["alpha", "weight"])
+def test_weight_and_alpha_are_real(which: str) -> None:
+    layer = pws.Linear(3, 4)
+    setattr(layer, which, nn.Parameter(getattr(layer, which).detach().to(torch.complex64)))
+    for call in (layer.kernel, lambda: layer(torch.ones(2, 3)), lambda: pws.standardize(layer.weight, layer.alpha)):
+        with pytest.raises(pws.PwsError, match="complex"):
+            call()
 
 
 @pytest.mark.parametrize("moved", ["weight", "alpha"])

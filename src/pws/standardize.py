@@ -73,10 +73,6 @@ def standardize(
             f"alpha holds one scale a filter, shape ({weight.shape[0]},) for a weight of shape {tuple(weight.shape)}; "
             f"got {tuple(alpha.shape)}. Pass alpha.flatten() if it comes from a checkpoint with trailing ones."
         )
-    if alpha is not None and alpha.is_complex():
-        raise PwsError(
-            f"alpha scales real filters; got {alpha.dtype}. Pass alpha.real or alpha.abs(), whichever is meant."
-        )
     check_gamma(gamma)
     return scaled(_within_range(weight), alpha, resolve_gain(gain), gamma, relative_gamma)
 
@@ -97,11 +93,7 @@ def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, rela
 
 def wide_kernel(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
     """`scaled` in float32 at least, whatever autocast says."""
-    if alpha is not None and alpha.device != weight.device:
-        raise PwsError(
-            f"a weight and its alpha must be on one device; the weight is on {weight.device}, alpha on {alpha.device}. Move "
-            "the whole layer: layer.to(device)."
-        )
+    _check_alike(weight, alpha)
     c, gamma = constants(weight, gain, gamma, relative_gamma)
     # In float32 at least: half-precision statistics would overflow.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -109,6 +101,20 @@ def wide_kernel(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float,
     # Torch's batch norm refuses zero channels.
     form = _composed if torch.compiler.is_compiling() or not len(weight) else _batch_normed
     return form(wide, scale_O, gamma)
+
+
+def _check_alike(weight: Tensor, alpha: Tensor | None) -> None:
+    """Raise `PwsError` unless both are real and on one device."""
+    if weight.is_complex() or (alpha is not None and alpha.is_complex()):
+        which = "weights" if weight.is_complex() else "alpha"
+        raise PwsError(
+            f"a kernel is made of real weights and real scales; {which} is complex. Take the real part or the size."
+        )
+    if alpha is not None and alpha.device != weight.device:
+        raise PwsError(
+            f"a weight and its alpha must be on one device; the weight is on {weight.device}, alpha on {alpha.device}. Move "
+            "the whole layer: layer.to(device)."
+        )
 
 
 def _batch_normed(weight: Tensor, scale_O: Tensor, gamma: float) -> Tensor:
