@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -126,6 +127,80 @@ def test_a_bound_that_is_not_positive_is_refused(bound: float) -> None:
 def test_an_optimizer_of_another_model_is_refused() -> None:
     with pytest.raises(pws.PwsError, match="holds no parameter of the model"):
         pws.clip_grad(Layers([[1.0]]), sgd(Layers([[1.0]])))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "entry"),
+    [
+        (torch.float16, 6e4),
+        (torch.bfloat16, 1e30),
+        (torch.float32, 2e18),
+        (torch.float32, 1e25),
+        (torch.float32, 3e38),
+        (torch.float64, 1e200),
+    ],
+)
+@pytest.mark.parametrize("lr", [0.1, 1e3])
+def test_a_large_finite_gradient_gives_a_step_of_the_bound(dtype: torch.dtype, entry: float, lr: float) -> None:
+    model = Layers([[0.0] * 1000, [0.0] * 24], [[3.0, 4.0]])
+    for i, p in enumerate(model.layer0.parameters()):
+        p.data = p.data.to(dtype)
+        p.grad = torch.full((len(p),), entry * (-1) ** i, dtype=dtype)
+    length = pws.clip_grad(model, sgd(model, lr), 0.03)
+    kept = float(model.layer0.p0.grad.double()[0] / entry), float(model.layer0.p1.grad.double()[0] / -entry)
+    expected = 0.03 / (lr * math.sqrt(1024)) / entry  # by which each entry has shrunk
+    tolerance = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    assert kept == pytest.approx((expected, expected), rel=tolerance)
+    assert float(length) == pytest.approx(lr * math.sqrt(1024) * float(torch.tensor(entry, dtype=dtype)), rel=1e-5)
+    assert_close(model.layer1.p0.grad.norm() * lr, 0.03 if lr * 5 > 0.03 else lr * 5, "float32")
+
+
+class Scaled:
+    """A model trained with a GradScaler, by the right steps or without `unscale_`."""
+
+    def __init__(self, **settings: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.scaler = torch.amp.GradScaler("cpu", **settings)
+
+    def backward(self) -> None:
+        self.scaler.scale(self.model(torch.ones(4, 4)).square().mean()).backward()
+
+
+@pytest.mark.parametrize("unscaled", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_that_are_scaled_are_noticed(unscaled: bool, enabled: bool) -> None:
+    run = Scaled(enabled=enabled)
+    optimizer = sgd(run.model, 5.0)
+    for step in range(2):
+        run.backward()
+        if unscaled:
+            run.scaler.unscale_(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert float(pws.clip_grad(run.model, optimizer, 1e-3)) > 1e-3
+        assert any("scaler.unscale_" in str(w.message) for w in caught) == (enabled and not unscaled and step == 0)
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+    run.scaler = None  # a scaler that is in use belongs to this test alone
+
+
+@pytest.mark.parametrize("made", [pws.optim.SGD, pws.optim.AdamW])
+@pytest.mark.parametrize("right", [True, False])
+def test_an_optimizer_that_is_stepped_past_its_scaler_notices(made: Any, right: bool) -> None:
+    run = Scaled()
+    pws.mark(run.model[0])
+    optimizer = made(run.model, lr=0.1)
+    run.backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if right:
+            run.scaler.step(optimizer)
+        else:
+            optimizer.step()
+    assert any("scaler.step" in str(w.message) for w in caught) != right
+    run.scaler = None
 
 
 class Slope(LightningModule):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 import pws
+from pws.diagnosis.batch import batch_of
 from pws.layers import StandardizedLayer
 from pws.mark import filters_of
 
@@ -457,7 +458,7 @@ def test_every_layer_transmits_its_variance_after_conversion(name: str) -> None:
     plan = pws.plan(REAL[name](), images(8, 3, 64, 64))
     converted = plan.apply()
     assert len(plan.predicting) == 1
-    ends = pws.surgery.branches.branch_ends(converted, images(8, 3, 64, 64))
+    ends = pws.surgery.branches.branch_ends(converted, batch_of(images(8, 3, 64, 64)))
     batch = (torch.randn(8, 3, 64, 64), torch.arange(8))
     diagnosis = pws.diagnose(converted.eval(), batch, F.cross_entropy)
     for layer in diagnosis.layers:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from pws.cli import main
-from pws.clip_grad import STEP_BOUND
 from pws.demo import (
     CONTROL,
     LEARNING_RATES,
@@ -21,6 +20,7 @@ from pws.demo import (
     sentences,
 )
 from pws.demo.cells import recipe_of
+from pws.optim.bound import STEP_BOUND
 
 
 def test_the_grid() -> None:

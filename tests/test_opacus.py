@@ -114,6 +114,35 @@ def test_batches_that_are_larger_than_memory() -> None:
     assert_trained_plainly(net, 2)
 
 
+def layer_form() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(pws.Conv2d(3, 6, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 3))
+
+
+@pytest.mark.parametrize("given", ["private", "inner"])
+def test_clipping_before_the_private_step_is_refused(given: str) -> None:
+    net = layer_form()
+    inner = torch.optim.SGD(pws.param_groups(net, lr=30.0))
+    model, optimizer, criterion, loader = private(net, inner, "hooks", noise=1.0, norm=1.0)
+    images, labels = next(iter(loader))
+    criterion(model(images), labels).backward()
+    with pytest.raises(pws.PwsError, match="attach_step_hook"):
+        pws.clip_grad(net, optimizer if given == "private" else inner)
+
+
+def test_the_hook_that_is_told_bounds_the_noisy_step() -> None:
+    net = layer_form()
+    model, optimizer, criterion, loader = private(
+        net, torch.optim.SGD(pws.param_groups(net, lr=30.0)), "hooks", noise=1.0, norm=1.0
+    )
+    optimizer.attach_step_hook(lambda dp: pws.clip_grad(net, dp))
+    for batch in loader:
+        before = [p.detach().clone() for p in net[0].parameters()]
+        epoch(model, optimizer, criterion, [batch])
+        moved = [float((p - old).norm()) for p, old in zip(net[0].parameters(), before, strict=True)]
+        assert sum(length**2 for length in moved) ** 0.5 == pytest.approx(BOUND, rel=1e-3)
+
+
 def test_a_private_run_goes_on_from_its_state_to_the_same_bits() -> None:
     def run(epochs: int, state: dict[str, Any] | None = None) -> tuple[nn.Module, dict[str, Any]]:
         net = network()

@@ -5,7 +5,7 @@ Both processes run every check in one go (`work`); the tests look at what they h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
@@ -220,6 +220,43 @@ def load(net: nn.Module, optimizer: torch.optim.Optimizer, path: str, layout: st
     )
 
 
+def computing() -> nn.Sequential:
+    """Layers that compute their kernel, with numbers of filters that two processes can't halve."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(pws.Conv2d(3, 8, 3, gain="linear"), nn.Tanh(), pws.Conv2d(8, 13, 3), nn.Flatten()),
+        *(pws.Linear(13, 1), nn.Linear(1, 3)),
+    ).double()
+
+
+def clipped(net: nn.Module, batches: Batches, scale: float = 1.0, average: Sequence[nn.Parameter] = ()) -> Result:
+    """Trained by torch's own SGD behind `pws.clip_grad`; and the lengths that it found."""
+    optimizer = torch.optim.SGD(pws.param_groups(net, lr=2.0 / scale), momentum=0.9)
+    lengths = []
+    for images, labels in batches:
+        optimizer.zero_grad()
+        (scale * nn.functional.cross_entropy(net(images), labels)).backward()
+        for parameter in average:  # what DDP does
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= 2
+        lengths.append(pws.clip_grad(net, optimizer).double())
+        optimizer.step()
+    return {**{name: whole(p) for name, p in net.named_parameters()}, "lengths": torch.stack(lengths)}
+
+
+def partly_sharded(rank: int) -> Result:
+    net = computing()
+    fully_shard(net[2], mesh=init_device_mesh("cpu", (2,)))
+    plain = [parameter for parameter in net.parameters() if not hasattr(parameter, "to_local")]
+    return clipped(net, data(rank), average=plain)
+
+
+def not_diagnosed(run: Callable[[nn.Module], Any]) -> str:
+    with pytest.raises(pws.PwsError) as caught:
+        run(shard(computing()))
+    return str(caught.value)
+
+
 def checks(rank: int, folder: str) -> Iterator[tuple[str, Any]]:
     for name in OPTIMIZERS:
         yield f"ddp-{name}", ddp(rank, name, optimizer_first=False)
@@ -236,6 +273,13 @@ def checks(rank: int, folder: str) -> Iterator[tuple[str, Any]]:
     yield "refused", refused(nn.ConvTranspose2d(4, 6, 2))
     yield "refused groups", refused(nn.ConvTranspose2d(4, 6, 2, groups=2))
     yield "refused wrapped", refused(nn.Linear(4, 6), partial(pws.optim.Wrapped, optimizer=torch.optim.SGD))
+    yield "clipped", clipped(shard(computing()), data(rank))
+    yield "clipped replicated", clipped(shard(computing(), shape=(2, 1)), data(rank))
+    yield "clipped partly", partly_sharded(rank)
+    yield "clipped large", clipped(shard(computing()), data(rank), scale=1e30)
+    batch, loss = data(rank)[0], nn.functional.cross_entropy
+    yield "diagnose", not_diagnosed(lambda net: pws.diagnose(net, batch, loss))
+    yield "forecast", not_diagnosed(lambda net: pws.forecast(net, [batch, batch], loss))
     yield "not finite", [not_finite(rank, number) for number in (0, 7)]
 
 
@@ -310,6 +354,24 @@ def test_weights_that_are_loaded_into_shards_are_adopted(ranks: list[Result]) ->
 
 def test_tensor_parallelism_with_gradients_in_parts(ranks: list[Result]) -> None:
     assert_both_equal(ranks, "tensor parallel", tensor_parallel(perceptron(), sequences()))
+
+
+@pytest.mark.parametrize("how", ["", " replicated", " partly"])
+def test_clip_grad_of_shards_is_that_of_one_process(ranks: list[Result], how: str) -> None:
+    expected = clipped(computing(), data())
+    assert float(expected["lengths"].min()) > 0.03, "the bound must act"
+    assert_both_equal(ranks, f"clipped{how}", expected)
+
+
+def test_clip_grad_of_large_shards(ranks: list[Result]) -> None:
+    assert_both_equal(ranks, "clipped large", clipped(computing(), data(), scale=1e30))
+
+
+@pytest.mark.parametrize("run", ["diagnose", "forecast"])
+def test_a_sharded_model_is_not_diagnosed_for_the_true_reason(ranks: list[Result], run: str) -> None:
+    for rank in ranks:
+        assert "split over processes (fully_shard" in rank[run]
+        assert "pws.Monitor measures it" in rank[run]
 
 
 def test_filters_that_are_split_are_refused_with_the_remedy(ranks: list[Result]) -> None:

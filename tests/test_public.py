@@ -93,3 +93,12 @@ def test_a_change_of_global_state_would_be_seen() -> None:
     )
     changed = {key for key, value in json.loads(before).items() if json.loads(after)[key] != value}
     assert changed == {"warnings", "random"}
+
+
+def test_the_training_room_opens_when_it_is_asked_for() -> None:
+    code = """
+import json, sys, pws
+before = "lightning" in sys.modules, hasattr(pws, "trainning")
+print(json.dumps([*before, pws.training.ClipGrad.__name__, pws.training is sys.modules["pws.training"]]))
+"""
+    assert fresh(code) == [False, False, "ClipGrad", True]

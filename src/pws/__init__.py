@@ -1,5 +1,7 @@
 """Parametric Weights Standardization: train convolutional networks without BatchNorm."""
 
+import typing as _typing
+
 from pws import kernels, optim
 from pws.clip_grad import clip_grad
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor, diagnose, forecast
@@ -43,3 +45,15 @@ __all__ = [
     "unmark",
     "variance_preserving_gain",
 ]
+
+if _typing.TYPE_CHECKING:
+    from pws import training as training
+else:
+
+    def __getattr__(name: str) -> object:
+        """`pws.training`, which needs more than torch, is imported when it is asked for."""
+        if name != "training":
+            raise AttributeError(f"module 'pws' has no attribute {name!r}")
+        import importlib
+
+        return importlib.import_module("pws.training")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pws.errors import PwsError
-
-STEP_BOUND: Final = 0.03
-"""The longest step of a layer of PWS: about the largest that training held at every batch size (docs/methods.md)."""
+from pws.optim.bound import STEP_BOUND, by_layer, peak_lr
+from pws.optim.moving import norms_of
+from pws.optim.scaler import notice_scaled_gradients
+from pws.optim.sharding import complete_gradient, is_sharded, local, sum_over_shards
 
 
 def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND) -> Tensor:
@@ -25,7 +28,9 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
     ever clipped, and large rates as much as they need: one bound for all of them. A bound a layer, and not one for all
     together, lets deep networks train, whose gradients differ in size from layer to layer.
 
-    Under `torch.amp.GradScaler` call `scaler.unscale_(optimizer)` first, as for torch's `clip_grad_norm_`.
+    Under `torch.amp.GradScaler` call `scaler.unscale_(optimizer)` first, as for torch's `clip_grad_norm_`; a warning tells if
+    it was forgotten. Behind Opacus it belongs into the step: `optimizer.attach_step_hook(lambda o: pws.clip_grad(model, o))`.
+    Sharded parameters (`fully_shard`) are clipped by the length of the whole layer's step; every process calls it.
 
     Args:
         model: the network; parameters of it that the optimizer does not hold, or that have no gradient, are passed over.
@@ -37,7 +42,8 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
         The largest length before clipping, a scalar tensor; where a gradient is not finite, neither is it.
 
     Raises:
-        PwsError: the bound is not positive, the optimizer holds no parameter of the model, or it steps in the backward pass.
+        PwsError: the bound is not positive, the optimizer holds no parameter of the model, or it steps in the backward pass;
+            the gradients are per sample, and Opacus' optimizer has yet to make those that count.
     """
     if not 0 < bound < float("inf"):
         raise PwsError(f"the bound on a step's length must be positive and finite; got {bound!r}. Usual: {STEP_BOUND}.")
@@ -47,21 +53,67 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
             "own step_bound holds there; make it without step_in_backward to clip otherwise."
         )
     rates = {parameter: peak_lr(group) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = _layers(model, rates)
-    gradients = [parameter.grad for layer in layers for parameter in layer if parameter.grad is not None]
-    if not gradients:
+    layers = [[p for p in layer if p.grad is not None] for layer in _layers(model, rates)]
+    parameters = [parameter for layer in layers for parameter in layer]
+    if not parameters:
         return torch.zeros(())
-    lrs = [rates[parameter] for layer in layers for parameter in layer if parameter.grad is not None]
-    numbers = [i for i, layer in enumerate(layers) for parameter in layer if parameter.grad is not None]
-    device = gradients[0].device
-    norms = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients)])
-    squares = (norms * torch.tensor(lrs, device=device)).square()
-    layer_of = torch.tensor(numbers, device=device)
-    lengths = torch.zeros(len(layers), device=device).index_add_(0, layer_of, squares).sqrt()
-    factors = (bound / lengths).clamp(max=1.0)[layer_of]  # a length of 0 gives infinity, and then 1
-    for gradient, factor in zip(gradients, factors.unbind(), strict=True):
-        gradient.mul_(factor.to(gradient.device))
-    return lengths.max()
+    for parameter in parameters:
+        _check_sampled(parameter)
+        complete_gradient(parameter)
+    gradients = [local(_grad(parameter)) for parameter in parameters]
+    numbers = [i for i, layer in enumerate(layers) for _ in layer]
+    lengths = _lengths(parameters, gradients, [rates[parameter] for parameter in parameters], numbers)
+    longest = lengths.max()
+    if float(longest) > bound:
+        notice_scaled_gradients(optimizer)
+    factors = (bound / lengths).clamp(max=1.0)  # a length of 0 gives infinity, and then 1
+    # A factor for gradients near the end of float32 lies below its start: then in two steps.
+    times = 1 if float(longest) < 1e30 else 2
+    for gradient, factor in zip(gradients, (factors ** (1 / times)).unbind(), strict=True):
+        for _ in range(times):
+            gradient.mul_(factor.to(gradient.device))
+    return longest
+
+
+def _lengths(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], lrs: Sequence[float], layers: Sequence[int]
+) -> Tensor:
+    """How far a step moves each parameter's layer, over all processes."""
+    if any(map(is_sharded, parameters)):
+        # float64 has room for all squares of float32, whatever the other processes hold.
+        norms = norms_of(gradients, torch.float64)
+        squares = sum_over_shards((norms * norms.new_tensor(lrs)).square(), parameters)
+        return by_layer(squares, layers).sqrt()
+    norms = norms_of(gradients)
+    lengths = by_layer((norms * norms.new_tensor(lrs)).square(), layers).sqrt()
+    return lengths if torch.isfinite(lengths).all() else _careful_lengths(gradients, lrs, layers).to(lengths.device)
+
+
+def _careful_lengths(gradients: Sequence[Tensor], lrs: Sequence[float], layers: Sequence[int]) -> Tensor:
+    """The same where squares overflow: each gradient in units of its largest entry."""
+    steps: dict[int, list[float]] = {layer: [] for layer in layers}
+    for gradient, lr, layer in zip(gradients, lrs, layers, strict=True):
+        largest = gradient.abs().max().to(torch.promote_types(gradient.dtype, torch.float32))
+        unit = gradient.to(largest.dtype) / largest if 0 < float(largest) < math.inf else gradient
+        steps[layer].append(lr * float(largest) * float(torch.linalg.vector_norm(unit)))
+    return torch.tensor([math.hypot(*steps[layer]) for layer in layers], dtype=torch.float64, device="cpu")
+
+
+def _check_sampled(parameter: Any) -> None:
+    """Raise `PwsError` for a gradient that Opacus' optimizer makes anew in its step, from gradients per sample."""
+    per_sample = getattr(parameter, "grad_sample", None)
+    newest = per_sample[-1] if isinstance(per_sample, list) and per_sample else per_sample
+    if isinstance(newest, Tensor) and not hasattr(newest, "_processed"):
+        raise PwsError(
+            "Opacus makes the gradients inside its optimizer's step, from gradients per sample: what is clipped before is "
+            "lost. Clip there: optimizer.attach_step_hook(lambda o: pws.clip_grad(model, o)); or train with pws.optim, whose "
+            "bound holds."
+        )
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def _layers(model: nn.Module, rates: dict[Tensor, float]) -> list[list[nn.Parameter]]:
@@ -78,8 +130,3 @@ def _layers(model: nn.Module, rates: dict[Tensor, float]) -> list[list[nn.Parame
             "the optimizer holds no parameter of the model. Was the model copied or converted after it was made?"
         )
     return layers
-
-
-def peak_lr(group: dict[str, Any]) -> float:
-    """The largest rate of a group over its schedule, as far as the group tells."""
-    return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)

@@ -8,10 +8,8 @@ computed from the parameters in every forward pass, so a copy, a cast or a loade
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +19,8 @@ from torch.nn import init
 from pws.gain import resolve_gain
 from pws.standardize import check_fan_in, check_gamma, scaled, swap_channels
 
-Layer = TypeVar("Layer", bound=type["StandardizedLayer"])
-
-
-def _with_signature_of(parent: type[nn.Module]) -> Callable[[Layer], Layer]:
-    """Show the parent's arguments by name, then ours, in help() and in IDEs that inspect the live class."""
-
-    def decorate(cls: Layer) -> Layer:
-        @wraps(StandardizedLayer.__init__)
-        def init(self: StandardizedLayer, *args: Any, **kwargs: Any) -> None:
-            StandardizedLayer.__init__(self, *args, **kwargs)
-
-        signature = inspect.signature(parent.__init__)
-        own = inspect.signature(StandardizedLayer.__init__).parameters.values()
-        ours = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
-        vars(init)["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), *ours])
-        cls.__init__ = init  # type: ignore[method-assign]
-        return cls
-
-    return decorate
+Size = int | tuple[int, ...]
+Device = torch.device | str | int | None
 
 
 class StandardizedLayer(nn.Module):
@@ -104,17 +85,52 @@ class StandardizedLayer(nn.Module):
 class _Conv(StandardizedLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gamma: float = 1e-3,
+        relative_gamma: bool = False,
+        gain: float | str = "relu",
+    ) -> None:
+        super().__init__(
+            *(
+                in_channels,
+                out_channels,
+                kernel_size,
+                stride,
+                padding,
+                dilation,
+                groups,
+                bias,
+                padding_mode,
+                device,
+                dtype,
+            ),
+            gamma=gamma,
+            relative_gamma=relative_gamma,
+            gain=gain,
+        )
+
     def forward(self, input: Tensor) -> Tensor:
         """Convolve `input` with the kernel, add the bias."""
         return self._conv_forward(input, self.kernel(), self.bias)
 
 
-@_with_signature_of(nn.Conv1d)
 class Conv1d(_Conv, nn.Conv1d):
     """`torch.nn.Conv1d` with a standardized kernel."""
 
 
-@_with_signature_of(nn.Conv2d)
 class Conv2d(_Conv, nn.Conv2d):
     """`torch.nn.Conv2d` with a standardized kernel.
 
@@ -125,7 +141,6 @@ class Conv2d(_Conv, nn.Conv2d):
     """
 
 
-@_with_signature_of(nn.Conv3d)
 class Conv3d(_Conv, nn.Conv3d):
     """`torch.nn.Conv3d` with a standardized kernel."""
 
@@ -141,6 +156,33 @@ class _ConvTranspose(StandardizedLayer):
     output_padding: tuple[int, ...]
     _output_padding: Callable[..., list[int]]
     _convolve: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Size = 1,
+        padding_mode: str = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gamma: float = 1e-3,
+        relative_gamma: bool = False,
+        gain: float | str = "relu",
+    ) -> None:
+        super().__init__(
+            *(in_channels, out_channels, kernel_size, stride, padding, output_padding),
+            *(groups, bias, dilation, padding_mode, device, dtype),
+            gamma=gamma,
+            relative_gamma=relative_gamma,
+            gain=gain,
+        )
 
     def filters(self) -> Tensor:
         """The weight with one filter an entry of the leading dimension, `(out_channels, in_channels / groups, ...)`."""
@@ -163,30 +205,42 @@ class _ConvTranspose(StandardizedLayer):
         )
 
 
-@_with_signature_of(nn.ConvTranspose1d)
 class ConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     """`torch.nn.ConvTranspose1d` with a standardized kernel."""
 
     _convolve = staticmethod(F.conv_transpose1d)
 
 
-@_with_signature_of(nn.ConvTranspose2d)
 class ConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` with a standardized kernel."""
 
     _convolve = staticmethod(F.conv_transpose2d)
 
 
-@_with_signature_of(nn.ConvTranspose3d)
 class ConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     """`torch.nn.ConvTranspose3d` with a standardized kernel."""
 
     _convolve = staticmethod(F.conv_transpose3d)
 
 
-@_with_signature_of(nn.Linear)
 class Linear(StandardizedLayer, nn.Linear):  # type: ignore[misc]  # nn.Linear says that its bias is never None
     """`torch.nn.Linear` with a standardized kernel."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gamma: float = 1e-3,
+        relative_gamma: bool = False,
+        gain: float | str = "relu",
+    ) -> None:
+        super().__init__(
+            *(in_features, out_features, bias, device, dtype), gamma=gamma, relative_gamma=relative_gamma, gain=gain
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """`input @ kernel.T + bias`."""

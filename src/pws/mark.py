@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pws.autocast import fresh_casts
 from pws.errors import PwsError
 from pws.gain import resolve_gain
 from pws.standardize import check_fan_in, check_gamma, swap_channels, wide_kernel
@@ -85,7 +86,7 @@ def mark(
     found = Mark(resolve_gain(gain), float(gamma), bool(relative_gamma))
     vars(layer)["pws"] = found
     if reset_parameters:
-        with torch.no_grad():
+        with torch.no_grad(), fresh_casts():
             filters = filters_of(layer, weight)
             raw = torch.empty_like(filters).normal_(std=(2 / filters[0].numel()) ** 0.5)
             weight.copy_(filters_of(layer, kernel_of(raw, None, found)))
@@ -152,6 +153,10 @@ def adopt(kernel: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:
     kernel = kernel.detach().to(torch.promote_types(kernel.dtype, torch.float32))
     dims = tuple(range(1, kernel.dim()))
     n = kernel.shape[1:].numel()
+    # In units of the filter's largest entry, a power of two: squares of large filters overflow, those of small ones vanish.
+    unit_of = torch.exp2(kernel.abs().amax(dims, keepdim=True).log2().floor())
+    unit_of = torch.where((unit_of > 0) & torch.isfinite(unit_of), unit_of, 1.0)
+    kernel = kernel / unit_of
     centred = kernel - kernel.mean(dims, keepdim=True)
     std = centred.square().mean(dims, keepdim=True).sqrt()
     # What rounding leaves of a constant filter is no variance.
@@ -168,5 +173,5 @@ def adopt(kernel: Tensor, mark: Mark) -> tuple[Tensor, Tensor]:
     kaiming = (2 / n) ** 0.5
     gamma = mark.gamma * 2 / n if mark.relative_gamma else mark.gamma
     c = mark.gain * n**-0.5
-    alpha = std.flatten() * ((kaiming**2 + gamma) ** 0.5 / (c * kaiming))
+    alpha = (std * unit_of).flatten() * ((kaiming**2 + gamma) ** 0.5 / (c * kaiming))
     return torch.empty_like(kernel).copy_(unit * kaiming), alpha

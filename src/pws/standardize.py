@@ -15,6 +15,8 @@ from torch import Tensor
 from pws.errors import PwsError, ShapeError
 from pws.gain import resolve_gain
 
+LARGE: Final = 1e12
+"""Entries up to this have squares, and sums of squares, far from the end of float32."""
 # Asked once: torch.compile of torch 2.11 can't trace the question, and would compile each layer's call on its own.
 _AUTOCAST_DEVICES: Final = frozenset(
     device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia") if torch.amp.is_autocast_available(device)
@@ -51,7 +53,8 @@ def standardize(
 
     Raises:
         ShapeError: a filter has fewer than two entries, or alpha does not hold one number a filter.
-        PwsError: gamma is negative, gain is not positive, or the weight is of integers.
+        PwsError: gamma is negative, gain is not positive, the weight is of integers or alpha of complex numbers, or the two are
+            on different devices.
 
     Examples:
         >>> import torch
@@ -71,7 +74,16 @@ def standardize(
             f"got {tuple(alpha.shape)}. Pass alpha.flatten() if it comes from a checkpoint with trailing ones."
         )
     check_gamma(gamma)
-    return scaled(weight, alpha, resolve_gain(gain), gamma, relative_gamma)
+    return scaled(_within_range(weight), alpha, resolve_gain(gain), gamma, relative_gamma)
+
+
+def _within_range(weight: Tensor) -> Tensor:
+    """A weight whose squares overflow, made small: its kernel is the same, for gamma is nothing beside such a variance."""
+    if torch.promote_types(weight.dtype, torch.float32) != torch.float32 or not weight.numel():
+        return weight
+    dims = tuple(range(1, weight.dim()))
+    largest = weight.detach().abs().amax(dims, keepdim=True).float()
+    return weight * (LARGE / largest).clamp(max=1.0).to(weight.dtype)
 
 
 def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
@@ -81,6 +93,7 @@ def scaled(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, rela
 
 def wide_kernel(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float, relative_gamma: bool) -> Tensor:
     """`scaled` in float32 at least, whatever autocast says."""
+    _check_alike(weight, alpha)
     c, gamma = constants(weight, gain, gamma, relative_gamma)
     # In float32 at least: half-precision statistics would overflow.
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -88,6 +101,20 @@ def wide_kernel(weight: Tensor, alpha: Tensor | None, gain: float, gamma: float,
     # Torch's batch norm refuses zero channels.
     form = _composed if torch.compiler.is_compiling() or not len(weight) else _batch_normed
     return form(wide, scale_O, gamma)
+
+
+def _check_alike(weight: Tensor, alpha: Tensor | None) -> None:
+    """Raise `PwsError` unless both are real and on one device."""
+    if weight.is_complex() or (alpha is not None and alpha.is_complex()):
+        which = "weights" if weight.is_complex() else "alpha"
+        raise PwsError(
+            f"a kernel is made of real weights and real scales; {which} is complex. Take the real part or the size."
+        )
+    if alpha is not None and alpha.device != weight.device:
+        raise PwsError(
+            f"a weight and its alpha must be on one device; the weight is on {weight.device}, alpha on {alpha.device}. Move "
+            "the whole layer: layer.to(device)."
+        )
 
 
 def _batch_normed(weight: Tensor, scale_O: Tensor, gamma: float) -> Tensor:

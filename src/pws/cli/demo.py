@@ -13,9 +13,9 @@ from rich.live import Live
 from rich.table import Table
 
 from pws.cli.arguments import command_parser, parse
-from pws.clip_grad import STEP_BOUND
 from pws.demo import LEARNING_RATES, Cell, Outcome, all_cells, draw, run_cell, sentences
 from pws.errors import PwsError
+from pws.optim.bound import STEP_BOUND
 from pws.training.quiet import quiet_lightning
 
 FILES = ("demo.png", "demo.json", "demo.txt")

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 
 from pws.bench.divergence import GUESSING_LOSS
-from pws.clip_grad import STEP_BOUND
 from pws.diagnosis import CollapseWarning, Monitor
+from pws.optim.bound import STEP_BOUND
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pws.clip_grad import STEP_BOUND
 from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, Cell, Outcome
+from pws.optim.bound import STEP_BOUND
 
 Results = dict[Cell, Outcome]
 

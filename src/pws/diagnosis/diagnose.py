@@ -10,13 +10,14 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from pws.diagnosis.batch import REJECTIONS, Batch, Loss, batch_of
+from pws.diagnosis.batch import REJECTIONS, Batch, Forward, Loss, batch_of, check_finite
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
 from pws.diagnosis.marked import check_optimizer
 from pws.diagnosis.preserve import preserved
 from pws.diagnosis.recorder import Recorder
 from pws.errors import PwsError, one_line
+from pws.optim.sharding import is_sharded
 
 LAYER_KINDS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -27,8 +28,9 @@ LAYER_KINDS = (
 def diagnose(
     model: nn.Module,
     batch: Any,
-    loss: Loss,
+    loss: Loss | None = None,
     *,
+    forward: Forward | None = None,
     lr: float | None = None,
     momentum: float = 0.0,
     steps: int = 1,
@@ -43,8 +45,12 @@ def diagnose(
     Args:
         model: any module; its layers are found by the operations they call (convolutions, transposed convolutions, linear
             maps), whatever computes their kernels.
-        batch: `(inputs, targets)`, or the inputs alone; inputs are a tensor, a tuple of arguments or a dict of them.
-        loss: `loss(outputs, targets)`, or `loss(outputs)` without targets, to a scalar.
+        batch: `(inputs, targets)` as a DataLoader gives it, or the inputs alone; inputs are a tensor, a tuple of arguments, a
+            list of images or a dict of arguments. A model that has an argument for targets gets them.
+        loss: `loss(outputs, targets)`, or `loss(outputs)`, to a scalar or to a dict of losses, which are summed. Without it the
+            model's outputs are its losses: a dict of them, or an output called `loss`.
+        forward: `forward(model, batch)` gives the outputs, for a batch of any other form. The loss takes the batch in place
+            of the targets, unless it is a pair.
         lr: the learning rate to judge; without it the verdict names the smallest critical one.
         momentum: SGD's, for the forecast.
         steps: how many steps ahead the shift share is predicted.
@@ -52,9 +58,9 @@ def diagnose(
             far a step moves the kernel; without it, the size is assumed that an optimizer starts with. Other models need none.
 
     Raises:
-        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized; the input holds NaN or
-            infinity; the loss is not a scalar or does not depend on the model's parameters; the optimizer is one of torch's own
-            and the model has marked layers.
+        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized; its weights are split
+            over processes; the batch holds NaN or infinity that reach a layer or the loss; the loss is not a scalar or does not
+            depend on the model's parameters; the optimizer is one of torch's own and the model has marked layers.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
@@ -67,7 +73,7 @@ def diagnose(
     check_model(model)
     check_optimizer(model, optimizer)
     settings = Settings(lr, momentum, steps, training=model.training)
-    parsed = batch_of(batch)
+    parsed = batch_of(batch, forward)
     recorder = Recorder(model, optimizer)
     try:
         with torch.inference_mode(False), torch.enable_grad(), preserved(model):
@@ -75,9 +81,14 @@ def diagnose(
                 outputs = outputs_of(model, parsed)
             if not recorder.layers:
                 raise PwsError(_nothing_ran(model))
+            if not recorder.first_input_is_finite:
+                check_finite(parsed.inputs, "input")
             value = loss_of(loss, parsed, outputs)
+            recorder.forget_backward()
             if torch.isfinite(value):
                 _backward(value, model)
+            elif all(record.finite for record in recorder.layers.values()):
+                check_finite(parsed.targets, "target")
             return diagnosis_of(recorder, value, settings)
     finally:
         recorder.close()
@@ -101,7 +112,7 @@ def diagnosis_of(
     return Diagnosis(
         layers=tuple(layers),
         model=type(recorder.model).__name__,
-        loss=None if loss is None else float(loss.detach()) / loss_scale,
+        loss=None if loss is None else float(loss.detach()),
         unused=tuple(unused),
         settings=settings,
         step=step,
@@ -123,6 +134,12 @@ def check_model(model: nn.Module) -> None:
         raise PwsError(f"diagnose explains a torch.nn.Module; got a {type(model).__name__}.")
     if isinstance(model, torch.jit.ScriptModule):
         raise PwsError("a scripted model hides its operations; pass the model that it was made from.")
+    if any(map(is_sharded, model.parameters())) or any(map(_is_fsdp, model.modules())):
+        raise PwsError(
+            "a diagnosis needs whole weights and their gradients, and those of this model are split over processes "
+            "(fully_shard, FSDP or tensor parallelism). pws.Monitor measures it while it trains; or load its checkpoint in one "
+            "process."
+        )
     if any(parameter.is_complex() for parameter in model.parameters()):
         raise PwsError("a diagnosis is defined for real weights; the model has complex ones.")
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
@@ -137,8 +154,13 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def _is_fsdp(module: nn.Module) -> bool:
+    return type(module).__name__ == "FullyShardedDataParallel"  # importing it would set up torch.distributed
+
+
 def outputs_of(model: nn.Module, batch: Batch) -> Any:
     """What the model returns; raises `PwsError` if it rejects the batch."""
+    torch.clear_autocast_cache()  # a forward that is decorated with autocast switches the cache on again
     try:
         return batch.outputs(model)
     except PwsError:
@@ -146,11 +168,12 @@ def outputs_of(model: nn.Module, batch: Batch) -> Any:
     except REJECTIONS as error:
         raise PwsError(
             f"the model rejects the batch: {type(error).__name__}: {one_line(error).rstrip('.')}. Pass what the model is "
-            "called with, on its device and in its dtype: (inputs, targets), several inputs as a tuple or dict."
+            "called with, on its device and in its dtype: (inputs, targets), several inputs as a tuple or dict; or forward=, a "
+            "function of (model, batch)."
         ) from error
 
 
-def loss_of(loss: Loss, batch: Batch, outputs: Any) -> Tensor:
+def loss_of(loss: Loss | None, batch: Batch, outputs: Any) -> Tensor:
     """The scalar; raises `PwsError` if it is none, or has no gradient."""
     try:
         value = batch.loss(loss, outputs)
@@ -164,7 +187,8 @@ def loss_of(loss: Loss, batch: Batch, outputs: Any) -> Tensor:
             + (f", the targets {_shape(batch.targets)}." if batch.has_targets else ".")
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise PwsError(f"the loss must be a scalar tensor; got {_shape(value)}. Take its mean, as in training.")
+        remedy = "Take its mean, as in training." if loss is not None else "Pass loss=: the model's outputs are none."
+        raise PwsError(f"the loss must be a scalar tensor; got {_shape(value)}. {remedy}")
     if not value.requires_grad:
         raise PwsError(
             "the loss must depend on the model's parameters, or there is no gradient to explain; it does not. Likely causes: "

@@ -53,15 +53,31 @@ class Diagnosis:
     """The verdict of a `Monitor`, which has seen the steps before."""
 
     @property
+    def finite_kernels(self) -> bool:
+        """Whether every weight is."""
+        return all(layer.finite_kernel for layer in self.layers)
+
+    @property
+    def finite_loss(self) -> bool:
+        """Whether every layer's output is, and the loss."""
+        return all(layer.finite for layer in self.layers) and (self.loss is None or math.isfinite(self.loss))
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything is, the gradients too."""
+        gradients = [layer.gradient for layer in self.layers if layer.gradient is not None]
+        return self.finite_loss and all(math.isfinite(gradient.second_moment) for gradient in gradients)
+
+    @property
     def critical_layer(self) -> LayerDiagnosis | None:
-        """The layer with the smallest critical learning rate, of those that no norm follows; None if none has a finite one."""
-        free = [layer for layer in self.layers if not layer.normalized]
+        """The layer with the smallest critical learning rate, of those that count; None if none has a finite one."""
+        free = [layer for layer in self.layers if layer.counts]
         rated = [layer for layer in free if layer.critical_lr is not None and math.isfinite(layer.critical_lr)]
         return min(rated, key=lambda layer: layer.critical_lr or math.inf) if rated else None
 
     @property
     def critical_lr(self) -> float:
-        """The network's: the smallest of the layers' that no norm follows; infinity if no step can shift those, NaN without a
+        """The network's: the smallest of the layers' that count; infinity if no step can shift those, NaN without a
         backward pass."""
         if all(layer.critical_lr is None for layer in self.layers):
             return math.nan

@@ -19,8 +19,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.batch import Batch, Loss, batch_of, tensors_in
+from pws.diagnosis.batch import Batch, Forward, Loss, batch_of, check_finite, tensors_in
 from pws.diagnosis.diagnose import bare, check_model, loss_of, outputs_of
+from pws.diagnosis.last_layers import outputs_of_last_layers
 from pws.diagnosis.preserve import preserved
 from pws.errors import PwsError
 from pws.surgery.standardized import to_layers
@@ -48,7 +49,12 @@ class Forecast:
 
 
 def forecast(
-    model: nn.Module, batches: Sequence[Any], loss: Loss, *, progress: Callable[[int], None] | None = None
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss | None = None,
+    *,
+    forward: Forward | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Forecast:
     """The learning rate at which SGD with momentum 0.9 is expected to diverge, to within a factor of about 3.
 
@@ -58,7 +64,7 @@ def forecast(
     batches; after 4, 8 and 12 of them, `k` is the gradient for an output gradient that is the same for each sample of the first
     batch: plus and minus the main direction of the actual ones (their first right singular vector), with the same energy. `g`
     is the gradient on the second batch after a step along `k`: it grows with eta to the power of the depth in a plain network,
-    and shrinks behind norms.
+    and shrinks behind norms. Where the model returns losses alone, `k` starts at the outputs of the last layers with a weight.
 
     The model is left exactly as it was. Chosen on 18 networks of 4 to 18 layers on Fashion-MNIST and tried on six others
     (benchmarks/forecast.json): a forecast, no bound.
@@ -68,17 +74,19 @@ def forecast(
         batches: two training batches, of the size that will be trained with, each as `pws.diagnose` takes it; or four, six ...:
             the median over the pairs is steadier.
         loss: as `pws.diagnose` takes it.
+        forward: as `pws.diagnose` takes it.
         progress: called with the number of passes done; a pair takes about 60.
 
     Raises:
-        PwsError: there are fewer than two batches or an odd number, or no output of the model gets a gradient.
+        PwsError: there are fewer than two batches or an odd number, or no output of the model gets a gradient; or
+            the loss of a batch is not finite.
     """
     if not isinstance(batches, tuple | list) or len(batches) < 2 or len(batches) % 2:
         raise PwsError(
             "forecast needs two training batches or more pairs of them, [(inputs, targets), (inputs, targets)]; got "
             f"{len(batches) if isinstance(batches, tuple | list) else type(batches).__name__}."
         )
-    parsed = [batch_of(batch) for batch in batches]
+    parsed = [batch_of(batch, forward) for batch in batches]
     model = bare(model)
     check_model(model)
     found: list[float] = []
@@ -112,7 +120,9 @@ def _copy(model: nn.Module) -> nn.Module:
 class _Probe:
     """A copy of the model that is warmed up and kicked."""
 
-    def __init__(self, model: nn.Module, batches: list[Batch], loss: Loss, report: Callable[[int], None]) -> None:
+    def __init__(
+        self, model: nn.Module, batches: list[Batch], loss: Loss | None, report: Callable[[int], None]
+    ) -> None:
         self.model, self.batches, self.loss, self.report = model, batches, loss, report
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.passes = 0
@@ -134,12 +144,15 @@ class _Probe:
         return statistics.median(found)
 
     def check(self) -> None:
-        """Raise `PwsError` unless there is a finite loss with a gradient to start from."""
-        value = loss_of(self.loss, self.batches[0], outputs_of(self.model, self.batches[0]))
-        if not torch.isfinite(value):
-            raise PwsError(
-                f"forecast starts from a finite loss; it is {float(value.detach())} on the first batch. pws.diagnose tells why."
-            )
+        """Raise `PwsError` unless there is a finite loss with a gradient to start from, on each batch."""
+        for batch in self.batches:
+            value = loss_of(self.loss, batch, outputs_of(self.model, batch))
+            if not torch.isfinite(value):
+                check_finite(batch.inputs, "input")
+                check_finite(batch.targets, "target")
+                raise PwsError(
+                    f"forecast starts from a finite loss; it is {float(value.detach())} on a batch. pws.diagnose tells why."
+                )
 
     def gradient(self, batch: Batch) -> list[Tensor]:
         """Of the loss by all parameters."""
@@ -151,22 +164,15 @@ class _Probe:
     def coherent_gradients(self) -> list[list[Tensor]]:
         """The gradients for an output gradient that is the same for each sample: no cancellation over the batch."""
         self.passes += 2
-        outputs = self.batches[0].outputs(self.model)
-        tensors = [t for t in tensors_in(outputs) if t.requires_grad]
-        deltas = torch.autograd.grad(
-            self.batches[0].loss(self.loss, outputs),
-            tensors,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        value, tensors = self.outputs()
+        deltas = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
         main = max(range(len(tensors)), key=lambda i: float(deltas[i].norm()), default=None)
         if main is None or not deltas[main].any():
             raise PwsError(
                 "forecast needs an output that gets a gradient from the loss; the model returns none. Likely cause: the loss "
                 "is computed from something else than the model's outputs."
             )
-        delta_NC = deltas[main].flatten(1).double()
+        delta_NC = deltas[main].reshape(len(deltas[main]), -1).double()
         if not torch.isfinite(delta_NC).all():
             raise PwsError(
                 "forecast needs a finite gradient; that of the model's output is not. `pws.diagnose` tells why."
@@ -176,6 +182,16 @@ class _Probe:
         same = same_NC.reshape(tensors[main].shape).to(tensors[main].dtype)
         found = torch.autograd.grad(tensors[main], self.parameters, same, allow_unused=True, materialize_grads=True)
         return [[g.clone() for g in found], [-g for g in found]]
+
+    def outputs(self) -> tuple[Tensor, list[Tensor]]:
+        """The loss on the first batch, and the outputs that it hangs on: the model's, or those of its last layers where it
+        returns losses alone."""
+        batch = self.batches[0]
+        outputs = outputs_of(self.model, batch)
+        tensors = [t for t in tensors_in(outputs) if t.requires_grad and t.dim() and t.numel()]
+        if tensors:
+            return loss_of(self.loss, batch, outputs), tensors
+        return outputs_of_last_layers(lambda: loss_of(self.loss, batch, outputs_of(self.model, batch)))
 
     def answered_lr(self, kick: list[Tensor], ceiling: float) -> float:
         """The smallest rate at which a step along `kick` has an answer of FEEDBACK times the weights, if below `ceiling`."""

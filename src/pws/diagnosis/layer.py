@@ -98,6 +98,9 @@ class LayerDiagnosis:
     normalized: bool
     """Whether the loss does not depend on the kernel's scale: a norm follows that divides by it. Such a layer can't make
     the variance explode, whatever its step: it is left out of the network's critical learning rate."""
+    gate: bool
+    """Whether it only scales what other layers make (squeeze and excitation, the queries and keys of attention). Its variance
+    is not that of the signal which goes through the network, so no verdict is drawn from it."""
     update_ratio: float | None
     """Norm of the kernel's change by a gradient step at learning rate 1, over the kernel's norm."""
     critical_lr: float | None
@@ -105,6 +108,11 @@ class LayerDiagnosis:
     `sqrt(Var(y) / mean_o((n sbar_o)^2 Var(xbar)))`; infinity where no step can move them, None for a constant output."""
 
     filters: Filters
+
+    @property
+    def counts(self) -> bool:
+        """Whether its variance decides over the network's: it is no gate, and no norm takes its scale back."""
+        return not (self.gate or self.normalized)
 
     @property
     def shift_share(self) -> float:
@@ -178,7 +186,7 @@ def layer_diagnosis(
         groups=record.layout.groups,
         calls=len(calls),
         positions=outputs.count,
-        finite=all(c.finite for c in calls),
+        finite=record.finite,
         finite_kernel=math.isfinite(record.kernel_norm),
         note=_note(record, step, back.gradient, _mean(outputs.variance)),
         input=_signal(inputs),
@@ -196,6 +204,7 @@ def layer_diagnosis(
         covariance_part=_rms(back.covariance),
         average_gradient_ratio=moved.average_ratio,
         normalized=_is_normalized(record),
+        gate=record.gate,
         update_ratio=moved.update_ratio,
         critical_lr=moved.critical_lr,
         filters=Filters(
@@ -221,12 +230,12 @@ class _Backward:
 
 def _backward(record: LayerRecord, scale: float) -> _Backward:
     seen = [(call, call.backward) for call in record.calls if call.backward is not None]
-    if not seen:
-        return _Backward()
+    gradients = [call.kernel_gradient for call in record.calls if call.kernel_gradient is not None]
+    average = torch.stack(gradients).sum(0) / scale if gradients else None
+    if not seen:  # the kernel may have a gradient still: by a gradient that the loss is made of
+        return _Backward(average=average)
     delta = pool([b.delta for _, b in seen])
     gradient = Moments(delta.count, delta.mean / scale, delta.variance / scale**2)
-    gradients = [call.kernel_gradient for call, _ in seen if call.kernel_gradient is not None]
-    average = torch.stack(gradients).sum(0) / scale if gradients else None
     expectation = gradient.count * gradient.mean * pool([call.patch for call, _ in seen]).mean
     delta_patch = torch.stack([b.delta_patch for _, b in seen]).sum(0) / scale
     return _Backward(

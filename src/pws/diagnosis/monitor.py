@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.batch import tensors_in
+from pws.diagnosis.batch import REJECTIONS, tensors_in, total
 from pws.diagnosis.diagnose import bare, diagnosis_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.look_again import look_again
 from pws.diagnosis.marked import check_optimizer
-from pws.diagnosis.preserve import preserved
+from pws.diagnosis.measurements import append_csv, metrics_of, new_file
+from pws.diagnosis.preserve import random_state
 from pws.diagnosis.record import is_finite
 from pws.diagnosis.recorder import Recorder
-from pws.diagnosis.verdict import FACTOR, Verdict, collapse_verdict
-from pws.errors import PwsError
+from pws.diagnosis.verdict import FACTOR, Verdict, collapse_verdict, non_finite_after
+from pws.errors import PwsError, one_line
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -46,9 +48,16 @@ class Monitor:
     A training step is a forward pass of `model` in training mode; with several passes a step, set `monitor.clock` to a function
     that tells the step's number. The first step, those 1, 2, 4, 8 ... later and every `every`-th are measured from the
     training's own forward and backward pass (the first pass of the step): nothing runs twice, and the result of training
-    is unchanged to the bit (a compiled model runs uncompiled in the measured steps). Of the other steps only the outputs are
-    looked at. When they (or the loss) go non-finite, or the shift share of a layer crosses `shift_bound`, or a layer's variance
-    is lost or explodes, the last healthy and the first unhealthy diagnosis are kept and a `CollapseWarning` says so.
+    is unchanged to the bit (a compiled model runs uncompiled in the measured steps). Gradients that the model or the loss takes
+    are part of the forward pass. Of the other steps only the outputs are looked at; if these are not finite, the forward pass
+    runs again, with the random numbers that it had. When they (or the loss) go non-finite, or the shift share of a layer
+    crosses `shift_bound`, or a layer's variance is lost or explodes, the last healthy and the first unhealthy diagnosis are
+    kept and a `CollapseWarning` says so.
+
+    Under a `torch.amp.GradScaler` write `scaler.scale(monitor.observe(loss)).backward()`: the monitor reads the scale from the
+    gradient of the loss. If you observe the scaled loss, or none, set `monitor.loss_scale = scaler.get_scale()` in each step.
+    Gradients that overflow are then no collapse: the scaler skips the step and lowers the scale. A verdict on a step that was
+    skipped is taken back at the next healthy measurement.
 
     Args:
         model: what is trained, as it is called (compiled and parallel wrappers too).
@@ -88,22 +97,30 @@ class Monitor:
         check_optimizer(model, optimizer)
         self.model, self.every, self.shift_bound = model, every, shift_bound
         self.lr, self.momentum, self.optimizer, self.log = lr, momentum, optimizer, log
-        self.csv_path = None if csv_path is None else _new_file(Path(csv_path))
+        self.csv_path = None if csv_path is None else new_file(Path(csv_path))
         self.history: list[Diagnosis] = []
         """The diagnoses of the measured steps, in order."""
         self.last_healthy: Diagnosis | None = None
         self.first_unhealthy: Diagnosis | None = None
         self.loss_scale = 1.0
-        """What the loss is multiplied with before the backward pass (a GradScaler's scale)."""
+        """What the loss is multiplied with before the backward pass (a GradScaler's scale, one over the accumulated batches),
+        where `observe` is given the product, or nothing."""
         self.clock: Callable[[], int] | None = None
         """Tells the number of the present step; None counts forward passes."""
         self._passes = -1
         self._step = 0
         self._loss: Tensor | None = None
+        self._factor = 1.0
+        """What the observed loss was multiplied with since: its gradient."""
+        self._rewind: Callable[[], None] = lambda: None
+        self._looked_again = False
+        self._looking = False
         self._call: tuple[Any, Any] | None = None
         self._first = 0
         self._last: int | None = None
         self._recorder: Recorder | None = None
+        self._recorded = -1
+        """The pass that it records; its backward pass may come after several others."""
         self._recording: AbstractContextManager[None] | None = None
         self._handles: list[Any] = []
 
@@ -134,26 +151,44 @@ class Monitor:
         """The diagnosis to look at: the first unhealthy one, else the last; None before the first."""
         return self.first_unhealthy or (self.history[-1] if self.history else None)
 
-    def observe(self, loss: Tensor) -> Tensor:
-        """Tell the loss of the step, before its backward pass; returns it. Optional: the outputs are looked at anyway."""
-        self._loss = loss.detach()
-        if self._call is not None and not self._finished() and not torch.isfinite(self._loss):
-            self._unhealthy(self._recorder or self._again(*self._call))
-        return loss
+    def observe(self, loss: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Tell the loss of the step, before its backward pass; returns it, a dict of losses as their sum. Optional: the outputs
+        are looked at anyway."""
+        value: Tensor = total(loss)
+        self._loss = value.detach()
+        if self._recorder is not None and value.requires_grad and value.numel() == 1:
+            value.register_hook(self._keep_factor)
+        if self._call is not None and not self._finished() and not torch.isfinite(self._loss).all():
+            self._look(*self._call)
+        return value
+
+    def _keep_factor(self, gradient: Tensor) -> None:
+        factor = float(gradient)
+        self._factor = factor if 0 < abs(factor) < math.inf else 1.0
+
+    @property
+    def _scale(self) -> float:
+        """What the network's gradients were multiplied with."""
+        return self.loss_scale if self.loss_scale != 1 else self._factor
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (model.training and torch.is_grad_enabled()) or self._finished():
+        if not self._watches(model):
             return
         self._passes += 1
         self._step = self._passes if self.clock is None else self.clock()
-        self._call = (args, kwargs)
+        self._call, self._loss = (args, kwargs), None
+        self._rewind = random_state(bare(model))
         if self._is_due():
             self._drop()  # a measurement whose backward pass never came
-            inner = bare(model)
+            inner, self._recorded = bare(model), self._passes
             self._recorder = recorder = Recorder(inner, self.optimizer)
             recorder.on_backward_end = lambda: self._measured(recorder)
             self._recording = recorder.forward(running=(args, kwargs) if inner is model else None)
             self._recording.__enter__()
+
+    def _watches(self, model: nn.Module) -> bool:
+        """Whether a pass is one of training, in which something may be learnt."""
+        return model.training and torch.is_grad_enabled() and not self._looking and not self._finished()
 
     def _is_due(self) -> bool:
         """The first step, then 1, 2, 4, 8 ... steps later, and whenever a multiple of `every` is reached or passed."""
@@ -174,27 +209,37 @@ class Monitor:
                 self._recorder.abandon()
             self._recording.__exit__(None, None, None)
             self._recording = None
-        if outputs is None or not (model.training and torch.is_grad_enabled()) or self._finished():
+        if outputs is None or not self._watches(model):
             return
         if all(is_finite(t.detach()) for t in tensors_in(outputs) if t.is_floating_point()):
             return
-        self._unhealthy(self._recorder or self._again(args, kwargs))
+        self._look(args, kwargs)
+
+    def _look(self, args: Any, kwargs: Any) -> None:
+        """At a step whose outputs or loss are not finite; once, where that takes another forward pass."""
+        measured = self._recorder if self._recorded == self._passes else None
+        if measured is None and (self._looked_again or self._is_seen):
+            return
+        try:
+            recorder = measured or self._again(args, kwargs)
+        except REJECTIONS as error:
+            found = f"step {self._step} is not finite, and its forward pass can't be looked at again: {one_line(error)}"
+            warnings.warn(found, CollapseWarning, stacklevel=1)
+        else:
+            self._unhealthy(recorder)
+
+    @property
+    def _is_seen(self) -> bool:
+        """Whether this step was found unhealthy already, by its outputs."""
+        return self.first_unhealthy is not None and self.history[-1].step == self._step
 
     def _again(self, args: Any, kwargs: Any) -> Recorder:
         """The forward pass of a step that was not measured, once more."""
-        inner = bare(self.model)
-        recorder = Recorder(inner, self.optimizer)
-        # The other processes do not run this pass: a synchronized norm would wait for them for ever.
-        synchronized = [m for m in inner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+        self._looked_again = self._looking = True
         try:
-            for norm in synchronized:
-                norm.training = False
-            with preserved(inner), torch.no_grad(), recorder.forward():
-                inner(*args, **kwargs)
+            return look_again(bare(self.model), self.optimizer, self._rewind, args, kwargs)
         finally:
-            for norm in synchronized:
-                norm.training = True
-        return recorder
+            self._looking = False
 
     def _measured(self, recorder: Recorder) -> None:
         """The backward pass of a measured step has ended."""
@@ -206,10 +251,19 @@ class Monitor:
         self._write(diagnosis)
         if self._collapsed(diagnosis):
             self._keep_unhealthy(diagnosis)
-        elif self.first_unhealthy is None:
+        elif not diagnosis.verdict.cause.startswith("non-finite"):
+            self._keep_healthy(diagnosis)
+
+    def _keep_healthy(self, diagnosis: Diagnosis) -> None:
+        """A step that nobody took is no collapse: a GradScaler skips those whose gradients overflow."""
+        found = self.first_unhealthy
+        if found is not None and found.finite_kernels and (found.finite_loss or self._scale > 1) and not found.finite:
+            self.first_unhealthy, self._looked_again = None, False
+        if self.first_unhealthy is None:
             self.last_healthy = diagnosis
 
     def _unhealthy(self, recorder: Recorder) -> None:
+        recorder.forget_backward()
         diagnosis = self._diagnosis(recorder)
         self._drop()
         self.history.append(diagnosis)
@@ -218,37 +272,38 @@ class Monitor:
 
     def _keep_unhealthy(self, diagnosis: Diagnosis) -> None:
         if self.first_unhealthy is None:
-            self.first_unhealthy = self.history[-1] = replace(diagnosis, explanation=collapse_verdict(self.history))
+            explanation = collapse_verdict(self.history)
+            if explanation.cause == "healthy":
+                explanation = non_finite_after(diagnosis)
+            self.first_unhealthy = self.history[-1] = replace(diagnosis, explanation=explanation)
             warnings.warn(f"step {diagnosis.step}: {self.verdict}", CollapseWarning, stacklevel=1)
 
     def _diagnosis(self, recorder: Recorder) -> Diagnosis:
         settings = Settings(self.lr, self.momentum, training=True)
-        diagnosis = diagnosis_of(recorder, self._loss, settings, step=self._step, loss_scale=self.loss_scale)
+        loss = None if self._loss is None else self._loss * (self._factor / self._scale)
         self._loss = None
-        return diagnosis
+        return diagnosis_of(recorder, loss, settings, step=self._step, loss_scale=self._scale)
 
     def _collapsed(self, diagnosis: Diagnosis) -> bool:
-        """Whether a number is not finite, or a layer that no norm follows has been taken over by its filters' means, or its
+        """Whether a number is not finite, or a layer that counts has been taken over by its filters' means, or its
         variance has fallen to a thousandth of what it started with, or risen a millionfold."""
         if diagnosis.verdict.cause.startswith("non-finite"):
-            return True
+            return diagnosis.verdict.cause != "non-finite gradient" or self._scale <= 1
         started = {layer.name: layer for layer in self.history[0].layers}
         return any(
             layer.shift_share >= self.shift_bound > started[layer.name].shift_share
             or layer.output.variance < started[layer.name].output.variance / FACTOR
             or layer.output.variance > max(started[layer.name].output.variance, 1.0) * FACTOR**2
             for layer in diagnosis.layers
-            if layer.name in started and not (layer.normalized or started[layer.name].normalized)
+            if layer.name in started and layer.counts and started[layer.name].counts
         )
 
     def _finished(self) -> bool:
-        """Whether the network is non-finite: there is nothing more to learn."""
+        """Whether the network is non-finite: there is nothing more to learn, unless a GradScaler skips the step."""
         if self.first_unhealthy is None:
             return False
         last = self.history[-1]
-        return not all(layer.finite for layer in last.layers) or (
-            last.loss is not None and not math.isfinite(last.loss)
-        )
+        return not last.finite_loss and not (self._scale > 1 and last.finite_kernels)
 
     def _drop(self) -> None:
         """Forget a measurement whose backward pass never came, or that is done."""
@@ -265,54 +320,7 @@ class Monitor:
             append_csv(diagnosis, self.csv_path)
 
 
-def _new_file(path: Path) -> Path:
-    if path.exists():
-        raise PwsError(f"csv_path must be a new file, and {path} exists: nothing is overwritten. Choose another name.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def check_every(every: int) -> None:
+def check_every(every: Any) -> None:
     """Raise `PwsError` unless `every` is a number of steps."""
-    if every < 1:
-        raise PwsError(f"a monitor measures every so many steps, at least 1; got {every}. Usual: 50.")
-
-
-LOGGED = (
-    *("transmission", "transmission_product", "shift_share", "centred", "shift", "covariance", "gradient_transmission"),
-    *("average_gradient", "average_gradient_ratio", "update_ratio", "critical_lr"),
-)
-"""The numbers of a layer that are followed over training, beside the variances."""
-
-
-def layer_metrics(layer: Any) -> dict[str, float]:
-    """A layer's finite numbers, by name."""
-    values = {"input_variance": layer.input.variance, "output_variance": layer.output.variance}
-    if layer.gradient is not None:
-        values["gradient_variance"] = layer.gradient.variance
-    values.update({name: getattr(layer, name) for name in LOGGED})
-    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-
-
-def metrics_of(diagnosis: Diagnosis) -> dict[str, float]:
-    """`monitor/NUMBER/LAYER` for each layer, and the network's critical learning rate and largest shift share."""
-    found = {f"monitor/{k}/{layer.name}": v for layer in diagnosis.layers for k, v in layer_metrics(layer).items()}
-    shares = [layer.shift_share for layer in diagnosis.layers if math.isfinite(layer.shift_share)]
-    if shares:
-        found["monitor/largest_shift_share"] = max(shares)
-    if math.isfinite(diagnosis.critical_lr):
-        found["monitor/critical_lr"] = diagnosis.critical_lr
-    return found
-
-
-def append_csv(diagnosis: Diagnosis, path: Path) -> None:
-    """A row a layer; the header first in a new file."""
-    columns = ["step", "layer", "loss", "input_variance", "output_variance", "gradient_variance", *LOGGED]
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        for layer in diagnosis.layers:
-            row = {"step": diagnosis.step, "layer": layer.name, "loss": diagnosis.loss}
-            writer.writerow({**row, **layer_metrics(layer)})
+    if not isinstance(every, Integral) or every < 1:
+        raise PwsError(f"a monitor measures every so many steps, a whole number, at least 1; got {every!r}. Usual: 50.")

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pws.standardize import swap_channels
 
@@ -107,3 +108,17 @@ def call_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping
     settings = {name: given[name] for name in names[3:] if name in given}
     call = Call(function, given["input"], given["weight"], given.get("bias"), settings)
     return call if call.kernel.dim() > 1 else None
+
+
+class Operations(TorchFunctionMode):
+    """Hands every operation with a weight to `handler`."""
+
+    def __init__(self, handler: Callable[[Call], Tensor]) -> None:
+        super().__init__()
+        self.handler = handler
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = call_of(function, args, kwargs or {})
+        return function(*args, **(kwargs or {})) if call is None else self.handler(call)

@@ -1,14 +1,16 @@
-"""Leave a model as it was found."""
+"""Leave a model, and the process around it, as they were found."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from pws.autocast import fresh_casts
 
 
 @contextmanager
@@ -20,25 +22,36 @@ def preserved(model: nn.Module) -> Iterator[None]:
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     copies: dict[int, Tensor] = {}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    states = random.getstate(), torch.get_rng_state(), _accelerator_states(model)
-    numpy = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
+    rewind = random_state(model)
     try:
         for module, name, buffer in buffers:
             if buffer is not None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
-        yield
+        with fresh_casts():
+            yield
     finally:
         for module, name, buffer in buffers:
             module._buffers[name] = buffer
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        random.setstate(states[0])
-        torch.set_rng_state(states[1])
-        for device, state in states[2]:
+        rewind()
+
+
+def random_state(model: nn.Module) -> Callable[[], None]:
+    """Remember the random generators of Python, NumPy and torch (the CPU and the model's devices); the result rewinds."""
+    python, cpu, accelerators = random.getstate(), torch.get_rng_state(), _accelerator_states(model)
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+
+    def rewind() -> None:
+        random.setstate(python)
+        torch.set_rng_state(cpu)
+        for device, state in accelerators:
             torch.get_device_module(device).set_rng_state(state, device)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+
+    return rewind
 
 
 def _accelerator_states(model: nn.Module) -> list[tuple[torch.device, Tensor]]:

@@ -68,7 +68,14 @@ class LayerRecord:
     trained: bool = False
     """Whether a call's kernel hangs on trained parameters."""
     step_map: StepMap | None = None
+    gate: bool = False
+    """Whether it only scales what other layers make."""
     calls: list[CallRecord] = field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every output was."""
+        return all(call.finite for call in self.calls)
 
 
 class StepMap:

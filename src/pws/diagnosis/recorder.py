@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from pws.diagnosis.batch import REJECTIONS
+from pws.diagnosis.gates import Gates
+from pws.diagnosis.kernel_again import kernel_again
 from pws.diagnosis.marked import kernel_step, marked_weights
 from pws.diagnosis.moments import batched
-from pws.diagnosis.operation import Call, call_of
-from pws.diagnosis.preserve import preserved
+from pws.diagnosis.operation import Call, Operations
 from pws.diagnosis.record import (
     CallRecord,
     LayerRecord,
@@ -62,9 +61,16 @@ class Recorder:
         self._stack: list[_Running] = []
         self._computed: dict[tuple[str, int], _Running] = {}
         self._handles: list[Any] = []
+        self._gates = Gates()
         self._followed: set[nn.Parameter] = set()
         self.on_backward_end: Callable[[], None] | None = None
-        """Called when the backward pass through the recorded graph has ended, before whatever follows it."""
+        """Called once, when the training's backward pass through the recorded graph has ended, before whatever follows it. It
+        brings gradients to parameters; others are part of the model or its loss: forces, gradient penalties."""
+        self._pass: int | None = None
+        """The backward pass that the records tell of, by the engine's number."""
+        self._trains = False
+        """Whether it has brought a parameter its gradient."""
+        self._in_forward = False
 
     @contextmanager
     def forward(self, *, running: tuple[Any, Any] | None = None) -> Iterator[None]:
@@ -73,6 +79,10 @@ class Recorder:
         `running` are the arguments of the model itself, if its forward pass has begun already.
         """
         handles = []
+        self._in_forward = True
+        if self.on_backward_end is not None:
+            trained = [p for p in self.model.parameters() if p.requires_grad and p.is_leaf]
+            self._handles += [p.register_post_accumulate_grad_hook(self._accumulated) for p in trained]
         if running is not None:
             self._enter(self.model, *running)
         for module in self._names:
@@ -82,17 +92,33 @@ class Recorder:
             handles.append(module.register_forward_hook(self._leave, always_call=True))
         try:
             # A compiled region would hide its operations.
-            with torch.compiler.set_stance("force_eager"), _Operations(self._operation):
+            with torch.compiler.set_stance("force_eager"), Operations(self._operation):
                 yield
         finally:
             for handle in handles:
                 handle.remove()
             self._stack.clear()
+            self._in_forward = False
+            for key in self._gates.found():
+                self.layers[key].gate = True
         self._map_computed_kernels()
+
+    @property
+    def first_input_is_finite(self) -> bool:
+        """Whether that of the first layer is."""
+        return all(bool(layer.calls[0].input.mean.isfinite().all()) for layer in list(self.layers.values())[:1])
 
     def abandon(self) -> None:
         """The forward pass failed: leave its kernels alone."""
         self._computed.clear()
+
+    def forget_backward(self) -> None:
+        """Forget what a backward pass has told."""
+        self.steps.clear()
+        self._trains = False
+        for layer in self.layers.values():
+            for call in layer.calls:
+                call.backward = call.input_gradient_squares = call.kernel_gradient = call.radial = None
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -113,10 +139,13 @@ class Recorder:
         running = self._stack[-1]
         ordinal, running.operations = running.operations, running.operations + 1
         # Aliases, whose gradients are this call's alone: a kernel may be shared, an input used elsewhere too.
-        parameter = call.kernel
+        parameter, key = call.kernel, (self._names[running.module], ordinal)
+        self._gates.takes(key, call.input.grad_fn)
+        self._gates.takes(key, parameter.grad_fn, as_kernel=True)
         if torch.is_grad_enabled():
             call = Call(call.function, _alias(call.input), _alias(call.kernel), call.bias, call.settings)
         output = call.run()
+        self._gates.makes(key, output.grad_fn)
         with torch.no_grad(), torch.autocast(call.input.device.type, enabled=False):
             patch = batched(call.patch_average())
             record = record_forward(call, output, patch)
@@ -175,14 +204,43 @@ class Recorder:
     def _keep(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
         layer = self._marked.get(parameter)
 
-        @torch.no_grad()
-        def hook(gradient: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:
             # At once: an optimizer that steps in the backward pass moves the latents next.
             self.steps[parameter] = (
                 gradient.detach() if layer is None else kernel_step(layer, gradient, self.optimizer).to(gradient.dtype)
             )
 
-        return hook
+        return self._hook(keep, trains=True)
+
+    def _hook(self, hook: Callable[[Tensor], None], *, trains: bool = False) -> Callable[[Tensor], None]:
+        """A hook for a tensor's gradient; the first one of a backward pass forgets the pass before."""
+
+        def run(gradient: Tensor) -> None:
+            self._begin_pass()
+            # With a graph of its own it is a gradient that a loss is made of.
+            self._trains |= trains and not torch.is_grad_enabled()
+            with torch.no_grad():
+                hook(gradient)
+
+        return run
+
+    def _accumulated(self, _: Tensor) -> None:
+        self._begin_pass()
+        self._trains = True
+
+    def _begin_pass(self) -> None:
+        number = torch._C._current_graph_task_id()
+        if number != self._pass:
+            self._pass = number
+            self.forget_backward()
+            if self.on_backward_end is not None:
+                torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+
+    def _end_pass(self) -> None:
+        """The engine calls this when everything else of a backward pass is done."""
+        if self._trains and not self._in_forward and self.on_backward_end is not None:
+            end, self.on_backward_end = self.on_backward_end, None
+            end()
 
     def _watch(self, record: CallRecord, call: Call, output: Tensor, patch: Tensor) -> None:
         # A hook that held a tensor of the graph would keep the graph alive with itself, for ever.
@@ -190,9 +248,6 @@ class Recorder:
 
         def of_output(delta: Tensor) -> None:
             record_backward(record, layout, patch, delta)
-            if self.on_backward_end is not None:  # once a pass: the engine calls it when everything else is done
-                torch.autograd.Variable._execution_engine.queue_callback(self.on_backward_end)
-                self.on_backward_end = None
 
         def of_input(gradient: Tensor) -> None:
             record.input_gradient_squares = sum_of_squares([gradient])
@@ -207,7 +262,7 @@ class Recorder:
         hooks = [(output, of_output), (call.input, of_input), (call.kernel, of_kernel)]
         for tensor, hook in hooks:
             if tensor.requires_grad and torch.is_grad_enabled():
-                tensor.register_hook(torch.no_grad()(hook))
+                tensor.register_hook(self._hook(hook))
 
 
 def output_dtype(call: Call) -> torch.dtype:
@@ -221,68 +276,3 @@ def output_dtype(call: Call) -> torch.dtype:
 def _alias(tensor: Tensor) -> Tensor:
     # Not a view by shape: that would give dimensions of size 1 other strides, and the operation another memory format.
     return torch.ops.aten.alias(tensor) if tensor.requires_grad else tensor
-
-
-class _Operations(TorchFunctionMode):
-    """Hands every operation with a weight to `handler`."""
-
-    def __init__(self, handler: Callable[[Call], Tensor]) -> None:
-        super().__init__()
-        self.handler = handler
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        call = call_of(function, args, kwargs or {})
-        return function(*args, **(kwargs or {})) if call is None else self.handler(call)
-
-
-class _Reached(BaseException):
-    """Carries a kernel out of a forward pass that need not go on."""
-
-    def __init__(self, kernel: Tensor) -> None:
-        self.kernel = kernel
-
-
-def kernel_again(module: nn.Module, args: Any, kwargs: Any, ordinal: int) -> Tensor | None:
-    """The kernel of the operation that `module` calls as its `ordinal`-th, with a graph from the parameters alone.
-
-    The module runs up to there once more, on detached inputs, and is left as it was. None if it does not get there.
-    """
-    inner = [child for child in module.modules() if child is not module]
-    depth, seen = [0], [0]
-
-    def enter(*_: object) -> None:
-        depth[0] += 1
-
-    def leave(*_: object) -> None:
-        depth[0] -= 1
-
-    def operation(call: Call) -> Tensor:
-        if depth[0] == 0:
-            seen[0] += 1
-            if seen[0] > ordinal:
-                raise _Reached(call.kernel)
-        return call.run()
-
-    handles = [child.register_forward_pre_hook(enter) for child in inner]
-    handles += [child.register_forward_hook(leave, always_call=True) for child in inner]
-    try:
-        with preserved(module), torch.enable_grad(), torch.compiler.set_stance("force_eager"), _Operations(operation):
-            module.forward(*_detached(args), **_detached(kwargs))
-    except _Reached as reached:
-        return reached.kernel
-    except REJECTIONS:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
-    return type(value)(_detached(item) for item in value) if type(value) in (tuple, list) else value

@@ -17,7 +17,8 @@ COLUMNS = ("layer", "Var out", "out/in", "shift", "n ratio", "E part", "crit. LR
 CAPTION = escape(
     "out/in: variance transmission. shift: share of Var out due to the filters' means. n ratio: average-gradient ratio times "
     "n, 1 if a filter's gradients were independent. E part: its share due to N E[delta] E[xbar]. crit. LR: where one step "
-    "moves the filters' means so far that they double Var out; in brackets where a norm follows, which takes it back."
+    "moves the filters' means so far that they double Var out; in brackets where a norm follows, which takes it back, and "
+    "for gates."
 )
 
 
@@ -45,7 +46,7 @@ def row_of(layer: LayerDiagnosis) -> list[str]:
         percent(layer.shift_share),
         number(None if ratio is None else ratio * layer.fan_in),
         percent(layer.expectation_share),
-        f"({critical})" if layer.normalized else critical,
+        critical if layer.counts else f"({critical})",
     ]
 
 

@@ -71,6 +71,17 @@ def collapse_verdict(history: Sequence[Diagnosis]) -> Verdict:
     return _shift_collapse(history) or changed or unhealthy.verdict
 
 
+def non_finite_after(diagnosis: Diagnosis) -> Verdict:
+    """Of a model whose output or loss is not finite, although every layer's output is."""
+    last = f" The last one is {_named(diagnosis.layers[-1])}." if diagnosis.layers else ""
+    return Verdict(
+        "non-finite output",
+        None,
+        f"The model's output holds NaN or infinity, and the output of every layer with a weight is finite.{last}",
+        "Look at what the model does without a weight: a logarithm, root or division of zero, an exponential, a mask.",
+    )
+
+
 def _non_finite(diagnosis: Diagnosis) -> Verdict | None:
     layer = next((layer for layer in diagnosis.layers if not layer.finite or not layer.finite_kernel), None)
     if layer is None:
@@ -136,7 +147,7 @@ def _non_finite_gradient(diagnosis: Diagnosis) -> Verdict | None:
 
 
 def _dead(diagnosis: Diagnosis) -> Verdict | None:
-    layer = next((layer for layer in diagnosis.layers[1:] if layer.dead_inputs >= DEAD), None)
+    layer = next((la for la in diagnosis.layers[1:] if la.dead_inputs >= DEAD and not la.gate), None)
     if layer is None:
         return None
     return Verdict(
@@ -164,10 +175,11 @@ def _no_gradient(diagnosis: Diagnosis) -> Verdict | None:
 
 def _along_the_depth(diagnosis: Diagnosis) -> Verdict | None:
     """The first layer whose variance is beyond `FACTOR` of the first one's. Not judged: networks with norms, which set the
-    scale anew, outputs that are constant (a branch that starts at zero), and the last layer, whose scale is its own."""
-    if any(layer.normalized for layer in diagnosis.layers):
+    scale anew, gates, outputs that are constant (a branch that starts at zero), and the last layer, whose scale is its own."""
+    if any(layer.normalized and not layer.gate for layer in diagnosis.layers):
         return None
-    layers = [layer for layer in diagnosis.layers[:-1] if layer.output.variance > 0]
+    layers = [layer for layer in diagnosis.layers if not layer.gate]
+    layers = [layer for layer in layers[:-1] if layer.output.variance > 0]
     scales = [layer.output.variance / layers[0].output.variance for layer in layers]
     lost = next((i for i, scale in enumerate(scales) if not 1 / FACTOR < scale < FACTOR), None)
     if lost is None:
@@ -187,7 +199,7 @@ def _shift(diagnosis: Diagnosis) -> Verdict | None:
     layer, lr = diagnosis.critical_layer, diagnosis.settings.lr
     if layer is None or lr is None or layer.critical_lr is None or lr < layer.critical_lr:
         return None
-    free = [other for other in diagnosis.layers if not other.normalized]
+    free = [other for other in diagnosis.layers if other.counts]
     endangered = [other for other in free if other.critical_lr is not None and other.critical_lr <= lr]
     times, part = (layer.average_gradient_ratio or 0.0) * layer.fan_in, layer.expectation_share or 0.0
     alike = (
@@ -276,8 +288,8 @@ def _outcome(unhealthy: Diagnosis, start: Diagnosis) -> str:
 
 
 def _pairs(now: Diagnosis, then: Diagnosis) -> list[tuple[LayerDiagnosis, LayerDiagnosis]]:
-    """Each layer now and then."""
-    before = {layer.name: layer for layer in then.layers}
+    """Each layer now and then, but for gates."""
+    before = {layer.name: layer for layer in then.layers if not layer.gate}
     return [(layer, before[layer.name]) for layer in now.layers if layer.name in before]
 
 
@@ -286,7 +298,7 @@ def _changed_since(unhealthy: Diagnosis, before: Diagnosis) -> Verdict | None:
     then = {layer.name: layer.output.variance for layer in before.layers if layer.output.variance > 0}
     for layer in unhealthy.layers:
         change = layer.output.variance / then.get(layer.name, math.nan)
-        if layer.finite and not (change <= 1 / FACTOR or change >= FACTOR):
+        if layer.finite and (layer.gate or not (change <= 1 / FACTOR or change >= FACTOR)):
             continue
         exploding = not layer.finite or change > 1
         since = f"step {before.step}" if before.step is not None else "the start"

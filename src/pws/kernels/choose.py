@@ -76,10 +76,26 @@ def steps_of(layers: Sequence[Layer]) -> list[tuple[Step, list[int]]]:
     """The layers by implementation, device and dtypes: a step for each, with the numbers of its layers."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for i, layer in enumerate(layers):
+        _check_memory(layer)
         bias = None if layer.bias is None else layer.bias.dtype
         kind = (layer.kernel.device, layer.kernel.dtype, layer.grad_dtype, bias)
         kinds.setdefault((_name_for(layer), *kind), []).append(i)
     return [(_load(kind[0])([layers[i] for i in numbers]), numbers) for kind, numbers in kinds.items()]
+
+
+def _check_memory(layer: Layer) -> None:
+    """Raise `PwsError` unless the tensors of a layer are plain ones of one device: the fused steps read their memory."""
+    scales = [layer.alpha, *layer.alpha_moments, *layer.bias_moments, *([] if layer.bias is None else [layer.bias])]
+    for tensor in (layer.w, *layer.moments, *scales):
+        if tensor.device != layer.kernel.device:
+            raise PwsError(
+                f"a step moves a layer on one device; the weight {layer.name!r} is on {layer.kernel.device}, and its state "
+                f"holds a tensor on {tensor.device}. Load the state by optimizer.load_state_dict, which moves it."
+            )
+    if any(tensor.is_neg() or not tensor.is_contiguous() for tensor in scales):
+        raise PwsError(
+            f"a step takes scales as memory holds them; those of {layer.name!r} are a view. Clone them first."
+        )
 
 
 def _name_for(layer: Layer) -> str:

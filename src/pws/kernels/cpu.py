@@ -7,6 +7,7 @@ of `pws.kernels.reference`.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from itertools import chain
@@ -27,6 +28,9 @@ CHUNK: Final = 16_384
 """Entries that a thread takes at a time: they and what belongs to them stay in its cache."""
 # Sums may be reordered, into vector lanes; NaN and infinity keep their meaning.
 FAST: Final = {"reassoc", "contract", "arcp", "nsz"}
+# A division by zero is infinity, as in torch: as an error of Python it would leave loops in their midst, on threads that nobody
+# asks for it.
+compiled: Final = functools.partial(njit, error_model="numpy")
 
 # Columns of the table of addresses (0 for a tensor that is not there) ...
 GRAD, W, KERNEL, ALPHA, BIAS, BIAS_GRAD, FIRST, SECOND, ALPHA_FIRST, ALPHA_SECOND, BIAS_FIRST, BIAS_SECOND = range(12)
@@ -144,19 +148,19 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), code
 
 
-@njit(inline="always")
+@compiled(inline="always")
 def _rows(at: Any, counts: Any) -> Any:
     """A layer's tensor `(O, K)`."""
     return carray(_pointer(at), (counts[FILTERS], counts[ENTRIES]), np.float32)
 
 
-@njit(inline="always")
+@compiled(inline="always")
 def _column(at: Any, counts: Any) -> Any:
     """A layer's tensor `(O,)`."""
     return carray(_pointer(at), counts[FILTERS], np.float32)
 
 
-@njit(fastmath=FAST)
+@compiled(fastmath=FAST)
 def _statistics(row: Any, total: Any, squares: Any, gamma: Any) -> Any:
     """Mean and `1 / sqrt(v + gamma)` of a filter from its sums. Means are about 0, for no step moves them; where one is larger
     than the deviation, sums would lose digits, and the filter is read again."""
@@ -171,7 +175,7 @@ def _statistics(row: Any, total: Any, squares: Any, gamma: Any) -> Any:
     return mean, np.float32(1) / np.sqrt(variance + gamma)
 
 
-@njit(fastmath=FAST)
+@compiled(fastmath=FAST)
 def _write(row: Any, kernel: Any, total: Any, squares: Any, scale: Any, gamma: Any) -> None:
     """The kernel of a filter, from the filter and its sums."""
     mean, rstd = _statistics(row, total, squares, gamma)
@@ -180,7 +184,7 @@ def _write(row: Any, kernel: Any, total: Any, squares: Any, scale: Any, gamma: A
         kernel[k] = (row[k] - mean) * factor
 
 
-@njit(fastmath=FAST)
+@compiled(fastmath=FAST)
 def _all_sums(row: Any, grad: Any) -> Any:
     """`sum w`, `sum w^2`, `sum G`, `sum G^2` and `sum G w`, in one loop, so that memory is read all the time."""
     total, squares = np.float32(0), np.float32(0)
@@ -195,7 +199,7 @@ def _all_sums(row: Any, grad: Any) -> Any:
     return total, squares, of_grad, grad_squares, products
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
+@compiled(parallel=True, cache=True, fastmath=FAST)
 def _sums(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None:
     """Of each filter: statistics, sums, and the squared length of its gradient step."""
     for i in prange(chunks.shape[0]):
@@ -221,7 +225,7 @@ def _sums(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None
             row[SQUARE] = square
 
 
-@njit(fastmath=FAST)
+@compiled(fastmath=FAST)
 def _sgd_row(w: Any, grad: Any, buffer: Any, row: Any, scale: Any, x: Any) -> Any:
     """`w` and its momentum by the gradient `scale (G - mean(G) - h mean(G h))`; the sums of the new `w`."""
     mean, centre, slope = row[MEAN], row[MEAN_GRAD], row[MEAN_ALONG] * row[RSTD]
@@ -247,7 +251,7 @@ def _sgd_row(w: Any, grad: Any, buffer: Any, row: Any, scale: Any, x: Any) -> An
     return total, squares
 
 
-@njit(fastmath=FAST)
+@compiled(fastmath=FAST)
 def _sgd_scalar(value: Any, grad: Any, buffer_O: Any, o: Any, lr: Any, decay: Any, x: Any) -> Any:
     """One number by SGD."""
     step = grad + decay * value
@@ -257,7 +261,7 @@ def _sgd_scalar(value: Any, grad: Any, buffer_O: Any, o: Any, lr: Any, decay: An
     return value - lr * step
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
+@compiled(parallel=True, cache=True, fastmath=FAST)
 def _sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, factors: Any) -> None:
     """Every layer by SGD, its gradients times its factor."""
     for i in prange(chunks.shape[0]):
@@ -280,7 +284,7 @@ def _sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, factors:
             _write(w_OK[o], kernel_OK[o], total, squares, x[C] * alpha_O[o], x[GAMMA])
 
 
-@njit(cache=True)
+@compiled(cache=True)
 def _bounded_sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, bound: Any) -> Any:
     """`_sums`, each layer's factor, and `_sgd`; false before anything moves if a gradient is not finite."""
     _sums(at, counts, numbers, chunks, filters)
@@ -297,7 +301,7 @@ def _bounded_sgd(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any, 
     return True
 
 
-@njit(fastmath=FAST)
+@compiled(fastmath=FAST)
 def _averages_row(w: Any, grad: Any, first: Any, second: Any, row: Any, scale: Any, x: Any) -> Any:
     """AdamW's averages of a filter; the squared length of its step."""
     mean, centre, slope = row[MEAN], row[MEAN_GRAD], row[MEAN_ALONG] * row[RSTD]
@@ -311,13 +315,13 @@ def _averages_row(w: Any, grad: Any, first: Any, second: Any, row: Any, scale: A
     return square
 
 
-@njit(inline="always")
+@compiled(inline="always")
 def _change(value: Any, first: Any, second: Any, lr: Any, decay: Any, x: Any) -> Any:
     """AdamW's step of one number."""
     return -lr * (first / x[CORRECTION1] / (np.sqrt(second / x[CORRECTION2]) + x[EPS]) + decay * value)
 
 
-@njit(fastmath=FAST)
+@compiled(fastmath=FAST)
 def _averages_scalar(value: Any, grad: Any, first_O: Any, second_O: Any, o: Any, lr: Any, decay: Any, x: Any) -> Any:
     first_O[o] += (1 - x[BETA1]) * (grad - first_O[o])
     second_O[o] = x[BETA2] * second_O[o] + (1 - x[BETA2]) * (grad * grad)
@@ -325,7 +329,7 @@ def _averages_scalar(value: Any, grad: Any, first_O: Any, second_O: Any, o: Any,
     return change * change
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
+@compiled(parallel=True, cache=True, fastmath=FAST)
 def _adamw_averages(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None:
     """AdamW's averages; of each filter the squared length of the step."""
     for i in prange(chunks.shape[0]):
@@ -350,7 +354,7 @@ def _adamw_averages(at: Any, counts: Any, numbers: Any, chunks: Any, filters: An
             row[SQUARE] = square
 
 
-@njit(parallel=True, cache=True, fastmath=FAST)
+@compiled(parallel=True, cache=True, fastmath=FAST)
 def _adamw(at: Any, counts: Any, numbers: Any, chunks: Any, factors: Any) -> None:
     """Every layer by AdamW, its step times its factor."""
     for i in prange(chunks.shape[0]):

@@ -11,11 +11,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
 
 import pws
-from pws.clip_grad import STEP_BOUND
 from pws.errors import PwsError
 from pws.methods.method import Method, kaiming, plain_conv
 from pws.methods.outputs import one_group
 from pws.methods.timm_layers import timm_layer
+from pws.optim.bound import STEP_BOUND
 
 
 def none() -> Method:

@@ -20,6 +20,7 @@ from pws.mark import Mark, adopt, kernel_of
 from pws.optim.in_backward import REFUSAL, StepInBackward
 from pws.optim.layout import centre, filters, filters_shape, same_layout
 from pws.optim.moving import Moving
+from pws.optim.scaler import notice_scaled_gradients
 from pws.optim.sharding import check_sharding, complete_gradient, like, local, versions
 from pws.param_groups import Group, Member, param_groups
 from pws.standardize import constants, swap_channels
@@ -57,6 +58,7 @@ class StandardizingOptimizer(Optimizer):
         """By the parameters that have gradients."""
         self._versions: dict[Tensor, tuple[int, int]] = {}
         self._in_backward: StepInBackward | None = None
+        self._stepped = False
         super().__init__(groups_of(params, defaults), defaults)
         self._watch()
 
@@ -76,10 +78,24 @@ class StandardizingOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's own `zero_grad` is: the fused steps are no graph of tensors
     def _take_step(self) -> None:
+        if not self._stepped:
+            self._stepped = True
+            self._check_scale()
         if self._in_backward is None:
             self.move(None)
         else:
             self._in_backward.end()
+
+    def _check_scale(self) -> None:
+        """Warn if the first step is cut because its gradients are a GradScaler's still."""
+        lengths = [
+            group["lr"] * float(torch.linalg.vector_norm(local(parameter.grad)))
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and parameter.grad.layout == torch.strided
+        ]
+        if self.step_bound is not None and max(lengths, default=0.0) > self.step_bound:
+            notice_scaled_gradients(self)
 
     def move(self, parameters: Iterable[Tensor] | None) -> None:
         """Move what has a gradient, all or of `parameters`."""
@@ -216,7 +232,8 @@ class StandardizingOptimizer(Optimizer):
         return found
 
     def written(self, now: Moving) -> None:
-        """Note that the kernels are ours, tell autograd that they have changed, and let the gradients go."""
+        """Note that the kernels are ours, tell autograd and autocast that they have changed, and let the gradients go."""
+        torch.clear_autocast_cache()
         for weight, layer in zip(now.weights, now.layers, strict=True):
             held, transposed = local(weight), self.members[weight].transposed
             if layer.is_copy:
@@ -283,7 +300,7 @@ class StandardizingOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "members" in state:  # a whole optimizer, unpickled; else a loaded state_dict
-            self._versions, self.plans, self._in_backward = {}, {}, None
+            self._versions, self.plans, self._in_backward, self._stepped = {}, {}, None, False
             self._watch()
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from pws.clip_grad import peak_lr
+STEP_BOUND: Final = 0.03
+"""The longest step of a layer of PWS: about the largest that training held at every batch size (docs/methods.md)."""
+
+
+def peak_lr(group: dict[str, Any]) -> float:
+    """The largest rate of a group over its schedule, as far as the group tells."""
+    return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)
 
 
 def factors_of(squares: Tensor, bound: float | None) -> Tensor:

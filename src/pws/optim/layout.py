@@ -15,7 +15,7 @@ def filters(tensor: Tensor | None, member: Member) -> Tensor:
     assert tensor is not None
     held = local(tensor).detach()
     held = swap_channels(held, member.transposed) if member.transposed else held
-    return held if is_dense(held) else held.contiguous()
+    return held if is_dense(held) else held.resolve_neg().contiguous()
 
 
 def filters_shape(weight: Tensor, member: Member) -> torch.Size:
@@ -27,7 +27,9 @@ def filters_shape(weight: Tensor, member: Member) -> torch.Size:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the entries of each filter lie next to each other, one filter behind the other, in whatever order."""
+    """Whether memory holds the entries of each filter next to each other, one filter behind the other, in whatever order."""
+    if tensor.is_neg():  # a view whose memory holds the opposite
+        return False
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -41,6 +43,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 def same_layout(one: Tensor, other: Tensor) -> bool:
     """Whether the entries of two tensors of one shape come in the same order; strides of single entries mean nothing."""
+    if one.is_neg() != other.is_neg():
+        return False
     strides, wanted = one.stride(), other.stride()
     if strides == wanted:
         return True

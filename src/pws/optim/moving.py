@@ -99,11 +99,19 @@ class Moving:
             *(layer.name for layer, square in zip(self.layers, squares, strict=True) if not torch.isfinite(square)),
             *(names(p) for p in self.plain if not torch.isfinite(local(_grad(p))).all()),
         ]
+        what = (
+            "hold NaN or infinity" if self._holds_non_finite() or not bad else "are finite, but their squares overflow"
+        )
         raise NonFiniteGradientError(
-            f"the gradients of {len(bad)} layers hold NaN or infinity (first: {bad[0] if bad else 'in another process'!r}); "
+            f"the gradients of {len(bad)} layers {what} (first: {bad[0] if bad else 'in another process'!r}); "
             "the step was not taken. Likely causes: a loss that overflowed, half precision without a GradScaler, or too "
             "large a learning rate without a bound. Lower it, bound the step, or skip this batch."
         )
+
+    def _holds_non_finite(self) -> bool:
+        grads = [*(layer.grad for layer in self.layers), *(layer.bias_grad for layer in self.layers)]
+        grads += [local(_grad(p)) for p in self.plain]
+        return not all(torch.isfinite(grad).all() for grad in grads if grad is not None)
 
 
 def moving(
@@ -123,7 +131,7 @@ def moving(
     for weight, bias, layer in zip(now.weights, now.biases, now.layers, strict=True):
         layer.rates, layer.peaks = optimizer.rates(weight, groups[weight], None if bias is None else groups[bias])
         layer.grad = optimizer.gradient(weight, layer)
-        layer.bias_grad = None if bias is None else local(_grad(bias)).to(bias.dtype).contiguous()
+        layer.bias_grad = None if bias is None else local(_grad(bias)).to(bias.dtype).resolve_neg().contiguous()
     return now
 
 
@@ -160,9 +168,9 @@ def can_be_fused(parameters: Sequence[Tensor]) -> bool:
     return all(p.device.type in FUSED and is_dense(p) for p in parameters)
 
 
-def norms_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The length of each tensor, in float32 at least, on the device of the first."""
-    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+def norms_of(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """The length of each tensor, in `dtype` at least, on the device of the first."""
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else dtype
     norms = torch._foreach_norm(list(tensors), 2, wide)
     return torch.stack([norm.to(norms[0].device) for norm in norms])
 

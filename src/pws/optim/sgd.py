@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from pws.clip_grad import STEP_BOUND, peak_lr
 from pws.errors import PwsError
 from pws.kernels import SGDRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
-from pws.optim.bound import factors_of
+from pws.optim.bound import STEP_BOUND, factors_of, peak_lr
 from pws.optim.moving import Moving, can_be_fused, gradient_of, moving
 from pws.optim.sharding import local
 

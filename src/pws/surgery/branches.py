@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
+from pws.diagnosis.batch import Batch
 from pws.surgery.trace import trace
 from pws.surgery.value import INPUT, Trace
 
 
-def branch_ends(model: nn.Module, example: Any) -> dict[str, float]:
+def branch_ends(model: nn.Module, batch: Batch) -> dict[str, float]:
     """Name of each layer that ends a residual branch, to its share of the variance: 1 over the number of additions."""
-    run = trace(model, example, lambda _: False)
+    run = trace(model, batch, lambda _: False)
     ends = [found for found in _ends(run) if found]
     return {name: 1 / len(ends) for found in ends for name in found}
 

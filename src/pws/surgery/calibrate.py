@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pws.diagnosis.batch import REJECTIONS, Batch, batch_of
+from pws.autocast import fresh_casts
+from pws.diagnosis.batch import REJECTIONS, Batch, Forward, batch_of, check_finite
 from pws.errors import PwsError, one_line
 from pws.layers import StandardizedLayer
 from pws.mark import filters_of
@@ -41,6 +42,7 @@ def calibrate(
     mean: float | None = None,
     share_branches: bool = False,
     only: Callable[[str, nn.Module], bool] | None = None,
+    forward: Forward | None = None,
 ) -> list[Calibrated]:
     """Scale the kernels, layer by layer in execution order, so that each layer's output has variance `target`; on request
     shift the bias too, and keep residual streams in bounds.
@@ -69,6 +71,7 @@ def calibrate(
             channels' means; layers without a bias, and all biases if left out, stay.
         share_branches: the last layers of the residual branches, which are found by following one run of the model, get
             `target / B` for `B` additions: together they add as much variance to the stream as it started with.
+        forward: runs the model, `forward(model, batch)`, where a batch has another form; `batches` is one batch then.
         only: calibrate the layers for which `only(name, layer)` is true; all that are marked and all pws layers if left out.
 
     Returns:
@@ -84,8 +87,9 @@ def calibrate(
     names = {m: n for n, m in model.named_modules() if is_standardized(m) and (not only or only(n, m))}
     setting = Setting(names, target, per_channel, mean)
     if names:
-        batch = _on_device(_join(batches), _scale_of(next(iter(names))).device)
-        setting.shares = branch_ends(model, batch.inputs) if share_branches else {}
+        device = _scale_of(next(iter(names))).device
+        batch = batch_of(batches, forward) if forward else _on_device(_join(batches), device)
+        setting.shares = branch_ends(model, batch) if share_branches else {}
         try:
             setting.run(model, lambda: batch.outputs(model))
         except PwsError:
@@ -124,6 +128,7 @@ class Setting:
     """What stands in for norms of the input, to the eps of the norm: set from what it is given."""
     set_affines: set[nn.Module] = field(default_factory=set)
 
+    @fresh_casts()
     def run(self, model: nn.Module, forward: Callable[[], object]) -> None:
         """Set all layers that `forward` calls in eval mode, then those that it calls in train mode alone; none if it fails."""
         layers = list(self.names)
@@ -177,8 +182,6 @@ class Setting:
             old = layer._parameters["bias"]
             assert old is not None
             old.copy_(replicated(old, bias.to(old.dtype)))
-        # Autocast would go on with the copies that it made of the weights before.
-        torch.clear_autocast_cache()
 
 
 def _spread(layer: nn.Module, factor: Tensor) -> Tensor:
@@ -241,12 +244,14 @@ def _join(batches: Any) -> Batch:
     try:
         if not inputs:
             raise TypeError("no batch at all")
-        return Batch(_joined(inputs), None, False)
+        joined = Batch(_joined(inputs), None, False)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PwsError(
             f"calibrate needs at least one batch, and batches that can be joined: {one_line(error)}. Give the model's input, "
             "or a list of batches as a DataLoader gives them; put a single (images, labels) batch into a list."
         ) from error
+    check_finite(joined.inputs, "input")
+    return joined
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from pws.diagnosis.batch import Forward, example_of
 from pws.errors import PwsError, UnknownNameError
 from pws.standardize import check_gamma
 from pws.surgery.norms import NORMS, is_trained
@@ -29,6 +30,7 @@ def plan(
     warm_start: bool = False,
     form: Form = "optimizer",
     progress: Progress | None = None,
+    forward: Forward | None = None,
 ) -> Plan:
     """What converting `model` to PWS would do, found by running a copy of it once on `example`.
 
@@ -40,7 +42,8 @@ def plan(
 
     Args:
         model: any module. It is left alone.
-        example: what its forward takes: a tensor, or a tuple or dict of all arguments. Any batch size.
+        example: what its forward takes: a tensor, or a tuple or dict of all arguments; or a batch as a DataLoader gives it. Any
+            batch size.
         norms: which families are taken out: "batch" (BatchNorm of all dimensions, synchronized, frozen, with activation),
             "group", "layer" (of images), "instance".
         keep: layers and norms to leave alone: names or patterns (`layer4.*`), classes, or a predicate of name and module.
@@ -53,6 +56,7 @@ def plan(
         form: "optimizer": the layers stay what they are and are marked (`pws.mark`), for an optimizer of `pws.optim`. "layers":
             they become pws layers, which any optimizer trains.
         progress: called with the number of layers fitted and of all; the fit of a large model takes minutes.
+        forward: runs the model, `forward(model, example)`, where the example has another form.
 
     Raises:
         PwsError: the model can't be run on the example, or has no norm of these families.
@@ -74,11 +78,11 @@ def plan(
             f"{type(model).__name__} has no norm to take out: none of the families {', '.join(norms)}. "
             "Others are chosen by norms=: " + ", ".join(NORMS) + "."
         )
-    run = trace(model, example, is_norm)
+    run = trace(model, example_of(model, example, forward), is_norm)
     kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
     _check_keep(kept, model)
     made = Planner(model, run, is_norm, kept, warm_start=warm_start, form=form)
-    planned = made.plan(gamma, relative_gamma, example, progress)
+    planned = made.plan(gamma, relative_gamma, example, progress, forward)
     if not warm_start:
         _warn_of_trained(planned)
     return planned
@@ -116,6 +120,7 @@ def convert(
     warm_start: bool = False,
     form: Form = "optimizer",
     progress: Progress | None = None,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """A copy of `model` that trains without its norms: `plan(model, example, ...).apply(calibrate=calibrate)`.
 
@@ -126,7 +131,7 @@ def convert(
         model: any module. It is left alone.
         example: what its forward takes; a batch of real data, if the kernels are calibrated on it.
         calibrate: scale the kernels on the example, so that each layer keeps the variance that its norm saw to.
-        norms, keep, gamma, relative_gamma, warm_start, form, progress: as of `pws.plan`.
+        norms, keep, gamma, relative_gamma, warm_start, form, progress, forward: as of `pws.plan`.
 
     Examples:
         >>> import torch
@@ -151,4 +156,5 @@ def convert(
         warm_start=warm_start,
         form=form,
         progress=progress,
+        forward=forward,
     ).apply(calibrate=calibrate)

@@ -75,7 +75,7 @@ def nearest_filters(
     bias = layer._parameters["bias"]
     assert bias is not None
     bias.copy_(bias_GO.flatten())
-    # Autocast would go on with the copy that it made of the weight before.
+    # A forward that is decorated with autocast has its cache on, and would go on with the copy of the weight before.
     torch.clear_autocast_cache()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
-from pws.diagnosis.batch import batch_of
+from pws.diagnosis.batch import Forward, example_of
 from pws.errors import PwsError
 from pws.surgery.branches import branch_ends
 from pws.surgery.calibrate import Setting
@@ -73,6 +73,8 @@ class Plan:
     """What is converted: the model given, or a copy whose lazy layers have got their shapes; None for a plan from a file."""
     example: Any = None
     progress: Progress | None = None
+    forward: Forward | None = None
+    """Runs the model on the example, where that has another form."""
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, without the model and the example: `Plan.load` reads it."""
@@ -185,13 +187,13 @@ class Plan:
         untrained = {n: norm for n in self.fixed if not is_trained(norm := model.get_submodule(n))}
         setting.affines = {_affine_in(result.get_submodule(n)): norm_eps(norm) for n, norm in untrained.items()}
         if setting.names or setting.affines:
-            setting.shares = branch_ends(result, self.example)
+            setting.shares = branch_ends(result, example_of(result, self.example, self.forward))
             setting.run(result, lambda: self.run_example(result))
         return result
 
     def run_example(self, model: nn.Module) -> Any:
         """The outputs of a model on the example."""
-        return batch_of((self.example,)).outputs(model)
+        return example_of(model, self.example, self.forward).outputs(model)
 
     def _converted(self, model: nn.Module) -> nn.Module:
         self._check(model)

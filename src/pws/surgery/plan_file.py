@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 from pws.errors import PwsError, one_line
 
-_LEFT_OUT: Final = ("model", "example", "progress")
+_LEFT_OUT: Final = ("model", "example", "progress", "forward")
 
 Made = TypeVar("Made")
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from pws.diagnosis.batch import Forward
 from pws.errors import ShapeError
 from pws.gain import variance_preserving_gain
 from pws.layers import StandardizedLayer
@@ -62,7 +63,9 @@ class Planner:
         self.gates = self._gates()
         self.gone: set[str] = set()
 
-    def plan(self, gamma: float, relative_gamma: bool, example: Any, progress: Progress | None) -> Plan:
+    def plan(
+        self, gamma: float, relative_gamma: bool, example: Any, progress: Progress | None, forward: Forward | None
+    ) -> Plan:
         """The plan; arguments as those of `pws.plan`."""
         norms = {name: self._norm(name) for name in self.norms}
         removed = {name for name, (action, _) in norms.items() if action == "remove"}
@@ -106,6 +109,7 @@ class Planner:
             warm_start=self.warm_start,
             form=self.form,
             progress=progress,
+            forward=forward,
         )
 
     def _is_end(self, name: str) -> bool:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
-from pws.diagnosis.batch import REJECTIONS, Batch, batch_of, tensors_in
+from pws.diagnosis.batch import REJECTIONS, Batch, check_finite, tensors_in
 from pws.errors import PwsError, one_line
 from pws.surgery.copying import copy_of
 from pws.surgery.follower import Follower
@@ -22,8 +21,8 @@ from pws.surgery.running import branches_run, evaluated, random_kept
 from pws.surgery.value import INPUT, Trace, Value
 
 
-def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) -> Trace:
-    """Run a copy of `model` on `example` in train mode, where all its branches run, its norms in eval mode, where any batch
+def trace(model: nn.Module, batch: Batch, is_norm: Callable[[nn.Module], bool]) -> Trace:
+    """Run a copy of `model` on a batch in train mode, where all its branches run, its norms in eval mode, where any batch
     size does; then, for blocks that training skips at random, in eval mode. The model itself and all random numbers are left
     alone.
 
@@ -35,7 +34,7 @@ def trace(model: nn.Module, example: Any, is_norm: Callable[[nn.Module], bool]) 
     memo = {id(b): UninitializedBuffer(device=b.device, dtype=b.dtype) for b in lazy}  # type: ignore[call-arg]
     copy = copy_of(model, memo)
     run = Trace(copy)
-    batch = batch_of((example,))
+    check_finite(batch.inputs, "input")
     with random_kept():
         _follow(run, batch, is_norm, branches_run(copy))
         ran = {use.name for use in run.uses}

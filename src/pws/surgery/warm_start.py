@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pws.autocast import fresh_casts
 from pws.errors import PwsError
 from pws.surgery.nearest import nearest_filters
 from pws.surgery.norms import Affine, affine_of
@@ -43,6 +44,7 @@ class Match:
     """Called with the number of layers fitted and of all."""
     fitted: set[str] = field(default_factory=set)
 
+    @fresh_casts()
     @torch.no_grad()
     def run(self, forward: Forward) -> None:
         """`forward` runs a model on the example: in eval mode, then in train mode for what runs in that alone."""
@@ -132,6 +134,7 @@ def absorb(layer: nn.Module, norm: nn.Module) -> None:
     bias.copy_(bias * affine[0] + affine[1])
 
 
+@fresh_casts()
 @torch.no_grad()
 def output_error(original: nn.Module, converted: nn.Module, names: Collection[str], forward: Forward) -> float:
     """Root mean square of the difference of what modules give at their first call, in units of the original's deviation; the

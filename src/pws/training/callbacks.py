@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
-from pws.clip_grad import STEP_BOUND, clip_grad
+from pws.clip_grad import clip_grad
+from pws.optim.bound import STEP_BOUND
 
 
 def is_first_process() -> bool:

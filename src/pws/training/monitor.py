@@ -36,6 +36,7 @@ class MonitorCallback(Callback):
     """
 
     def __init__(self, every: int = 50, *, attribute: str = "model", shift_bound: float = 0.9) -> None:
+        check_every(every)
         self.every, self.attribute, self.shift_bound = every, attribute, shift_bound
         self.monitor: Monitor | None = None
         self._open = ExitStack()

@@ -185,7 +185,7 @@ def critical(diagnosis: Diagnosis) -> Panel:
         "Critical learning rate",
         "The LR at which one step moves the filters' means so far that they add as much variance as the output has, √(Var(y) / "
         f"mean((ns̄)² Var(x̄))), for plain SGD: a layer whose critical LR is below the one trained with{line} is at risk "
-        "unless a norm follows it (open circles); infinite: no step can shift it.",
+        "unless a norm follows it or it is a gate (open circles); infinite: no step can shift it.",
         f"{_along(layers)}: critical learning rate of each layer, logarithmic. {_span('Critical LR', values)}"
         + ("" if lr is None else f" The learning rate judged is {lr:g}."),
     )
@@ -196,7 +196,7 @@ def critical(diagnosis: Diagnosis) -> Panel:
     for name, kept, look in (
         ("critical LR", "safe", SAFE),
         ("critical LR, at or below the one judged", "unsafe", UNSAFE),
-        ("critical LR, a norm follows", "normalized", NORMALIZED),
+        ("critical LR, a norm follows, or a gate", "normalized", NORMALIZED),
     ):
         chosen = [value if danger(layer, lr) == kept else None for layer, value in zip(layers, values, strict=True)]
         drawing.series(name, chosen, axis, look, infinite=ENDLESS, zero="0: nothing comes out")

@@ -100,7 +100,7 @@ def _critical(axes: Axes, diagnosis: Diagnosis) -> None:
     looks: dict[str, tuple[str, dict[str, Any]]] = {
         "safe": ("critical LR", {"color": BLUE, "marker": "o"}),
         "unsafe": ("critical LR, at or below the one judged", {"color": ORANGE, "marker": "D"}),
-        "normalized": ("critical LR, a norm follows", {"color": GREY, "marker": "o", "mfc": "none"}),
+        "normalized": ("critical LR, a norm follows, or a gate", {"color": GREY, "marker": "o", "mfc": "none"}),
     }
     for kept, (name, look) in looks.items():
         chosen = [layer.critical_lr if danger(layer, lr) == kept else None for layer in diagnosis.layers]

@@ -39,7 +39,7 @@ GLOSSARY = {
     ),
     "Critical learning rate (LR)": (
         "Where one step of plain SGD moves the filters' means so far that they add as much variance as the output "
-        "has. Of a network: the smallest of the layers that no norm follows."
+        "has. Of a network: the smallest of the layers that no norm follows, gates left out."
     ),
     "Standardized layer": (
         "One that convolves with a kernel whose mean is taken away and whose variance is fixed, as in Parametric "

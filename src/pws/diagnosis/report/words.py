@@ -94,11 +94,13 @@ def ratio_of(layer: LayerDiagnosis) -> float | None:
 
 def note_of(layer: LayerDiagnosis) -> str:
     """What there is to say of a layer besides its numbers."""
-    return "; ".join(filter(None, (layer.note, "a norm follows" if layer.normalized else "")))
+    return "; ".join(
+        filter(None, (layer.note, "a norm follows" if layer.normalized else "", "a gate" if layer.gate else ""))
+    )
 
 
 def danger(layer: LayerDiagnosis, lr: float | None) -> str:
-    """What the judged learning rate is to a layer: `safe`, `unsafe`, or `normalized`, which no step can blow up."""
-    if layer.normalized:
+    """What the judged rate is to a layer: `safe`, `unsafe`, or `normalized`: no step can blow it up, or it is a gate."""
+    if not layer.counts:
         return "normalized"
     return "unsafe" if lr is not None and layer.critical_lr is not None and layer.critical_lr <= lr else "safe"

@@ -1,0 +1,45 @@
+"""Gradients that a `torch.amp.GradScaler` has yet to unscale: a bound on their step would leave next to nothing of it."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Final
+from weakref import WeakSet
+
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+_asked: Final[WeakSet[Optimizer]] = WeakSet()
+
+
+def notice_scaled_gradients(optimizer: Optimizer) -> None:
+    """Warn if a scaler is in use that has unscaled no gradients since its last update. For a step that is cut; asked once per
+    optimizer, for it takes a tenth of a second.
+
+    Gradients do not tell that they are scaled, nor optimizers that a scaler serves them: so it is looked for.
+    """
+    if optimizer in _asked:
+        return
+    _asked.add(optimizer)
+    for scaler in _scalers_in_use():
+        stages = [state["stage"] for state in scaler._per_optimizer_states.values()]
+        if OptState.UNSCALED not in stages and scaler.get_scale() > 1:
+            warnings.warn(
+                f"the gradients seem to be multiplied by a GradScaler's scale of {scaler.get_scale():g}, and a bound on the "
+                "step cuts them down to next to nothing. Call scaler.unscale_(optimizer) before pws.clip_grad, and "
+                "scaler.step(optimizer) in place of optimizer.step(). If the scaler is another model's, ignore this.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
+
+
+def _scalers_in_use() -> list[GradScaler]:
+    """Those that have scaled a loss."""
+    kinds: list[type[GradScaler]] = [GradScaler]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    # An object refers to its class: so this is found in a fraction of the time that a look at all objects takes.
+    found = [item for item in gc.get_referrers(*kinds) if type(item) in kinds]
+    return [scaler for scaler in found if scaler.is_enabled() and scaler._scale is not None]
