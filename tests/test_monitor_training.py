@@ -197,6 +197,19 @@ def test_a_mask_of_chance_is_drawn_again(mask: Callable[[torch.Size], Tensor], s
     assert monitor.first_unhealthy.step == step
 
 
+def test_logits_that_are_masked_are_no_collapse() -> None:
+    class Allowed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+    model = Allowed(nn.Linear(3, 3))
+    with Monitor(model, every=1000) as monitor:
+        for number in range(8):
+            x = torch.randn(4, 3) if number < 6 else torch.full((4, 3), torch.nan)
+            monitor.observe(F.cross_entropy(model(x), torch.tensor([0, 2, 0, 2]))).backward()
+    assert monitor.first_unhealthy.step == 6
+
+
 def test_what_no_layer_did_is_not_called_healthy() -> None:
     class Log(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

@@ -123,20 +123,22 @@ def total(value: Any) -> Any:
 
 
 def check_finite(values: Any, role: str) -> None:
-    """Raise `PwsError` if a tensor among the inputs or targets holds NaN or infinity, of which something else has become so.
-
-    Minus infinity is what masks are made of.
-    """
+    """Raise `PwsError` if a tensor among the inputs or targets holds NaN or infinity, of which something else has become so."""
     for tensor in tensors_in(values):
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
-        bad = int((tensor.isnan() | tensor.isposinf()).sum())
+        bad = count_bad(tensor)
         if bad:
             raise PwsError(
                 f"the batch's {role} must be finite; got {bad:,} NaN or infinite of {tensor.numel():,} entries, in the {role} "
                 f"of shape {tuple(tensor.shape)}, and they reach the network or its loss. Mend the data or its normalization: "
                 "no network can train on it."
             )
+
+
+def count_bad(tensor: Tensor) -> int:
+    """How many entries are NaN or infinity. Minus infinity is what masks are made of."""
+    return int((tensor.isnan() | tensor.isposinf()).sum())
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

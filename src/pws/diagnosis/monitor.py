@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.batch import REJECTIONS, tensors_in, total
+from pws.diagnosis.batch import REJECTIONS, count_bad, tensors_in, total
 from pws.diagnosis.diagnose import bare, diagnosis_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.look_again import look_again
@@ -211,7 +211,8 @@ class Monitor:
             self._recording = None
         if outputs is None or not self._watches(model):
             return
-        if all(is_finite(t.detach()) for t in tensors_in(outputs) if t.is_floating_point()):
+        floating = [t.detach() for t in tensors_in(outputs) if t.is_floating_point()]
+        if all(is_finite(t) or not count_bad(t) for t in floating):
             return
         self._look(args, kwargs)
 
