@@ -58,3 +58,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     with written_whole(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what killed processes left of `path`; nobody else may be writing it."""
+    for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
+        left.unlink()

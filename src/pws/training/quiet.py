@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -29,3 +31,14 @@ def bare_trainer(**settings: Any) -> Trainer:
         use_distributed_sampler=False,
         **settings,
     )
+
+
+@contextmanager
+def real_interrupts() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt again, where Lightning makes a SystemExit of it."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise

@@ -94,11 +94,24 @@ def shipped_recipes() -> list[Path]:
     )
 
 
-def _check_keys(path: Path) -> None:
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        PwsError: the file can't be read, or is not YAML.
+    """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise PwsError(f"{path} is not a YAML file: {error}") from error
+        return yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise PwsError(f"cannot read {path}: {error.strerror}. Check the path and its permissions.") from error
+    except Exception as error:  # yaml's own error, and those of Python that it lets through: numbers, dates, depth
+        raise PwsError(
+            f"cannot read {path}: it is not a YAML file ({type(error).__name__}: {one_line(error)[:300]})."
+        ) from error
+
+
+def _check_keys(path: Path) -> None:
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise PwsError(f"{path} must hold a recipe's keys ({', '.join(_keys(Recipe))}); got {content!r}.")
     known = set(_keys(Recipe))
