@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from pws.errors import PwsError, one_line
 from pws.files import written_whole
+from pws.training.recipe import Recipe
+from pws.training.recipe_file import RESULT, differing
 
 BEST: Final = "best.ckpt"
 LAST: Final = "last.ckpt"
@@ -26,26 +29,32 @@ USED: Final[dict[str, type]] = {"state_dict": Mapping, "epoch": int, "global_ste
 """What every command needs of a checkpoint."""
 RESUMED: Final[dict[str, type]] = {
     **USED,
-    "loops": Mapping,
-    "callbacks": Mapping,
-    "optimizer_states": list,
-    "lr_schedulers": list,
+    **dict.fromkeys(("loops", "callbacks", "recipe"), Mapping),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
     CHECKSUM: str,
 }
 """What `--resume` needs."""
 
 
 class DamagedCheckpointError(PwsError):
-    """A checkpoint that can't be read, or holds something else than what was written."""
+    """A checkpoint that can't be read, or holds something else than what was written: `reason` says which."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.reason = f"{path} {reason}."
+        super().__init__(f"{self.reason} {_next_step(path)}")
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to store checkpoints, but whole, beside the target, with a checksum, and `before.ckpt` kept."""
+    """Lightning's way to store checkpoints, but whole, with the recipe and a checksum, and `before.ckpt` kept."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write it; a process that ends here leaves the old one or the new one."""
         path, buffer = Path(path), BytesIO()
-        torch.save({**checkpoint, CHECKSUM: checksum_of(checkpoint)}, buffer)
+        content = {**checkpoint, "recipe": asdict(self.recipe)}
+        torch.save({**content, CHECKSUM: checksum_of(content)}, buffer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
             partial.write_bytes(buffer.getbuffer())
@@ -85,51 +94,51 @@ def checkpoint_path(run: Path, name: str) -> Path:
     return best if name == "best" and best.exists() else last
 
 
-def read_checkpoint(path: Path, module: nn.Module, needed: Mapping[str, type] = USED) -> dict[str, Any]:
-    """A checkpoint that `pws train` wrote of this network, with what is `needed` in it: tensors and plain values only.
+def read_checkpoint(path: Path, module: nn.Module, recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """A checkpoint that `pws train` wrote of this network and recipe: tensors and plain values only.
 
     Raises:
         DamagedCheckpointError: the file can't be loaded, or its content does not match its checksum.
-        PwsError: there is no such file, or it is of another program or another network.
+        PwsError: there is no such file, or it is of another program, network or recipe.
     """
     if not path.is_file():
         raise PwsError(
             f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch."
         )
     checkpoint: dict[str, Any] = _load(path)
-    _check_fields(path, checkpoint, needed)
+    _check_fields(path, checkpoint, RESUMED if resume else USED)
     _check_weights(path, checkpoint["state_dict"], module)
+    _check_recipe(path, checkpoint.get("recipe"), recipe, RESULT if resume else ("model",))
     stored = checkpoint.get(CHECKSUM)
     if stored is not None and stored != _checksum_found(checkpoint):
-        raise DamagedCheckpointError(
-            f"{path} does not match its checksum: its bits were changed after `pws train` wrote it. {_others(path)}"
-        )
+        raise DamagedCheckpointError(path, "does not match its checksum: it was changed after `pws train` wrote it")
     return checkpoint
 
 
 def _load(path: Path) -> Any:
     try:
+        raw = BytesIO(path.read_bytes())
+    except OSError as error:
+        raise PwsError(f"cannot read the checkpoint {path}: {error.strerror}. Check its permissions.") from error
+    try:
         with warnings.catch_warnings():  # of what the file is about to be refused for
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(raw, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in ways of its own
-        if isinstance(error, OSError) and error.errno is not None:
-            raise PwsError(f"cannot read the checkpoint {path}: {error.strerror}. Check its permissions.") from error
-        raise DamagedCheckpointError(
-            f"{path} is not a checkpoint of pws train, or is cut off ({one_line(error)[:200]}). {_others(path)}"
-        ) from error
+        reason = f"{type(error).__name__}: {one_line(error).split('. ')[0][:120]}"
+        raise DamagedCheckpointError(path, f"is not a checkpoint of pws train, or is cut off ({reason})") from error
 
 
 def _check_fields(path: Path, checkpoint: Any, needed: Mapping[str, type]) -> None:
     if not isinstance(checkpoint, dict):
-        raise PwsError(f"{path} is not a checkpoint of pws train: it holds a {_kind(checkpoint)}. {_others(path)}")
+        raise PwsError(f"{path} is not a checkpoint of pws train: it holds a {_kind(checkpoint)}. {_next_step(path)}")
     for key, kind in needed.items():
         value = checkpoint.get(key)
         empty = isinstance(value, Mapping | list) and not value
         if not isinstance(value, kind) or empty or (isinstance(value, int) and value < 0):
             found = f"it holds {'an empty' if empty else 'a'} {_kind(value)}" if key in checkpoint else "it has none"
             raise PwsError(
-                f"{path} is not a checkpoint of pws train: {key} must be {_words(kind)}; {found}. {_others(path)}"
+                f"{path} is not a checkpoint of pws train: {key} must be {_words(kind)}; {found}. {_next_step(path)}"
             )
 
 
@@ -148,15 +157,25 @@ def _kind(value: Any) -> str:
     return f"negative {type(value).__name__}" if isinstance(value, int) and value < 0 else type(value).__name__
 
 
-def _others(path: Path) -> str:
-    """The next step: the checkpoints beside a bad one."""
+def _next_step(path: Path) -> str:
+    """What to do about a bad one."""
     beside = " and ".join(name for name in (LAST, BEST, BEFORE) if name != path.name and path.with_name(name).is_file())
     return f"Put the file back that the run wrote{f'; {beside} beside it may be good' if beside else ''}."
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a checkpoint's weights; raise `PwsError` unless it is as `pws train` wrote it, and of this network."""
-    module.load_state_dict(read_checkpoint(path, module)["state_dict"])
+def load_weights(module: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Load a checkpoint's weights; raise `PwsError` unless it is as `pws train` wrote it, of this network and recipe."""
+    module.load_state_dict(read_checkpoint(path, module, recipe)["state_dict"])
+
+
+def _check_recipe(path: Path, stored: Any, recipe: Recipe, parts: tuple[str, ...]) -> None:
+    if not isinstance(stored, Mapping):  # of another program, which may have stored weights alone
+        return
+    for key, (there, here) in differing(stored, recipe, parts).items():
+        raise PwsError(
+            f"{path} is a checkpoint of another recipe than the run's recipe.yaml: {key} is {there} there, {here} here. Use "
+            "the checkpoint with the recipe it was trained with."
+        )
 
 
 def _check_weights(path: Path, weights: Mapping[str, Any], module: nn.Module) -> None:
@@ -165,7 +184,7 @@ def _check_weights(path: Path, weights: Mapping[str, Any], module: nn.Module) ->
     if problems:
         raise PwsError(
             f"{path} is a checkpoint of another architecture than the run's recipe.yaml describes: "
-            f"{len(problems)} of {len(own)} tensors differ, such as: {'; '.join(sorted(problems)[:3])}. "
+            f"{len(problems)} differences to its {len(own)} tensors, such as: {'; '.join(sorted(problems)[:3])}. "
             "Use the checkpoint with the recipe it was trained with."
         )
 

@@ -39,7 +39,7 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
     data = ImageData(recipe.data, recipe.seed)
     module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
     path = checkpoint_path(run, checkpoint)
-    load_weights(module, path)
+    load_weights(module, path, recipe)
     trainer = bare_trainer()
     with real_interrupts():
         results = trainer.validate(module, datamodule=data, verbose=False)[0]

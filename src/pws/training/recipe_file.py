@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Final, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentParser
 
 from pws.errors import PwsError, UnknownNameError, nearest, one_line
 from pws.training.recipe import Recipe
+
+RESULT: Final = ("seed", "model", "data", "optim", "trainer.epochs", "trainer.max_steps")
+"""The settings that a run's result depends on; devices, precision and the like may change between sessions."""
 
 
 def recipe_parser(prog: str, description: str, epilog: str) -> ArgumentParser:
@@ -139,6 +142,13 @@ def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
         )
         flat.update(inner or {key: value})
     return flat
+
+
+def differing(stored: Mapping[str, Any], recipe: Recipe, parts: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """The settings in these parts that differ from a stored recipe's, which may lack defaults: there and here."""
+    there, here = {**flatten(asdict(Recipe())), **flatten(stored)}, flatten(asdict(recipe))
+    changed = {key: (there.get(key), here.get(key)) for key in {**here, **there} if there.get(key) != here.get(key)}
+    return {key: pair for key, pair in changed.items() if key.startswith(parts)}
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:

@@ -185,7 +185,7 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback 
             max_steps=-1 if config.max_steps is None else config.max_steps,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=recipe.optim.clip_norm,
-            plugins=CheckpointFiles(),
+            plugins=CheckpointFiles(recipe),
             logger=False,
             callbacks=callbacks,
             log_every_n_steps=10,

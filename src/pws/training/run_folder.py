@@ -22,13 +22,12 @@ from pws.training.checkpoints import (
     BEFORE,
     BEST,
     LAST,
-    RESUMED,
     DamagedCheckpointError,
     read_checkpoint,
 )
 from pws.training.metrics_file import MetricsFile, Row, rows_before
 from pws.training.recipe import Recipe
-from pws.training.recipe_file import read_yaml
+from pws.training.recipe_file import RESULT, differing, read_yaml
 
 RECIPE: Final = "recipe.yaml"
 SUMMARY: Final = "summary.json"
@@ -128,7 +127,7 @@ def resume_from(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
     if is_first_process():
         _check_unfinished(folder)
         _check_same(folder / RECIPE, recipe)
-    start = _newest(folder / CHECKPOINTS, module)
+    start = _newest(folder / CHECKPOINTS, recipe, module)
     if not is_first_process():
         return start
     metrics = folder / MetricsFile.NAME
@@ -156,35 +155,30 @@ def _check_unfinished(folder: Path) -> None:
 
 
 def _check_same(stored: Path, recipe: Recipe) -> None:
-    settings, wanted = read_yaml(stored), recipe_dict(recipe)
+    settings = read_yaml(stored)
     if not isinstance(settings, dict):
         raise PwsError(
             f"{stored} holds no recipe: it is damaged. Write the recipe that the run was started with there, and resume again."
         )
-    # Devices, precision and the like may change between sessions; what the result depends on may not.
-    trainers = [part if isinstance(part := each.get("trainer"), dict) else {} for each in (settings, wanted)]
-    ends = [{key: trainer.get(key) for key in ("epochs", "max_steps")} for trainer in trainers]
-    compared = [(part, settings.get(part), wanted[part]) for part in ("seed", "model", "data", "optim")]
-    for part, old, new in [*compared, ("trainer", *ends)]:
-        if old != new:
-            raise PwsError(
-                f"--resume goes on with the same recipe, but {part} differs from {stored}: {old} there, {new} here. "
-                "Resume with the run's own recipe, or start a run of another --name."
-            )
+    for key, (there, here) in differing(settings, recipe, RESULT).items():
+        raise PwsError(
+            f"--resume goes on with the same recipe, but {key.split('.')[0]} differs from {stored}: {key} is {there} there, "
+            f"{here} here. Resume with the run's own recipe, or start a run of another --name."
+        )
 
 
-def _newest(folder: Path, module: nn.Module) -> Start:
+def _newest(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
     """The newest checkpoint that is as it was written; all processes find the same one."""
     names = (LAST, BEFORE) if (folder / LAST).exists() else (BEFORE, BEST)
     damage: list[DamagedCheckpointError] = []
     for path in (folder / name for name in names if (folder / name).exists()):
         try:
-            checkpoint = read_checkpoint(path, module, RESUMED)
+            checkpoint = read_checkpoint(path, module, recipe, resume=True)
         except DamagedCheckpointError as error:
             damage.append(error)
             continue
         step, epoch = checkpoint["global_step"], checkpoint["epoch"] + 1
-        why = str(damage[0]) if damage else f"{folder / LAST} is gone."
+        why = damage[0].reason if damage else f"{folder / LAST} is gone."
         return Start(
             path, step, epoch, notes=[] if path.name == LAST else [f"{why} Going on from {path}, epoch {epoch}."]
         )

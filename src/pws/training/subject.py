@@ -102,7 +102,7 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
     module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate)
     (images, labels), *more = islice(data.train_dataloader(), FORECAST_BATCHES)
     if weights is not None:
-        load_weights(module, weights)
+        load_weights(module, weights, recipe)
     elif recipe.model.calibrate != "none":
         module.calibrate_on([images])
     state = "at initialization" if weights is None else f"with {weights.name}"
