@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,13 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    threading.excepthook = _quiet_writer
+
+
+def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread raises a full disk's error in the main thread again."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def bare_trainer(**settings: Any) -> Trainer:

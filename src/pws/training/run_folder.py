@@ -27,7 +27,7 @@ from pws.training.checkpoints import (
 )
 from pws.training.metrics_file import MetricsFile, Row, rows_before
 from pws.training.recipe import Recipe
-from pws.training.recipe_file import RESULT, differing, read_yaml
+from pws.training.recipe_file import RESULT, differing, load_recipe
 
 RECIPE: Final = "recipe.yaml"
 SUMMARY: Final = "summary.json"
@@ -155,16 +155,21 @@ def _check_unfinished(folder: Path) -> None:
 
 
 def _check_same(stored: Path, recipe: Recipe) -> None:
-    settings = read_yaml(stored)
-    if not isinstance(settings, dict):
-        raise PwsError(
-            f"{stored} holds no recipe: it is damaged. Write the recipe that the run was started with there, and resume again."
-        )
-    for key, (there, here) in differing(settings, recipe, RESULT).items():
+    for key, (there, here) in differing(asdict(_stored(stored)), recipe, RESULT).items():
         raise PwsError(
             f"--resume goes on with the same recipe, but {key.split('.')[0]} differs from {stored}: {key} is {there} there, "
             f"{here} here. Resume with the run's own recipe, or start a run of another --name."
         )
+
+
+def _stored(path: Path) -> Recipe:
+    try:
+        return load_recipe(path)
+    except (PwsError, OSError) as error:
+        raise PwsError(
+            f"cannot read the run's recipe, {path} holds no recipe: {error} Write there the recipe that the run was started "
+            "with, and resume again."
+        ) from error
 
 
 def _newest(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
@@ -202,5 +207,5 @@ def take_up(folder: Path, recipe: Recipe) -> None:
     """Make a verified folder that of the resumed run: what a kill left half-written goes, the recipe is the present one."""
     for name in (RECIPE, SUMMARY, MetricsFile.NAME, *(f"{CHECKPOINTS}/{name}" for name in (LAST, BEFORE, BEST))):
         remove_partials(folder / name)
-    if read_yaml(folder / RECIPE) != recipe_dict(recipe):
+    if _stored(folder / RECIPE) != recipe:
         write_whole(folder / RECIPE, _content(recipe))
