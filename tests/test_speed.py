@@ -201,7 +201,10 @@ def test_a_wrong_step_is_not_timed(wrong: dict[str, float], monkeypatch: pytest.
             "rows: [none]\nlives: 0\ncases: [{model: stack4, batch: 1, pixels: 8}]",
             "lives must be at least 1",
         ),
-        ("rows: [none]\nseconds: x\ncases: [{model: stack4, batch: 1, pixels: 8}]", "seconds: Expected a float. Got value: x"),
+        (
+            "rows: [none]\nseconds: x\ncases: [{model: stack4, batch: 1, pixels: 8}]",
+            "seconds: Expected a float. Got value: x",
+        ),
         (
             "rows: [none]\nseconds: .nan\ncases: [{model: stack4, batch: 1, pixels: 8}]",
             "seconds must be positive; got nan",

@@ -61,7 +61,9 @@ def _check_plain(content: dict[str, Any], where: str) -> None:
         if isinstance(value, dict):
             odd = [key for key in value if not isinstance(key, str)]
             if odd:
-                raise PwsError(f"{where} keys are words; got {shown(odd[0])}. YAML reads no and 1 otherwise: quote them.")
+                raise PwsError(
+                    f"{where} keys are words; got {shown(odd[0])}. YAML reads no and 1 otherwise: quote them."
+                )
             waiting.extend(value.values())
         elif isinstance(value, list):
             waiting.extend(value)
