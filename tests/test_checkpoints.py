@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,11 +223,19 @@ def test_the_checkpoint_before_is_kept(tmp_path: Path) -> None:
     assert kept == {LAST: 2, BEFORE: 1, "best.ckpt": 7}
 
 
+def test_no_folder_of_temporary_files_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie on another file system, from which a rename is a copy over the old file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    run = trained(tmp_path / "run", epochs=1)
+    assert torch.load(run / "checkpoints" / LAST, weights_only=True)["epoch"] == 0
+
+
 STAND_INS: dict[str, tuple[Damage, str, int]] = {
     "a bit of last": (one_bit, "does not match its checksum", 2),
     "last cut off": (lambda path: path.write_bytes(path.read_bytes()[:3000]), "cut off", 2),
     "last empty": (lambda path: path.write_bytes(b""), "cut off", 2),
-    "last gone": (lambda path: path.unlink(), "is gone", 2),
+    "no last": (lambda path: path.unlink(), "does not exist", 2),
 }
 
 

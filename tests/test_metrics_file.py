@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,38 +109,25 @@ def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", range(0, 200, 7))
 def test_a_disk_that_fills_leaves_whole_rows(room: int, tmp_path: Path) -> None:
-    """In a child that may write `room` bytes to a file, then is allowed more: as if somebody made room."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            code = _fill(tmp_path, room)
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    path = tmp_path / "metrics.csv"
+    """No file may be longer than `room` bytes; then somebody makes room."""
+    path, metrics, failed = tmp_path / "metrics.csv", MetricsFile(tmp_path), 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        for step in range(12):
+            metrics.log_metrics({"loss": step / 3, **({"new": 1.0} if step == 6 else {})}, step)
+            try:
+                metrics.save()
+            except OSError:
+                failed += 1
+                assert not path.exists() or path.read_bytes().endswith(b"\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed > 0
+    metrics.finalize("failed")
     assert [row["step"] for row in read(path)] == [str(step) for step in range(12)]
     assert rows_before(path, 99)[1] == 0
     assert list(tmp_path.iterdir()) == [path]
-
-
-def _fill(folder: Path, room: int) -> int:
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    metrics, failed = MetricsFile(folder), 0
-    for step in range(12):
-        metrics.log_metrics({"loss": step / 3, **({"new": 1.0} if step == 6 else {})}, step)
-        try:
-            metrics.save()
-        except OSError:
-            failed += 1
-            path = folder / "metrics.csv"
-            assert not path.exists() or path.read_bytes().endswith(b"\n")
-    assert failed > 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    metrics.finalize("failed")
-    return 0
 
 
 @pytest.mark.parametrize("new_column", [False, True])

@@ -95,7 +95,11 @@ def _fit(
         with real_interrupts():
             trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            if clock.validated_step != trainer.global_step:  # max_steps ended an epoch before its validation
+            logged = clock.validated_step == trainer.global_step
+            if (
+                not logged or not metrics
+            ):  # max_steps ended an epoch before its validation, or a resumed run was at its end
+                trainer.loggers = [] if logged else trainer.loggers
                 metrics.update(trainer.validate(module, datamodule=data, verbose=False)[0])
     except NonFiniteLossError as error:
         failure = error

@@ -71,6 +71,11 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
             if not resume and not any((*folder.glob(f"{CHECKPOINTS}/*"), *folder.glob(SUMMARY))):
                 shutil.rmtree(folder)  # it would block the next try
             raise
+        except OSError as error:
+            raise PwsError(
+                f"the run stopped: {error.strerror or error}: {error.filename or folder}. Make room on the disk, or mend what "
+                f"else is wrong there, and `pws train {folder} --resume` goes on."
+            ) from error
 
 
 def _make(folder: Path, recipe: Recipe) -> None:
@@ -183,7 +188,7 @@ def _newest(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
             damage.append(error)
             continue
         step, epoch = checkpoint["global_step"], checkpoint["epoch"] + 1
-        why = damage[0].reason if damage else f"{folder / LAST} is gone."
+        why = damage[0].reason if damage else f"{folder / LAST} does not exist."
         return Start(
             path, step, epoch, notes=[] if path.name == LAST else [f"{why} Going on from {path}, epoch {epoch}."]
         )
