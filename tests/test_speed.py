@@ -190,25 +190,28 @@ def test_a_wrong_step_is_not_timed(wrong: dict[str, float], monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rows: [none]", "cases must be a list"),
+        ("rows: [none]", "missing: cases"),
         ("rows: [bn]\ncases: [{model: stack4, batch: 1, pixels: 8}]", "the first row must be none"),
         ("rows: [none, bnn]\ncases: [{model: stack4, batch: 1, pixels: 8}]", "did you mean bn"),
         ("rows: [none]\ncases: [{model: stack4, batch: 1, pixel: 8}]", "did you mean pixels"),
-        ("rows: [none]\ncases: [{model: stack4, batch: 1}]", "a case needs model, batch and pixels"),
+        ("rows: [none]\ncases: [{model: stack4, batch: 1}]", "missing: pixels"),
         ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, task: trian}]", "did you mean train"),
         ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, optimizer: adam}]", "unknown optimizer"),
         (
             "rows: [none]\nlives: 0\ncases: [{model: stack4, batch: 1, pixels: 8}]",
-            "lives must be a whole number above 0",
+            "lives must be at least 1",
         ),
-        ("rows: [none]\nseconds: x\ncases: [{model: stack4, batch: 1, pixels: 8}]", "seconds must be a number above 0"),
+        (
+            "rows: [none]\nseconds: x\ncases: [{model: stack4, batch: 1, pixels: 8}]",
+            "seconds: Expected a float. Got value: x",
+        ),
         (
             "rows: [none]\nseconds: .nan\ncases: [{model: stack4, batch: 1, pixels: 8}]",
-            "seconds must be a number above 0",
+            "seconds must be positive; got nan",
         ),
         (
             "rows: [none]\nlives: true\ncases: [{model: stack4, batch: 1, pixels: 8}]",
-            "lives must be a whole number above 0",
+            "lives: Expected a int. Got value: True",
         ),
         ("rows: [", "is not a YAML file"),
     ],

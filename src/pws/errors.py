@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
+from typing import Final
 
 
 class PwsError(ValueError):
@@ -30,6 +32,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return hint if close and len(names) > 24 else f"{hint} Valid: {', '.join(names)}"
 
 
-def one_line(error: Exception) -> str:
-    """The message of another library's error without its line breaks and the class around a type's name."""
-    return re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
+def one_line(error: BaseException, longest: int = 500) -> str:
+    """The message of another library's error without its line breaks, the class around a type's name, and what is too long."""
+    return cut(re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split())), longest)
+
+
+def shown(value: object) -> str:
+    """A value for a message: a file may hold one of any size."""
+    return cut(_SHORT.repr(value), 200)
+
+
+def cut(text: str, longest: int) -> str:
+    """`text`, its end replaced by dots if it is longer."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+_SHORT: Final = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 120

@@ -18,7 +18,7 @@ from pws.models import build_model, model_of
 from pws.surgery import plan
 from pws.training.data import ImageBatches, ImageData
 from pws.training.module import Classifier
-from pws.training.quiet import bare_trainer
+from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe import DataConfig, OptimConfig
 
 LR: Final = 0.1
@@ -107,12 +107,14 @@ def _network(trained: Trained, data: ImageData) -> nn.Module:
 def _fit(model: nn.Module, data: ImageData, method: str, lr: float, epochs: int) -> None:
     """SGD, cosine to 0."""
     module = Classifier(model, OptimConfig(lr=lr), len(data.splits.classes), method=build_method(method))
-    bare_trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0).fit(module, datamodule=data)
+    with real_interrupts():
+        bare_trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0).fit(module, datamodule=data)
 
 
 def _accuracy(model: nn.Module, data: ImageData) -> float:
     module = Classifier(deepcopy(model), OptimConfig(), len(data.splits.classes))
-    found = bare_trainer(accelerator="cpu").validate(module, datamodule=data, verbose=False)
+    with real_interrupts():
+        found = bare_trainer(accelerator="cpu").validate(module, datamodule=data, verbose=False)
     return round(100 * found[0]["val_accuracy"], 2)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from pws.errors import PwsError, one_line
+from pws.errors import PwsError
+from pws.training.typed import parser_says
 
 
 def command_parser(command: str, description: str, example: str) -> ArgumentParser:
@@ -29,4 +30,4 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     try:
         return parser.parse_args(arguments)
     except ArgumentError as error:
-        raise PwsError(f"{one_line(error)} (`{parser.prog} --help` tells the options)") from error
+        raise PwsError(f"{parser_says(error)} (`{parser.prog} --help` tells the options)") from error

@@ -16,7 +16,7 @@ from pws.optim.bound import STEP_BOUND
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback
-from pws.training.quiet import bare_trainer
+from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.run import model_for
 
@@ -105,13 +105,11 @@ def run_cell(cell: Cell, epochs: int, progress: Callable[[int, int], None]) -> t
     )
     failure: NonFiniteLossError | None = None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), real_interrupts():
             warnings.simplefilter("ignore", CollapseWarning)  # the outcome says so
             trainer.fit(module, datamodule=data)
     except NonFiniteLossError as error:
         failure = error
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from error
     monitor = monitoring.monitor
     assert monitor is not None
     accuracy = None if failure else float(trainer.callback_metrics["val_accuracy"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,6 +23,8 @@ def is_first_process() -> bool:
 
 class Clock(Callback):
     """Seconds spent in training, validation left out, and the best accuracy; kept over a resume in the checkpoint."""
+
+    KEPT: Final = ("seconds", "best_accuracy", "validated_step")
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -54,11 +56,12 @@ class Clock(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"seconds": self.seconds, "best_accuracy": self.best_accuracy}
+        return {key: getattr(self, key) for key in self.KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
-        self.seconds, self.best_accuracy = state_dict["seconds"], state_dict["best_accuracy"]
+        for key in self.KEPT:
+            setattr(self, key, state_dict[key])
 
 
 class ClipGrad(Callback):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from torch import nn
 
-from pws.errors import PwsError
+from pws.errors import PwsError, shown
 from pws.layers import StandardizedLayer
 from pws.mark import marked
 from pws.models import ResNet
@@ -17,14 +18,24 @@ from pws.training.recipe import ModelConfig, Recipe
 Rule = tuple[str, Callable[[Any], bool]]
 POSITIVE: Final[Rule] = ("positive", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Final[Rule] = ("at least 0", lambda value: 0 <= value < math.inf)
-AT_LEAST_ONE: Final[Rule] = ("at least 1", lambda value: value >= 1)
+MOST: Final = 10**9
+"""Of anything that is counted: beyond it are slips of the keyboard."""
+AT_LEAST_ONE: Final[Rule] = (f"at least 1, and at most {MOST:,}", lambda value: 1 <= value <= MOST)
+PROCESSES: Final = max(64, 4 * (os.cpu_count() or 1))
+"""The most that a command starts: each takes some 300 MB, and more than cores are of no use."""
+SEED: Final[Rule] = ("at least 0 and below 2 ** 32", lambda value: 0 <= value < 2**32)
+LOADERS: Final[Rule] = (f"at least 0, and at most {PROCESSES} on this machine", lambda value: 0 <= value <= PROCESSES)
+WIDTH: Final[Rule] = ("positive, and at most 1,000", lambda value: 0 < value <= 1000)
+SIDE: Final[Rule] = ("at least 1, and at most 65,536", lambda value: 1 <= value <= 2**16)
+DEVICES: Final[Rule] = (f"-1 (all), or 1 to {PROCESSES}", lambda value: value == -1 or 1 <= value <= PROCESSES)
 BELOW_ONE: Final[Rule] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 RULES: Final[dict[str, Rule]] = {
-    **dict.fromkeys(("model.width", "optim.clip_norm", "optim.step_bound", "optim.decay"), POSITIVE),
-    **dict.fromkeys(("data.workers", "optim.lr", "optim.weight_decay"), NOT_NEGATIVE),
-    **dict.fromkeys(("optim.scale_lr_factor", "optim.warmup_epochs", "seed"), NOT_NEGATIVE),
-    **dict.fromkeys(("data.batch_size", "data.image_size", "data.train_images"), AT_LEAST_ONE),
+    **{"seed": SEED, "model.width": WIDTH, "data.workers": LOADERS, "data.image_size": SIDE},
+    "trainer.devices": DEVICES,
+    **dict.fromkeys(("optim.clip_norm", "optim.step_bound", "optim.decay"), POSITIVE),
+    **dict.fromkeys(("optim.lr", "optim.weight_decay", "optim.scale_lr_factor", "optim.warmup_epochs"), NOT_NEGATIVE),
+    **dict.fromkeys(("data.batch_size", "data.train_images", "model.num_classes"), AT_LEAST_ONE),
     **dict.fromkeys(("trainer.epochs", "trainer.max_steps", "trainer.num_nodes"), AT_LEAST_ONE),
     **dict.fromkeys(("trainer.accumulate", "trainer.early_stop"), AT_LEAST_ONE),
     **dict.fromkeys(("optim.momentum", "optim.label_smoothing", "model.dropout"), BELOW_ONE),
@@ -32,14 +43,19 @@ RULES: Final[dict[str, Rule]] = {
 """Setting to rule; a setting left out (None), or one that is a word, keeps every rule."""
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise `PwsError` for the first number that can't be."""
-    for path, (words, holds) in RULES.items():
-        value: Any = recipe
+def check_rules(rules: Mapping[str, Rule], values: Any, where: str = "", advice: str = "") -> None:
+    """Raise `PwsError` for the first number of `values` (dotted names reach into its parts) that breaks its rule."""
+    for path, (words, holds) in rules.items():
+        value: Any = values
         for part in path.split("."):
             value = getattr(value, part)
         if value is not None and not isinstance(value, str) and not holds(value):
-            raise PwsError(f"{path} must be {words}; got {value}. Correct it in the recipe or on the command line.")
+            raise PwsError(f"{where}{path} must be {words}; got {shown(value)}.{advice}")
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise `PwsError` for the first number that can't be."""
+    check_rules(RULES, recipe, advice=" Correct it in the recipe or on the command line.")
     optim = recipe.optim
     if optim.clip_norm is not None and isinstance(optim.step_bound, float):
         raise PwsError(

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
 from pws.errors import PwsError
+from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData
 from pws.training.module import Classifier
-from pws.training.quiet import bare_trainer
+from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe_file import load_recipe
 from pws.training.run import model_for
-from pws.training.run_folder import read_checkpoint
 
 
 @dataclass
@@ -40,12 +38,11 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
     recipe = load_recipe(run / "recipe.yaml")
     data = ImageData(recipe.data, recipe.seed)
     module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
-    path = run / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else Path(checkpoint)
-    if checkpoint == "best" and not path.is_file():  # the run ended before it was validated
-        path = path.with_name("last.ckpt")
-    load_weights(module, path)
+    path = checkpoint_path(run, checkpoint)
+    load_weights(module, path, recipe)
     trainer = bare_trainer()
-    results = trainer.validate(module, datamodule=data, verbose=False)[0]
+    with real_interrupts():
+        results = trainer.validate(module, datamodule=data, verbose=False)[0]
     return Evaluation(
         checkpoint=str(path),
         images=len(data.splits.test),
@@ -54,25 +51,3 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
         loss=results["val_loss"],
         per_class=dict(zip(data.splits.classes, module.per_class, strict=True)),
     )
-
-
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a checkpoint's weights; raise `PwsError` unless they are this network's."""
-    weights = read_checkpoint(path)["state_dict"]
-    own = module.state_dict()
-    problems = [
-        *(f"{key} is missing" for key in own.keys() - weights.keys()),
-        *(f"{key} is not in the network" for key in weights.keys() - own.keys()),
-        *(
-            f"{key} is {tuple(weights[key].shape)}, the network's is {tuple(own[key].shape)}"
-            for key in own.keys() & weights.keys()
-            if weights[key].shape != own[key].shape
-        ),
-    ]
-    if problems:
-        raise PwsError(
-            f"{path} is a checkpoint of another architecture than the run's recipe.yaml describes: "
-            f"{len(problems)} of {len(own)} tensors differ, such as: {'; '.join(sorted(problems)[:3])}. "
-            "Use the checkpoint with the recipe it was trained with."
-        )
-    module.load_state_dict(weights)

@@ -18,6 +18,7 @@ from pws.diagnosis import Monitor
 from pws.diagnosis.monitor import check_every
 from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
+from pws.files import write_whole
 from pws.optim import SGD
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
@@ -121,7 +122,7 @@ def leave_report(
     report = monitor.shown.html(folder / "diagnosis.html", history=monitor.history, title=name)
     kept = {"last_healthy": monitor.last_healthy, "first_unhealthy": monitor.first_unhealthy}
     content = {"verdict": str(monitor.verdict), **{k: None if d is None else d.to_dict() for k, d in kept.items()}}
-    (folder / "diagnosis.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(folder / "diagnosis.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     if failure is None:
         return None
     return NonFiniteLossError(failure.step, failure.layer, f"{monitor.verdict} Report: {report}", what=failure.what)

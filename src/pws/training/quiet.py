@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -15,6 +18,13 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    threading.excepthook = _quiet_writer
+
+
+def _quiet_writer(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread raises a full disk's error in the main thread again."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def bare_trainer(**settings: Any) -> Trainer:
@@ -29,3 +39,14 @@ def bare_trainer(**settings: Any) -> Trainer:
         use_distributed_sampler=False,
         **settings,
     )
+
+
+@contextmanager
+def real_interrupts() -> Iterator[None]:
+    """Ctrl-C is a KeyboardInterrupt again, where Lightning makes a SystemExit of it."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise

@@ -5,22 +5,24 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Final, get_type_hints
 
-import yaml
-from jsonargparse import SUPPRESS, ArgumentParser
+from jsonargparse import ArgumentParser
 
-from pws.errors import PwsError, UnknownNameError, nearest, one_line
+from pws.errors import PwsError, UnknownNameError, nearest, shown
 from pws.training.recipe import Recipe
+from pws.training.typed import parser_says, read_yaml
+
+RESULT: Final = ("seed", "model", "data", "optim", "trainer.epochs", "trainer.max_steps")
+"""The settings that a run's result depends on; devices, precision and the like may change between sessions."""
 
 
 def recipe_parser(prog: str, description: str, epilog: str) -> ArgumentParser:
     """A parser of every setting of a recipe; the command adds its own arguments."""
     parser = ArgumentParser(prog=prog, description=description, epilog=epilog, exit_on_error=False)
-    parser.add_argument("--config", action="config", help=SUPPRESS)
     parser.add_class_arguments(Recipe)
     return parser
 
@@ -31,8 +33,12 @@ def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tu
     Raises:
         PwsError: the file is not YAML, a key or flag is unknown, or a value has the wrong type.
     """
-    _check_keys(path)
-    recipe, parsed = _build(parser, [f"--config={path}", *flags])
+    settings = settings_in(read_yaml(path, "recipe"), str(path))
+    try:
+        recipe_of(settings)
+    except PwsError as error:
+        raise PwsError(f"{path}: {error}") from error
+    recipe, parsed = _build(parser, [*_flags(settings), *flags])
     recipe.name = recipe.name or path.stem
     if not re.fullmatch(r"[\w+-][\w.+-]*", recipe.name):
         raise PwsError(
@@ -45,15 +51,23 @@ def _build(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, An
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise PwsError(_explain(one_line(error), parser)) from error
+        raise PwsError(_explain(parser_says(error), parser)) from error
     built = parser.instantiate(parsed)
     return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), parsed
 
 
 def recipe_of(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe of dotted settings (`{"optim.lr": 0.1}`), the defaults for the rest."""
-    flags = [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
-    return _build(_plain_parser(), flags)[0]
+    """The recipe of dotted settings (`{"optim.lr": 0.1}`), the defaults for the rest.
+
+    Raises:
+        PwsError: a key that no recipe has, or a value of the wrong type.
+    """
+    settings = settings_in(settings, "a recipe's settings")
+    return _build(_plain_parser(), _flags(settings))[0]
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    return [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
 def load_recipe(path: str | Path, *flags: str) -> Recipe:
@@ -94,17 +108,20 @@ def shipped_recipes() -> list[Path]:
     )
 
 
-def _check_keys(path: Path) -> None:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise PwsError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(content, dict):
-        raise PwsError(f"{path} must hold a recipe's keys ({', '.join(_keys(Recipe))}); got {content!r}.")
-    known = set(_keys(Recipe))
-    for key in flatten(content):
+def settings_in(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Dotted settings of a recipe's content, each a word, a number or a list of them.
+
+    Raises:
+        UnknownNameError: a key that no recipe has; `where` it stands is in the error.
+        PwsError: a setting holds a mapping, or a list of lists.
+    """
+    known, settings = set(_keys(Recipe)), flatten(content)
+    for key, value in settings.items():
         if key not in known:
-            raise UnknownNameError(f"recipe key in {path}:", key, known)
+            raise UnknownNameError(f"recipe key in {where}:", key, known)
+        if any(isinstance(part, dict | list) for part in (value if isinstance(value, list) else [value])):
+            raise PwsError(f"{where}: {key} must be a word, a number or a list of them; got {shown(value)}.")
+    return settings
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:
@@ -121,16 +138,21 @@ def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
     parts = {field.name for field in fields(Recipe) if is_dataclass(get_type_hints(Recipe)[field.name])}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        inner = (
-            {f"{key}.{name}": part for name, part in value.items()} if key in parts and isinstance(value, dict) else {}
-        )
-        flat.update(inner or {key: value})
+        nested = key in parts and (value is None or isinstance(value, dict))
+        flat.update({f"{key}.{name}": part for name, part in (value or {}).items()} if nested else {key: value})
     return flat
+
+
+def differing(stored: Mapping[str, Any], recipe: Recipe, parts: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """The settings in these parts that differ from a stored recipe's, which may lack defaults: there and here."""
+    there, here = {**flatten(asdict(Recipe())), **flatten(stored)}, flatten(asdict(recipe))
+    changed = {key: (there.get(key), here.get(key)) for key in {**here, **there} if there.get(key) != here.get(key)}
+    return {key: pair for key, pair in changed.items() if key.startswith(parts)}
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:
     unknown = re.search(r"unrecognized arguments: (\S+)", message)
     if unknown:
         flags = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
-        return f"unknown flag {unknown[1]}{nearest(unknown[1].split('=')[0], flags - {'--config'})}"
+        return f"unknown flag {unknown[1]}{nearest(unknown[1].split('=')[0], flags)}"
     return message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,16 +17,20 @@ from torch import nn
 
 from pws import convert
 from pws.errors import PwsError
+from pws.files import write_whole
 from pws.methods import Method, build_method
 from pws.models import build_model, model_of
 from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process
 from pws.training.check import check_calibration, check_recipe
+from pws.training.checkpoints import CheckpointFiles
 from pws.training.data import ImageBatches, ImageData, check_shares
 from pws.training.datasets import Splits
+from pws.training.metrics_file import MetricsFile
 from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback, leave_report, watcher
+from pws.training.quiet import real_interrupts
 from pws.training.recipe import ModelConfig, Recipe
-from pws.training.run_folder import claim, metrics_logger, read_checkpoint, resume_from
+from pws.training.run_folder import SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.summary import Summary, summarize
 
 CONVERTED_ON: Final = 64
@@ -62,29 +65,22 @@ def train(
     clock = Clock()
     trainer = _trainer(recipe, folder, clock, watch, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
-    if folder.exists() and not resume and is_first_process():
-        raise PwsError(
-            f"the run folder {folder} exists, and nothing in it is overwritten. Go on with --resume, choose another "
-            "--name, or remove the folder."
-        )
-    last = resume_from(folder, recipe) if resume else None
-    step = 0
-    if last is not None:
-        checkpoint = read_checkpoint(last)
-        step, data.first_epoch = checkpoint["global_step"], checkpoint["epoch"] + 1
-    if is_first_process():
-        claim(folder, recipe)
-    board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=step if last else None)
-    trainer.loggers = [metrics_logger(folder, step), board]
-    if not quiet and is_first_process():
-        print(_headline(recipe, data, model, folder, resumed=last is not None), flush=True)
-    failure, metrics = _fit(trainer, module, data, last, clock)
-    if watch is not None and trainer.is_global_zero:
-        failure = leave_report(watch, folder, recipe.name, failure)
-    verdict = None if watch is None or watch.monitor is None else watch.monitor.verdict
-    summary = summarize(trainer, module, clock, recipe, metrics, failure, None if verdict is None else str(verdict))
-    if trainer.is_global_zero:
-        (folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
+    with claimed(folder, recipe, resume=resume):
+        start = resume_from(folder, recipe, module) if resume else Start()
+        data.first_epoch = start.epoch
+        if is_first_process():
+            if resume:
+                take_up(folder, recipe)
+            _say(_headline(recipe, data, model, folder, start, resume=resume), start, quiet=quiet)
+        board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
+        trainer.loggers = [MetricsFile(folder, start.rows), board]
+        failure, metrics = _fit(trainer, module, data, start.checkpoint, clock)
+        verdict = None if watch is None or watch.monitor is None else watch.monitor.verdict
+        summary = summarize(trainer, module, clock, recipe, metrics, failure, None if verdict is None else str(verdict))
+        if trainer.is_global_zero:
+            write_whole(folder / SUMMARY, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
+            if watch is not None:
+                failure = leave_report(watch, folder, recipe.name, failure)
     if failure is not None:
         raise failure
     return summary
@@ -96,19 +92,17 @@ def _fit(
     """Train; the failure, if the loss went non-finite, and the last metrics."""
     failure, metrics = None, {}
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        if clock.validated_step != trainer.global_step:  # max_steps ended an epoch before its validation
-            metrics.update(trainer.validate(module, datamodule=data, verbose=False)[0])
+        with real_interrupts():
+            trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            logged = clock.validated_step == trainer.global_step
+            if (
+                not logged or not metrics
+            ):  # max_steps ended an epoch before its validation, or a resumed run was at its end
+                trainer.loggers = [] if logged else trainer.loggers
+                metrics.update(trainer.validate(module, datamodule=data, verbose=False)[0])
     except NonFiniteLossError as error:
         failure = error
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from error
-    except PwsError:
-        folder = Path(trainer.default_root_dir)
-        if is_first_process() and not (folder / "checkpoints").exists():  # the data broke the first epoch
-            shutil.rmtree(folder)
-        raise
     clock.stop()
     return failure, metrics
 
@@ -195,6 +189,7 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback 
             max_steps=-1 if config.max_steps is None else config.max_steps,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=recipe.optim.clip_norm,
+            plugins=CheckpointFiles(recipe),
             logger=False,
             callbacks=callbacks,
             log_every_n_steps=10,
@@ -213,10 +208,18 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback 
         raise PwsError(f"Lightning refuses the trainer settings {asdict(config)}: {error}") from error
 
 
-def _headline(recipe: Recipe, data: ImageData, model: nn.Module, folder: Path, *, resumed: bool) -> str:
+def _headline(recipe: Recipe, data: ImageData, model: nn.Module, folder: Path, start: Start, *, resume: bool) -> str:
     count = sum(p.numel() for p in model.parameters())
+    again = "no checkpoint was written yet, the run starts again: " if resume and start.checkpoint is None else ""
     return (
-        f"{'resuming' if resumed else 'training'} {recipe.model.name} with {recipe.model.method} ({count:,} parameters) on "
-        f"{recipe.data.name} ({len(data.splits.train):,} images) at learning rate {recipe.optim.lr:g}, batch "
-        f"{recipe.data.batch_size}, {recipe.trainer.epochs} epochs -> {folder}"
+        f"{again}{'resuming' if start.checkpoint else 'training'} {recipe.model.name} with {recipe.model.method} "
+        f"({count:,} parameters) on {recipe.data.name} ({len(data.splits.train):,} images) at learning rate "
+        f"{recipe.optim.lr:g}, batch {recipe.data.batch_size}, {recipe.trainer.epochs} epochs -> {folder}"
     )
+
+
+def _say(headline: str, start: Start, *, quiet: bool) -> None:
+    if not quiet:
+        print(headline, flush=True)
+    for note in start.notes:
+        print(f"pws: {note}", file=sys.stderr)

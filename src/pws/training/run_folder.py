@@ -1,23 +1,38 @@
-"""The folder of a run: whether it is free, where its last checkpoint is, how its metrics go on."""
+"""The folder of a run: whether it is free, whose it is, and where an interrupted run goes on."""
 
 from __future__ import annotations
 
-import csv
+import fcntl
 import json
-import pickle
-import warnings
-from dataclasses import asdict
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, Final
 
-import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from pws.errors import PwsError
+from pws.files import remove_partials, write_whole
 from pws.training.callbacks import is_first_process
+from pws.training.checkpoints import (
+    BEFORE,
+    BEST,
+    LAST,
+    DamagedCheckpointError,
+    read_checkpoint,
+)
+from pws.training.metrics_file import MetricsFile, Row, rows_before
 from pws.training.recipe import Recipe
+from pws.training.recipe_file import RESULT, differing, load_recipe
+
+RECIPE: Final = "recipe.yaml"
+SUMMARY: Final = "summary.json"
+LOCK: Final = ".lock"
+CHECKPOINTS: Final = "checkpoints"
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
@@ -28,80 +43,174 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of `pws train`, tensors and plain values only (`weights_only=True`).
+def _content(recipe: Recipe) -> str:
+    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False)
+
+
+@contextmanager
+def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
+    """Hold a run's folder for this process, which makes that of a new run; bad input before its first checkpoint unmakes it.
 
     Raises:
-        PwsError: there is no such file, or it is not a checkpoint or cut off.
+        PwsError: the folder of a new run exists or can't be made, there is none to resume, or another process trains in it.
     """
-    if not path.is_file():
+    if not is_first_process():
+        yield
+        return
+    if not resume:
+        _make(folder, recipe)
+    elif not (folder / RECIPE).is_file():
         raise PwsError(
-            f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch."
+            f"--resume goes on with a run, but {folder / RECIPE} does not exist. Leave --resume out to start it."
         )
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"], checkpoint["global_step"], checkpoint["epoch"]  # it has what we use
-    except (RuntimeError, pickle.UnpicklingError, BadZipFile, EOFError, KeyError, TypeError, OSError) as error:
-        raise PwsError(f"{path} is not a checkpoint of pws train, or is cut off ({str(error)[:200]}).") from error
-    return checkpoint
-
-
-def resume_from(folder: Path, recipe: Recipe) -> Path | None:
-    """The last checkpoint of an unfinished run of this recipe; None if it has not written one.
-
-    Raises:
-        PwsError: the folder holds no run, a finished one, or one of another recipe.
-    """
-    last, stored, summary = folder / "checkpoints" / "last.ckpt", folder / "recipe.yaml", folder / "summary.json"
-    if not is_first_process():  # the first one checks, and may be writing there now
-        return last if last.is_file() else None
-    try:
-        settings = yaml.safe_load(stored.read_text())
-        finished = summary.is_file() and json.loads(summary.read_text())["status"] == "finished"
-    except FileNotFoundError:
-        raise PwsError(
-            f"--resume goes on with a run, but {stored} does not exist. Leave --resume out to start it."
-        ) from None
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
-        raise PwsError(f"cannot read {stored} and summary.json beside it: {error}. Start the run again.") from error
-    if not isinstance(settings, dict):
-        raise PwsError(f"{stored} holds no recipe: it is damaged. Start the run again.")
-    if finished:
-        raise PwsError(f"the run in {folder} is finished: see {summary}. Train longer under another --name.")
-    wanted = recipe_dict(recipe)
-    # Devices, precision and the like may change between sessions; what the result depends on may not.
-    ends = [{key: part.get("trainer", {}).get(key) for key in ("epochs", "max_steps")} for part in (settings, wanted)]
-    compared = [(part, settings.get(part), wanted[part]) for part in ("seed", "model", "data", "optim")]
-    for part, old, new in [*compared, ("trainer", *ends)]:
-        if old != new:
+    with (folder / LOCK).open("a") as lock:
+        _take(lock, folder)
+        try:
+            yield
+        except PwsError:
+            if not resume and not any((*folder.glob(f"{CHECKPOINTS}/*"), *folder.glob(SUMMARY))):
+                shutil.rmtree(folder)  # it would block the next try
+            raise
+        except OSError as error:
             raise PwsError(
-                f"--resume goes on with the same recipe, but {part} differs from {stored}: {old} there, {new} here. "
-                "Resume with the run's own recipe, or start a run of another --name."
-            )
-    return last if last.is_file() else None
+                f"the run stopped: {error.strerror or error}: {error.filename or folder}. Make room on the disk, or mend what "
+                f"else is wrong there, and `pws train {folder} --resume` goes on."
+            ) from error
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Make the folder and write the recipe into it."""
+def _make(folder: Path, recipe: Recipe) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise PwsError(
+            f"the run folder {folder} exists, and nothing in it is overwritten. Go on with --resume, choose another "
+            "--name, or remove the folder."
+        ) from None
     except OSError as error:
         raise PwsError(f"cannot make the run folder {folder}: {error}. Choose another folder with --runs.") from error
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_dict(recipe), sort_keys=False))
+    try:
+        (folder / CHECKPOINTS).mkdir()
+        write_whole(folder / RECIPE, _content(recipe))
+    except OSError:
+        shutil.rmtree(folder)
+        raise
 
 
-def metrics_logger(folder: Path, step: int) -> CSVLogger:
-    """Lightning's logger, which deletes what is there: the rows before `step`, where a resumed run goes on, are kept."""
-    logger = CSVLogger(folder, name="", version="")
+def _take(lock: Any, folder: Path) -> None:
+    # lockf, not flock: loader processes would inherit that one, and hold it for a while after a kill.
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise PwsError(
+            f"one process trains in a run's folder, and another one is at work in {folder}. Wait until it ends, or end it; "
+            "its lock goes with it."
+        ) from None
+    except OSError:  # a file system without locks
+        return
+
+
+@dataclass
+class Start:
+    """Where a resumed run goes on."""
+
+    checkpoint: Path | None = None
+    """None: it has written none yet, and starts again."""
+    step: int = 0
+    epoch: int = 0
+    rows: list[Row] = field(default_factory=list)
+    """Of metrics.csv, before `step`."""
+    notes: list[str] = field(default_factory=list)
+    """What was found damaged, and is done without."""
+
+
+def resume_from(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
+    """Where the unfinished run of this recipe goes on; everything is verified, and nothing changed.
+
+    Raises:
+        PwsError: the folder holds a finished run, or one of another recipe, or its checkpoints are not the network's or gone.
+    """
     if is_first_process():
-        old, kept = folder / "metrics.csv", []
-        if old.is_file():
-            with old.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-            old.unlink()
-        with warnings.catch_warnings():  # it warns of deleting what is in the folder; there is no metrics.csv any more
-            warnings.simplefilter("ignore")
-            writer = logger.experiment
-        writer.metrics.extend({k: v for k, v in row.items() if v != ""} for row in kept)
-        writer.save()
-    return logger
+        _check_unfinished(folder)
+        _check_same(folder / RECIPE, recipe)
+    start = _newest(folder / CHECKPOINTS, recipe, module)
+    if not is_first_process():
+        return start
+    metrics = folder / MetricsFile.NAME
+    start.rows, damaged = rows_before(metrics, start.step)
+    if damaged:
+        start.notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {metrics} cut off")
+    if start.checkpoint is None:
+        _check_began(folder)
+    return start
+
+
+def _check_unfinished(folder: Path) -> None:
+    summary = folder / SUMMARY
+    if not summary.exists():
+        return
+    try:
+        status = json.loads(summary.read_bytes())["status"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PwsError(
+            f"cannot read {summary}, which says how the run ended: {type(error).__name__}: {error}. Remove that file: "
+            "--resume goes on from the checkpoints, and writes it again."
+        ) from error
+    if status == "finished":
+        raise PwsError(f"the run in {folder} is finished: see {summary}. Train longer under another --name.")
+
+
+def _check_same(stored: Path, recipe: Recipe) -> None:
+    for key, (there, here) in differing(asdict(_stored(stored)), recipe, RESULT).items():
+        raise PwsError(
+            f"--resume goes on with the same recipe, but {key.split('.')[0]} differs from {stored}: {key} is {there} there, "
+            f"{here} here. Resume with the run's own recipe, or start a run of another --name."
+        )
+
+
+def _stored(path: Path) -> Recipe:
+    try:
+        return load_recipe(path)
+    except (PwsError, OSError) as error:
+        raise PwsError(
+            f"cannot read the run's recipe, {path} holds no recipe: {error} Write there the recipe that the run was started "
+            "with, and resume again."
+        ) from error
+
+
+def _newest(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
+    """The newest checkpoint that is as it was written; all processes find the same one."""
+    names = (LAST, BEFORE) if (folder / LAST).exists() else (BEFORE, BEST)
+    damage: list[DamagedCheckpointError] = []
+    for path in (folder / name for name in names if (folder / name).exists()):
+        try:
+            checkpoint = read_checkpoint(path, module, recipe, resume=True)
+        except DamagedCheckpointError as error:
+            damage.append(error)
+            continue
+        step, epoch = checkpoint["global_step"], checkpoint["epoch"] + 1
+        why = damage[0].reason if damage else f"{folder / LAST} does not exist."
+        return Start(
+            path, step, epoch, notes=[] if path.name == LAST else [f"{why} Going on from {path}, epoch {epoch}."]
+        )
+    if damage:
+        raise damage[0]
+    return Start()
+
+
+def _check_began(folder: Path) -> None:
+    """Raise `PwsError` if a run without a checkpoint must have written one: its second epoch began, or their folder went."""
+    rows, _ = rows_before(folder / MetricsFile.NAME, sys.maxsize)
+    if (folder / CHECKPOINTS).is_dir() and not any(float(row.get("epoch", 0)) >= 1 for row in rows):
+        return
+    raise PwsError(
+        f"--resume goes on from a checkpoint, and those of {folder} are gone: {folder / CHECKPOINTS / LAST} does not exist. "
+        "Put the folder back, or start a run of another --name."
+    )
+
+
+def take_up(folder: Path, recipe: Recipe) -> None:
+    """Make a verified folder that of the resumed run: what a kill left half-written goes, the recipe is the present one."""
+    for name in (RECIPE, SUMMARY, MetricsFile.NAME, *(f"{CHECKPOINTS}/{name}" for name in (LAST, BEFORE, BEST))):
+        remove_partials(folder / name)
+    if _stored(folder / RECIPE) != recipe:
+        write_whole(folder / RECIPE, _content(recipe))

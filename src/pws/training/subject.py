@@ -16,9 +16,9 @@ from pws.diagnosis.batch import tensors_in
 from pws.errors import PwsError, UnknownNameError
 from pws.models import model_of
 from pws.training.check import check_calibration
+from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData, check_shares
 from pws.training.datasets import DATASETS
-from pws.training.evaluate import load_weights
 from pws.training.module import Classifier
 from pws.training.recipe import DataConfig
 from pws.training.recipe_file import find_recipe, load_recipe
@@ -93,7 +93,7 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
     is_run = (folder / "recipe.yaml").is_file()
     recipe = load_recipe(folder / "recipe.yaml" if is_run else find_recipe(given))
     if weights is None and is_run and checkpoint != "init":
-        weights = folder / "checkpoints" / f"{checkpoint}.ckpt"
+        weights = checkpoint_path(folder, checkpoint)
     data = ImageData(replace(recipe.data, batch_size=batch_size or recipe.data.batch_size), recipe.seed)
     check_shares(len(data.splits.train), data.config.batch_size, world=1, accumulate=1)
     seed_everything(recipe.seed, workers=True, verbose=False)
@@ -102,7 +102,7 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
     module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate)
     (images, labels), *more = islice(data.train_dataloader(), FORECAST_BATCHES)
     if weights is not None:
-        load_weights(module, weights)
+        load_weights(module, weights, recipe)
     elif recipe.model.calibrate != "none":
         module.calibrate_on([images])
     state = "at initialization" if weights is None else f"with {weights.name}"

@@ -18,7 +18,7 @@ from pws.methods import Method
 from pws.training.callbacks import Clock
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
-from pws.training.quiet import bare_trainer
+from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.run import method_for, model_for
 
 
@@ -62,7 +62,7 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
     failure: NonFiniteLossError | None = None
     accuracy = None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), real_interrupts():
             warnings.simplefilter("ignore")
             trainer.fit(module, datamodule=data)
             clock.stop()

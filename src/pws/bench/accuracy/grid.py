@@ -7,19 +7,19 @@ change settings of one recipe. Settings are written as in a recipe (`optim: {lr:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
-from pws.errors import PwsError, UnknownNameError
-from pws.training.check import check_recipe
+from pws.errors import PwsError, UnknownNameError, shown
+from pws.training.check import AT_LEAST_ONE, POSITIVE, check_recipe, check_rules
 from pws.training.recipe import Recipe
-from pws.training.recipe_file import flatten, recipe_of
+from pws.training.recipe_file import recipe_of, settings_in
+from pws.training.typed import read_yaml, typed
 
-KEYS: Final = ("title", "target", "evaluations", "evaluation_images", "seeds", "settings", "columns", "rows")
 QUICK_STEPS: Final = 4
+MOST_CELLS: Final = 10_000
 ONLY_COLUMN: Final = "accuracy"
 """Label of a column with nothing to be told apart from."""
 
@@ -63,6 +63,24 @@ def shipped_grids() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "grids").glob("*.yaml"))}
 
 
+@dataclass
+class GridFile:
+    """A grid as it is written: what its keys may hold."""
+
+    columns: list[dict[str, Any]]
+    rows: dict[str, dict[str, Any] | None]
+    title: str = ""
+    target: float = 0.8
+    evaluations: int = 10
+    evaluation_images: int = 1000
+    seeds: list[int] = field(default_factory=lambda: [0])
+    settings: dict[str, Any] | None = None
+
+
+KEYS: Final = tuple(field.name for field in fields(GridFile))
+RULES: Final = {"target": POSITIVE, "evaluations": AT_LEAST_ONE, "evaluation_images": AT_LEAST_ONE}
+
+
 def load_grid(name: str, *, quick: bool = False) -> Grid:
     """The shipped grid called `name`, or the YAML file of that path.
 
@@ -77,50 +95,60 @@ def load_grid(name: str, *, quick: bool = False) -> Grid:
     path = shipped_grids().get(name, Path(name))
     if not path.is_file():
         raise UnknownNameError("grid (no such file or shipped grid)", name, shipped_grids())
-    content = _read(path)
-    columns, rows = _columns(content["columns"]), content["rows"]
+    content = read_yaml(path, "grid", KEYS)
+    file: GridFile = typed(GridFile, content, str(path))
+    check_rules(RULES, file, f"{path}: ")
+    for key in ("columns", "rows", "seeds"):
+        if not content.get(key, [0]):
+            raise PwsError(f"{path}: {key} must hold at least one; got {shown(content[key])}.")
+    columns = _columns(path, content["columns"])
     if quick:
         columns = dict(list(columns.items())[:: max(1, len(columns) - 1)])
-    base = flatten(content.get("settings", {}))
-    cells = []
-    for row, own in rows.items():
-        own = flatten(own or {})
-        seeds = own.pop("seeds", content.get("seeds", [0]))
-        for seed in seeds[:1] if quick else seeds:
-            for column, settings in columns.items():
-                chosen = {**base, "model.method": row, **settings, **own, "seed": seed}
-                cells.append(_cell(path, row, column, {**chosen, **_quick(chosen)} if quick else chosen))
     return Grid(
         name=path.stem,
-        title=f"quick look, not a measurement: digits, {QUICK_STEPS} steps" if quick else content["title"],
-        rows=tuple(rows),
+        title=f"quick look, not a measurement: digits, {QUICK_STEPS} steps" if quick else file.title or path.stem,
+        rows=tuple(content["rows"]),
         columns=tuple(columns),
-        cells=tuple(sorted(cells, key=lambda cell: cell.recipe.seed)),
-        target=float(content.get("target", 0.8)),
-        evaluations=2 if quick else int(content.get("evaluations", 10)),
-        evaluation_images=int(content.get("evaluation_images", 1000)),
+        cells=tuple(_cells(path, file, content, columns, quick=quick)),
+        target=file.target,
+        evaluations=2 if quick else file.evaluations,
+        evaluation_images=file.evaluation_images,
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _cells(
+    path: Path, file: GridFile, content: Mapping[str, Any], columns: Mapping[str, Mapping[str, Any]], *, quick: bool
+) -> list[Cell]:
+    """Seed by seed. Settings are taken as they are written: what they mean is the recipe's to say."""
+    base = _settings(path, "settings", content.get("settings") or {})
+    chosen: list[tuple[str, str, dict[str, Any]]] = []
+    for row, own in content["rows"].items():
+        own = dict(own or {})
+        seeds = typed(list[int], own.pop("seeds", file.seeds), f"{path}, row {row!r}, seeds")
+        own = _settings(path, f"row {row!r}", own)
+        if not seeds or len(seeds) * len(columns) + len(chosen) > MOST_CELLS:
+            raise PwsError(f"{path}: seeds must be a list of at least one, and cells at most {MOST_CELLS:,}.")
+        for seed, (column, settings) in product(seeds[:1] if quick else seeds, columns.items()):
+            chosen.append((row, column, {**base, "model.method": row, **settings, **own, "seed": seed}))
+    cells = [_cell(path, row, column, {**s, **_quick(s)} if quick else s) for row, column, s in chosen]
+    return sorted(cells, key=lambda cell: cell.recipe.seed)
+
+
+def _settings(path: Path, where: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted settings, each of which a recipe takes."""
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PwsError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(content, dict):
-        raise PwsError(f"{path} must hold a grid's keys ({', '.join(KEYS)}); got {content!r}.")
-    for key in content:
-        if key not in KEYS:
-            raise UnknownNameError(f"grid key in {path}:", key, KEYS)
-    for key, kind, words in (("columns", list, "a list of settings"), ("rows", dict, "row names, each with settings")):
-        if not isinstance(content.get(key), kind) or not content[key]:
-            raise PwsError(f"{path}: {key} must be {words}, at least one; got {content.get(key)!r}.")
-    return {"title": path.stem, **content}
+        settings = settings_in(content, f"{path}, {where}")
+        recipe_of(settings)
+    except UnknownNameError:
+        raise
+    except PwsError as error:
+        raise PwsError(f"{path}, {where}: {error}") from error
+    return settings
 
 
-def _columns(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Label to settings; a label names whatever differs among the columns, in the words of the field."""
-    columns = [flatten(settings or {}) for settings in listed]
+    columns = [_settings(path, f"column {number}", settings) for number, settings in enumerate(listed, 1)]
     words: dict[str, Callable[[Any], str]] = {
         "model.name": str,
         "data.batch_size": "batch {}".format,
@@ -129,13 +157,10 @@ def _columns(listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         "optim.lr": lambda lr: f"LR {float(lr):g}",  # YAML reads 1e-3 as a word
     }
     varied = [key for key in words if len({str(column.get(key, "left out")) for column in columns}) > 1]
-    try:
-        labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
-    except (TypeError, ValueError) as error:
-        raise PwsError(f"columns: data.train_images and optim.lr must be numbers ({error}); got {columns}.") from error
+    labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
     if len(set(labels)) < len(columns):
         raise PwsError(
-            f"columns must differ in network, batch size, images, augmentation or learning rate; got {labels}."
+            f"{path}: columns must differ in network, batch size, images, augmentation or learning rate; got {shown(labels)}."
         )
     return {label or ONLY_COLUMN: column for label, column in zip(labels, columns, strict=True)}
 

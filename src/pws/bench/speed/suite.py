@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from pws.bench.speed.networks import check_row
-from pws.errors import PwsError, UnknownNameError
+from pws.errors import PwsError, UnknownNameError, shown
+from pws.training.check import AT_LEAST_ONE, POSITIVE, SIDE, WIDTH, check_rules
+from pws.training.typed import read_yaml, typed
 
-KEYS: Final = ("title", "rows", "seconds", "lives", "cases")
-DEFAULTS: Final = {"seconds": 30.0, "lives": 3}
+MOST_CASES: Final = 1000
 TASKS: Final = ("train", "inference")
 OPTIMIZERS: Final = {"sgd": "", "sgd-fused": "fused SGD"}
 """To words; nothing for torch's SGD as it comes."""
@@ -72,6 +72,22 @@ def shipped_suites() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "suites").glob("*.yaml"))}
 
 
+@dataclass
+class SuiteFile:
+    """A suite as it is written: what its keys may hold."""
+
+    rows: list[str]
+    cases: list[dict[str, Any]]
+    title: str = ""
+    seconds: float = 30.0
+    lives: int = 3
+
+
+KEYS: Final = tuple(field.name for field in fields(SuiteFile))
+RULES: Final = {"seconds": POSITIVE, "lives": AT_LEAST_ONE}
+CASE_RULES: Final = {"batch": AT_LEAST_ONE, "pixels": SIDE, "width": WIDTH}
+
+
 def load_suite(name: str, *, quick: bool = False) -> Suite:
     """The shipped suite called `name`, or the YAML file of that path.
 
@@ -86,39 +102,22 @@ def load_suite(name: str, *, quick: bool = False) -> Suite:
     path = shipped_suites().get(name, Path(name))
     if not path.is_file():
         raise UnknownNameError("suite (no such file or shipped suite)", name, shipped_suites())
-    content = _read(path)
-    for row in content["rows"]:
+    content = read_yaml(path, "suite", KEYS)
+    file: SuiteFile = typed(SuiteFile, content, str(path))
+    check_rules(RULES, file, f"{path}: ")
+    if file.rows[:1] != ["none"]:
+        raise PwsError(f"{path}: the first row must be none, which all ratios are to; got {shown(file.rows)}.")
+    for row in file.rows:
         check_row(row)
     cases = [case for settings in content["cases"] for case in _cases(path, settings)]
+    if not cases:
+        raise PwsError(f"{path}: cases must hold at least one; got {shown(content['cases'])}.")
     if quick:
         cases = list(dict.fromkeys(_quick(case) for case in (cases[0], cases[-1])))
-    seconds, lives = (2.0, 1) if quick else (content["seconds"], content["lives"])
-    title = f"quick look, not a measurement: {content['title']}" if quick else content["title"]
-    return Suite(path.stem, title, tuple(content["rows"]), tuple(cases), seconds, lives)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PwsError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(content, dict):
-        raise PwsError(f"{path} must hold a suite's keys ({', '.join(KEYS)}); got {content!r}.")
-    for key in content:
-        if key not in KEYS:
-            raise UnknownNameError(f"suite key in {path}:", key, KEYS)
-    for key in ("rows", "cases"):
-        if not isinstance(content.get(key), list) or not content[key]:
-            raise PwsError(f"{path}: {key} must be a list of at least one; got {content.get(key)!r}.")
-    if content["rows"][0] != "none":
-        raise PwsError(f"{path}: the first row must be none, which all ratios are to; got {content['rows'][0]!r}.")
-    content = {"title": path.stem, **DEFAULTS, **content}
-    for key, default in DEFAULTS.items():
-        value = content[key]
-        if isinstance(value, bool) or not isinstance(value, type(default) | int) or not 0 < value < float("inf"):
-            kind = "a whole number" if isinstance(default, int) else "a number"
-            raise PwsError(f"{path}: {key} must be {kind} above 0; got {value!r}. Usual: {default:g}.")
-    return content
+    seconds, lives = (2.0, 1) if quick else (file.seconds, file.lives)
+    title = file.title or path.stem
+    title = f"quick look, not a measurement: {title}" if quick else title
+    return Suite(path.stem, title, tuple(file.rows), tuple(cases), seconds, lives)
 
 
 def _cases(path: Path, settings: dict[str, Any]) -> Iterator[Case]:
@@ -127,15 +126,18 @@ def _cases(path: Path, settings: dict[str, Any]) -> Iterator[Case]:
         if key not in known:
             raise UnknownNameError(f"case setting in {path}:", key, known)
     lists = [value if isinstance(value, list) else [value] for value in settings.values()]
+    if prod(map(len, lists)) > MOST_CASES:
+        raise PwsError(f"{path}: a case's lists must combine to at most {MOST_CASES:,} cases; got {shown(settings)}.")
     for values in product(*lists):
-        try:
-            case = Case(**dict(zip(settings, values, strict=True)))
-        except TypeError as error:
-            raise PwsError(f"{path}: a case needs model, batch and pixels; got {settings}.") from error
-        if case.task not in TASKS:
-            raise UnknownNameError(f"task in {path}:", case.task, TASKS)
-        if case.optimizer not in OPTIMIZERS:
-            raise UnknownNameError(f"optimizer in {path}:", case.optimizer, OPTIMIZERS)
+        case: Case = typed(Case, dict(zip(settings, values, strict=True)), f"{path}, case {shown(settings)}")
+        check_rules(CASE_RULES, case, f"{path}, case: ")
+        for kind, value, names in (
+            ("task", case.task, TASKS),
+            ("optimizer", case.optimizer, OPTIMIZERS),
+            ("setting to vary", case.vary, [None, *known]),
+        ):
+            if value not in names:
+                raise UnknownNameError(f"{kind} in {path}:", value, [name for name in names if name])
         yield case
 
 
