@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentError
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from pws.errors import PwsError
+from pws.training.check import PROCESSES
 from pws.training.typed import parser_says
 
 
@@ -16,6 +20,29 @@ def command_parser(command: str, description: str, example: str) -> ArgumentPars
     return ArgumentParser(
         prog=f"pws {command}", description=description, epilog=f"Example: {example}", exit_on_error=False
     )
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise `PwsError` unless that many processes can be started."""
+    if not 1 <= jobs <= PROCESSES:
+        raise PwsError(f"--jobs must be at least 1, and at most {PROCESSES} on this machine; got {jobs}.")
+
+
+def check_folder(out: Path) -> None:
+    """Raise `PwsError` unless files can be written to this folder, made or to be made: asked before the work."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise PwsError(f"--out must be a folder that can be written to; {nearest} is none. Name another one.")
+
+
+def check_failures(what: str, failures: Mapping[str, str], count: int) -> None:
+    """Raise `PwsError` if some of the `count` cells or cases could not be done: the rest is stored by now."""
+    if failures:
+        first, reason = next(iter(failures.items()))
+        raise PwsError(
+            f"{len(failures)} of {count} {what} failed, the others are stored; {first}: {reason}. The same command tries "
+            "them again."
+        )
 
 
 def check_sizes(parsed: Any) -> None:

@@ -14,7 +14,7 @@ from pws.bench.forecasts import run_forecast
 from pws.bench.initial import run_initial
 from pws.bench.warm_start import run_warm_start
 from pws.cli import accuracy, conversion, speed, tables
-from pws.cli.arguments import command_parser, parse
+from pws.cli.arguments import check_folder, command_parser, parse
 from pws.errors import UnknownNameError
 from pws.training.quiet import quiet_lightning
 
@@ -61,6 +61,7 @@ def run(arguments: list[str]) -> int:
         raise UnknownNameError("bench", parsed.name, BENCHES)
     quiet_lightning()
     console, out = Console(), Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks"))
+    check_folder(out)
     BENCHES[parsed.name][0](
         out, parsed.quick, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
     )
