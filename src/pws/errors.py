@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import re
 import reprlib
 from collections.abc import Iterable
@@ -47,5 +48,25 @@ def cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of unknown origin says, in a line; that memory ran out, where it did."""
+    if isinstance(error, SystemExit):
+        return f"it called exit({error.code!r})"
+    said = f"{type(error).__name__}: {one_line(error)}".removesuffix(": ")
+    return f"memory ran out ({said})" if memory_ran_out(error) else said
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Whether this is what the interpreter, the system or torch raise when there is not enough memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
+_NO_MEMORY: Final = re.compile(
+    "can't allocate memory|not enough memory|out of memory|bad_alloc|size calculation overflowed|Cannot allocate memory"
+    "|numel: integer multiplication overflow|Invalid memory|invalid.* shape .*overflow",
+    re.IGNORECASE,
+)
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 120

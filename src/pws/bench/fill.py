@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from pws.bench.accuracy.table import accuracy_table, range_table, steps_table
+from pws.bench.accuracy.table import StoredCell, accuracy_table, range_table, steps_table
 from pws.bench.conversion.run import conversions_summary, conversions_table
 from pws.bench.speed.report import images_table, kept_table, peak_table, ratio_table, step_table
 from pws.bench.warm_start import warm_start_table
-from pws.errors import PwsError, UnknownNameError
+from pws.errors import PwsError, UnknownNameError, reason_of, shown
+from pws.training.typed import check_each, typed
 
 MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 Result = dict[str, Any]
@@ -39,6 +40,9 @@ TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
 """By a key of the result (of `pws bench accuracy`, `speed`, `warm-start`, `convert`), its tables; the first is the main one."""
 
 
+MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert")
+
+
 def fill_tables(text: str, results: Path) -> str:
     """`text` with its tables made anew from `results/NAME.json`.
 
@@ -49,12 +53,18 @@ def fill_tables(text: str, results: Path) -> str:
 
     def table(found: re.Match[str]) -> str:
         start, name, kind, rows, end = found.groups()
-        path = results / f"{name}.json"
-        result = _result(path, f"pws bench {name.replace('/', ' ')}", rows)
-        tables = next(tables for key, tables in TABLES.items() if key in result)
+        path, command = results / f"{name}.json", f"pws bench {name.replace('/', ' ')}"
+        result = _result(path, command, rows)
+        tables = next((tables for key, tables in TABLES.items() if key in result), {})
+        if not tables:
+            raise PwsError(f"{path} has no table: it is no result of pws bench {', '.join(MADE_BY)}.")
         if kind is not None and kind not in tables:
             raise UnknownNameError(f"table of {path}:", kind, tables)
-        return f"{start}\n{tables[kind or next(iter(tables))](result)}\n{end}"
+        try:
+            filled = tables[kind or next(iter(tables))](result)
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise PwsError(f"{path} is damaged ({reason_of(error)}). Make it again with `{command}`.") from error
+        return f"{start}\n{filled}\n{end}"
 
     return MARKED.sub(table, text)
 
@@ -62,13 +72,18 @@ def fill_tables(text: str, results: Path) -> str:
 def _result(path: Path, command: str, rows: str | None) -> Result:
     if not path.is_file():
         raise PwsError(f"a table wants {path}, which is missing. Make it with `{command}`.")
-    result: Result = json.loads(path.read_text())
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PwsError(f"{path} is damaged ({reason_of(error)}). Make it again with `{command}`.") from error
+    if not isinstance(result, dict):
+        raise PwsError(f"{path} holds no result; got {shown(result)}. Make it again with `{command}`.")
     if rows is None:
         return result
-    chosen = [row.strip() for row in rows.split(";")]
+    chosen, known = [row.strip() for row in rows.split(";")], typed(list[str], result.get("rows"), f"{path}, rows")
     for row in chosen:
-        if row not in result["rows"]:
-            raise PwsError(f"{path} has no row {row!r}; it has: {'; '.join(result['rows'])}.")
-    if "suite" in result:
-        return {**result, "rows": chosen}
-    return {**result, "rows": chosen, "cells": [cell for cell in result["cells"] if cell["row"] in chosen]}
+        if row not in known:
+            raise PwsError(f"{path} has no row {row!r}; it has: {'; '.join(known)}.")
+    cells = result.get("cells", [])
+    check_each(StoredCell, cells, f"{path}, cells")
+    return {**result, "rows": chosen, "cells": [cell for cell in cells if cell["row"] in chosen]}

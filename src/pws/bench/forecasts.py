@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -33,11 +34,22 @@ PAIRS: Final = 3
 COLOURS: Final = {**pictures.COLOURS, "gn": "#7f8c8d", "ws": "#7f8c8d"}
 
 
+@dataclass
+class StoredNetwork:
+    """What a network in the result file may hold: it is stored in two parts."""
+
+    held_out: bool
+    diverging_lr: float | None = None
+    forecasts: list[float] = field(default_factory=list)
+    one_step: float | None = None
+
+
 def run_forecast(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Goes on with what forecast.json holds."""
     path = out / "forecast.json"
-    cells: dict[str, Any] = (read_result(path, "networks") or {"networks": {}})["networks"]
+    stored: dict[str, Any] = (read_result(path, "networks", dict, StoredNetwork) or {"networks": {}})["networks"]
     networks = NETWORKS[:1] if quick else (*NETWORKS, *HELD_OUT)
+    cells = {str(n): stored[str(n)] for n in (*NETWORKS, *HELD_OUT) if str(n) in stored}
     result: dict[str, Any] = {}
     for number, network in enumerate(networks, 1):
         cell = cells.setdefault(str(network), {"held_out": network in HELD_OUT})

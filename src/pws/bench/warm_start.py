@@ -25,6 +25,8 @@ LR: Final = 0.1
 FINE_LR: Final = 0.01
 EXAMPLES: Final = (64, 1024)
 """Training images that the conversion fits the layers on."""
+STATES: Final = ("before", *(f"fitted on {images}" for images in EXAMPLES), "after an epoch", "bn, an epoch more")
+"""Of a network, each with its accuracy."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,23 @@ NETWORKS: Final = (
 QUICK: Final = (Trained("stack4", 1_200, 6, "digits", 0.25),)
 
 
+@dataclass
+class StoredNetwork:
+    """What tells an entry of the result file from others."""
+
+    network: str
+    train_images: int
+    epochs: int
+    seed: int
+
+
 def run_warm_start(out: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Batch 128; goes on where it stopped."""
     path, chosen = out / "warm-start.json", QUICK if quick else NETWORKS
-    done = (read_result(path, "networks") or {"networks": []})["networks"]
-    # An entry of other settings is made anew.
-    found = {t: entry for t in chosen for entry in done if entry.items() >= t.settings.items()}
+    done = (read_result(path, "networks", list, StoredNetwork) or {"networks": []})["networks"]
+    # An entry of other settings, or without a state, is made anew.
+    whole = [entry for entry in done if all(isinstance(entry.get(state), int | float) for state in STATES)]
+    found = {t: entry for t in chosen for entry in whole if entry.items() >= t.settings.items()}
     result: dict[str, Any] = {"batch_size": 128, "lr": LR, "fine_tuning_lr": FINE_LR}
     for trained in chosen:
         if trained not in found:
@@ -128,11 +141,10 @@ def warm_start_table(result: dict[str, Any]) -> str:
 
 def _draw(networks: list[dict[str, Any]], path: Path) -> None:
     figure = new_figure(3.2 * len(networks) + 1, 3.6)
-    states = ["before", *(f"fitted on {images}" for images in EXAMPLES), "after an epoch", "bn, an epoch more"]
     colours = ["#2471a3", "#a9dfbf", "#52be80", "#1e8449", "#5499c7"]
     for axes, entry in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks, strict=True):
-        values = [entry[state] for state in states]
-        bars = axes.bar(states, values, color=colours)
+        values = [entry[state] for state in STATES]
+        bars = axes.bar(STATES, values, color=colours)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
         axes.set_ylim(0, 105)
         axes.set_title(f"{entry['network'].rpartition(':')[2]}, seed {entry['seed']}", fontsize=9)

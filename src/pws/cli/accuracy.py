@@ -16,8 +16,7 @@ from rich.table import Table
 from pws.bench.accuracy import Grid, load_grid, run_grid, shipped_grids
 from pws.bench.accuracy.report import write_report
 from pws.bench.accuracy.table import summarize
-from pws.cli.arguments import command_parser, parse
-from pws.errors import PwsError
+from pws.cli.arguments import check_failures, check_folder, check_jobs, command_parser, parse
 
 Done = Mapping[tuple[str, str, int], dict[str, Any]]
 
@@ -40,17 +39,19 @@ def run(arguments: list[str]) -> int:
         "--quick", action="store_true", help="digits and a few steps: to see that it works, not to measure"
     )
     parsed = parse(parser, arguments)
-    if parsed.jobs < 1:
-        raise PwsError(f"--jobs must be at least 1; got {parsed.jobs}.")
+    check_jobs(parsed.jobs)
     grid = load_grid(parsed.grid, quick=parsed.quick)
     out = Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks/accuracy"))
+    check_folder(out)
     console = Console()
     console.print(grid.title, highlight=False)
     command = f"pws bench accuracy {parsed.grid}{' --quick' if parsed.quick else ''}"
     with _Progress(grid, parsed.jobs, console) as progress:
-        result = run_grid(grid, out / f"{grid.name}.json", command, parsed.jobs, progress)
-    files = write_report(result, out / grid.name)
-    console.print(f"Files: {out / grid.name}.json, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+        result = run_grid(grid, out / f"{grid.name}.json", command, parsed.jobs, progress, progress.fail)
+    if result is not None:
+        files = write_report(result, out / grid.name)
+        console.print(f"Files: {out / grid.name}.json, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    check_failures("cells", progress.failures, len(grid.cells))
     return 0
 
 
@@ -60,6 +61,7 @@ class _Progress:
     def __init__(self, grid: Grid, jobs: int, console: Console) -> None:
         self.grid, self.jobs, self.console = grid, jobs, console
         self.done: Done = {}
+        self.failures: dict[str, str] = {}
         self.started = time.perf_counter()
         self.kept: int | None = None
         """Cells that an earlier run has left."""
@@ -83,6 +85,12 @@ class _Progress:
         elif not self.console.is_terminal:
             self._line(list(done.values())[-1])
 
+    def fail(self, key: tuple[str, str, int], reason: str) -> None:
+        """Take note of a cell without an outcome."""
+        name = f"{key[0]}, {key[1]}, seed {key[2]}"
+        self.failures[name] = reason
+        self.console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+
     def _line(self, cell: dict[str, Any]) -> None:
         ended = f"nan@{cell['non_finite_step']}" if cell["accuracy"] is None else f"{100 * cell['accuracy']:.2f} %"
         self.console.print(
@@ -93,10 +101,12 @@ class _Progress:
         )
 
     def _left(self) -> str:
-        new = len(self.done) - (self.kept or 0)
+        new = len(self.done) - (self.kept or 0) + len(self.failures)
         if new < self.jobs:
             return "time left unknown yet"
-        seconds = (time.perf_counter() - self.started) / new * (len(self.grid.cells) - len(self.done))
+        seconds = (
+            (time.perf_counter() - self.started) / new * (len(self.grid.cells) - len(self.done) - len(self.failures))
+        )
         return f"{seconds / 60:.0f} min left" if seconds >= 60 else f"{seconds:.0f} s left"
 
     def _table(self) -> Table:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentError
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from pws.errors import PwsError
-from pws.training.typed import parser_says
+from pws.training.check import PROCESSES
+from pws.training.typed import PARSER_ERRORS, parser_says
 
 
 def command_parser(command: str, description: str, example: str) -> ArgumentParser:
@@ -16,6 +19,37 @@ def command_parser(command: str, description: str, example: str) -> ArgumentPars
     return ArgumentParser(
         prog=f"pws {command}", description=description, epilog=f"Example: {example}", exit_on_error=False
     )
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise `PwsError` unless that many processes can be started."""
+    if not 1 <= jobs <= PROCESSES:
+        raise PwsError(f"--jobs must be at least 1, and at most {PROCESSES} on this machine; got {jobs}.")
+
+
+def check_folder(out: Path) -> None:
+    """Raise `PwsError` unless files can be written to this folder, made or to be made: asked before the work."""
+    nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise PwsError(f"--out must be a folder that can be written to; {nearest} is none. Name another one.")
+
+
+def check_free(*files: Path) -> None:
+    """Raise `PwsError` if one of the files to write is there already, or its folder can't be written to."""
+    for path in files:
+        check_folder(path.parent)
+        if path.exists() and path.is_file() | path.is_dir():  # a device or a pipe is written to
+            raise PwsError(f"--out: {path} exists already, and nothing is overwritten. Remove it, or name another one.")
+
+
+def check_failures(what: str, failures: Mapping[str, str], count: int) -> None:
+    """Raise `PwsError` if some of the `count` cells or cases could not be done: the rest is stored by now."""
+    if failures:
+        first, reason = next(iter(failures.items()))
+        raise PwsError(
+            f"{len(failures)} of {count} {what} failed, the others are stored; {first}: {reason}. The same command tries "
+            "them again."
+        )
 
 
 def check_sizes(parsed: Any) -> None:
@@ -28,6 +62,15 @@ def check_sizes(parsed: Any) -> None:
 def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     """What was given; raises `PwsError` where that is wrong."""
     try:
-        return parser.parse_args(arguments)
-    except ArgumentError as error:
+        parsed = parser.parse_args(arguments)
+    except PARSER_ERRORS as error:
         raise PwsError(f"{parser_says(error)} (`{parser.prog} --help` tells the options)") from error
+    for key, value in vars(parsed).items():
+        check_word(key, value)
+    return parsed
+
+
+def check_word(key: str, value: Any) -> None:
+    """Raise `PwsError` for a word that is empty, or that no path can be."""
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise PwsError(f"{key.replace('_', '-')} must not be empty; got {value!r}. Is a variable of the shell not set?")

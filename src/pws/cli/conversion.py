@@ -11,8 +11,9 @@ from rich.console import Console
 
 from pws.bench.conversion.models import SPECS
 from pws.bench.conversion.run import conversions_table, run_conversions
-from pws.cli.arguments import command_parser, parse
-from pws.errors import PwsError
+from pws.cli.arguments import check_folder, check_jobs, command_parser, parse
+from pws.errors import PwsError, shown
+from pws.files import write_whole
 
 
 def run(arguments: list[str]) -> int:
@@ -30,8 +31,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str, default="benchmarks", help="folder of convert.json and convert.md")
     parsed = parse(parser, arguments)
     specs = [spec for spec in SPECS if fnmatchcase(spec, parsed.only)]
-    if not specs or parsed.jobs < 1:
-        raise PwsError(f"--only must match a model, and --jobs be at least 1; got {parsed.only!r} and {parsed.jobs}.")
+    check_jobs(parsed.jobs)
+    if not specs:
+        raise PwsError(f"--only must match a model; got {shown(parsed.only)}. Models are such as {SPECS[0]}.")
+    check_folder(Path(parsed.out))
     console, path = Console(), Path(parsed.out) / "convert.json"
 
     def line(spec: str, model: dict[str, Any], done: int) -> None:
@@ -42,6 +45,6 @@ def run(arguments: list[str]) -> int:
     result = run_conversions(specs, path, command, parsed.jobs, line)
     table = path.with_suffix(".md")
     share = f"{result['passed']} of {result['run']} models passed all checks"
-    table.write_text(f"# Conversion of real models\n\n{share} (`{command}`).\n\n{conversions_table(result)}")
+    write_whole(table, f"# Conversion of real models\n\n{share} (`{command}`).\n\n{conversions_table(result)}")
     console.print(f"{share}. Files: {path}, {table}", highlight=False, soft_wrap=True)
     return 0

@@ -16,7 +16,7 @@ from pws.bench.speed.pictures import quartiles
 from pws.bench.speed.report import ratio_text, write_report
 from pws.bench.speed.run import run_suite
 from pws.bench.speed.suite import Suite, load_suite, shipped_suites
-from pws.cli.arguments import command_parser, parse
+from pws.cli.arguments import check_failures, check_folder, command_parser, parse
 
 
 def run(arguments: list[str]) -> int:
@@ -34,14 +34,17 @@ def run(arguments: list[str]) -> int:
     parsed = parse(parser, arguments)
     suite = load_suite(parsed.suite, quick=parsed.quick)
     out = Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks/speed"))
+    check_folder(out)
     console = Console()
     console.print(suite.title, highlight=False)
     with _Progress(suite, console) as progress:
         command = f"pws bench speed {parsed.suite}{' --quick' if parsed.quick else ''}"
         path = out / f"{suite.name}.json"
-        result = run_suite(suite, path, command, progress.take, progress.say)
-    files = write_report(result, out / suite.name)
-    console.print(f"Files: {path}, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+        result = run_suite(suite, path, command, progress.take, progress.say, progress.fail)
+    if result is not None:
+        files = write_report(result, out / suite.name)
+        console.print(f"Files: {path}, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+    check_failures("cases", progress.failures, len(suite.cases))
     return 0
 
 
@@ -51,6 +54,7 @@ class _Progress:
     def __init__(self, suite: Suite, console: Console) -> None:
         self.suite, self.console = suite, console
         self.cases: list[Mapping[str, Any]] = []
+        self.failures: dict[str, str] = {}
         self.doing = ""
         self.live = Live(console=console, refresh_per_second=2, get_renderable=self._shown)
         self.context = self.live if console.is_terminal else nullcontext()
@@ -68,6 +72,11 @@ class _Progress:
     def say(self, text: str) -> None:
         """Take note of what is going on."""
         self.doing = text
+
+    def fail(self, case: str, reason: str) -> None:
+        """Take note of a case that could not be measured."""
+        self.failures[case] = reason
+        self.console.print(f"{case}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
     def take(self, content: Mapping[str, Any]) -> None:
         """Take note of what is done."""

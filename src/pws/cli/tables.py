@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pws.bench.fill import fill_tables
 from pws.cli.arguments import command_parser, parse
+from pws.errors import PwsError, one_line
+from pws.files import write_whole
 
 
 def run(arguments: list[str]) -> int:
@@ -19,10 +21,18 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("documents", type=str, nargs="+", help="Markdown files")
     parser.add_argument("--results", type=str, default="benchmarks", help="folder of NAME.json")
     parsed = parse(parser, arguments)
-    filled = {Path(name): fill_tables(Path(name).read_text(), Path(parsed.results)) for name in parsed.documents}
+    texts = {Path(name): _text(Path(name)) for name in parsed.documents}
+    filled = {path: fill_tables(text, Path(parsed.results)) for path, text in texts.items()}
     for path, text in filled.items():
-        changed = text != path.read_text()
+        changed = text != texts[path]
         if changed:
-            path.write_text(text)
+            write_whole(path, text)
         print(f"{path}: {'filled' if changed else 'up to date'}")
     return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PwsError(f"{path} must be a text in UTF-8: {one_line(error)}.") from error

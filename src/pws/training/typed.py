@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from argparse import ArgumentError
 from collections.abc import Collection
+from copy import deepcopy
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,10 @@ from jsonargparse import ArgumentParser
 from pws.errors import PwsError, UnknownNameError, one_line, shown
 
 LARGEST: Final = 1_000_000
-"""Bytes of a YAML file, and values in it once its aliases are written out: ten aliases of ten make a gigabyte."""
+"""Characters of a YAML file, and values in it once its aliases are written out: ten aliases of ten make a gigabyte."""
+
+PARSER_ERRORS: Final = (ArgumentError, TypeError, ValueError, ArithmeticError)
+"""What jsonargparse raises for a value: its own error, or that of a conversion, as of 10 ** 400 to a float."""
 
 
 def read_yaml(path: Path, what: str, known: Collection[str] = ()) -> dict[str, Any]:
@@ -80,16 +85,32 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         PwsError: the value, or a part of it, is of another type.
     """
     parser = _parser(kind)
+    if is_dataclass(kind) and isinstance(value, dict):  # a key with nothing behind it is left out
+        required = {field.name for field in fields(kind) if field.default is field.default_factory is MISSING}
+        value = {key: item for key, item in value.items() if item is not None or key in required}
     try:
-        parsed = parser.parse_object({"value": value})
-    except (ArgumentError, TypeError, ValueError, ArithmeticError) as error:
+        parsed = parser.parse_object({"value": deepcopy(value)})  # it writes into what it is given
+    except PARSER_ERRORS as error:
         message = parser_says(error).removeprefix("value: ").replace("value.", "")
         raise PwsError(f"{where}: {message}.") from error
     return parser.instantiate(parsed)["value"]
 
 
+def check_each(kind: type, entries: Any, where: str) -> None:
+    """Raise `PwsError` unless `entries`, a list or a mapping, are mappings with all that the dataclass `kind` has, and more."""
+    if not isinstance(entries, list | dict):
+        raise PwsError(f"{where} must be a list; got {shown(entries)}.")
+    for name, values in entries.items() if isinstance(entries, dict) else enumerate(entries):
+        if not isinstance(values, dict):
+            raise PwsError(f"{where} {name!r} must be a mapping; got {shown(values)}.")
+        known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+        typed(kind, known, f"{where} {name!r}")
+
+
 def parser_says(error: Exception) -> str:
     """A parser's message in a line, in our words."""
+    if isinstance(error, ArithmeticError):
+        return f"a number is beyond what a float can be: {one_line(error)}"
     message = one_line(error).replace("the following arguments are required", "missing")
     return re.sub(r'Parser key "([^"]*)":', r"\1:", message)
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pws.bench.accuracy.cell import train_cell
 from pws.bench.accuracy.grid import Cell, Grid
+from pws.bench.accuracy.table import StoredCell
+from pws.bench.apart import Failure, each_apart
 from pws.bench.result import read_result, write_result
 from pws.training.quiet import quiet_lightning
 
 Stored = dict[str, Any]
 """A cell's row, column, seed, settings and outcome, as in the file."""
-Listener = Callable[[Mapping[tuple[str, str, int], Stored]], None]
+Key = tuple[str, str, int]
 
 
-def run_grid(grid: Grid, path: Path, command: str, jobs: int, listen: Listener) -> Stored:
-    """Train what `path` does not hold yet; returns the content of `path`.
+def run_grid(
+    grid: Grid,
+    path: Path,
+    command: str,
+    jobs: int,
+    listen: Callable[[Mapping[Key, Stored]], None],
+    fail: Callable[[Key, str], None],
+) -> Stored | None:
+    """Train what `path` does not hold yet; returns the content of `path`, None if there is none.
 
     Args:
         grid: the cells.
@@ -29,46 +35,39 @@ def run_grid(grid: Grid, path: Path, command: str, jobs: int, listen: Listener) 
         command: what the file says that made it.
         jobs: processes, of one thread each.
         listen: called with the cells done, at the start and after each.
+        fail: called with a cell that has no outcome and the reason, such as that its process died; the others go on.
+
+    Raises:
+        PwsError: the file holds something else, or a cell's data or model can't be had.
     """
     done = _stored(grid, path)
     listen(done)
-    waiting = [cell for cell in grid.cells if cell.key not in done]
-    # Spawned: a forked process would inherit torch's thread pool in an unknown state.
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=quiet_lightning)
-    try:
-        futures = {pool.submit(train_cell, c, grid.evaluations, grid.evaluation_images): c for c in waiting}
-        for future in as_completed(futures):
-            cell = futures[future]
-            done[cell.key] = {**_head(cell), **asdict(future.result())}
-            _write(grid, path, command, done)
-            listen(done)
-    finally:
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:  # after Ctrl-C or an error nobody waits for what they were at
-            process.terminate()
-    return _write(grid, path, command, done)
+    waiting = {cell.key: cell for cell in grid.cells if cell.key not in done}
+    tasks = {key: (cell, grid.evaluations, grid.evaluation_images) for key, cell in waiting.items()}
+    for key, outcome in each_apart(train_cell, tasks, jobs, quiet_lightning):
+        if isinstance(outcome, Failure):
+            fail(key, outcome.reason)
+            continue
+        done[key] = {**_head(waiting[key]), **asdict(outcome)}
+        _write(grid, path, command, done)
+        listen(done)
+    return _write(grid, path, command, done) if done else None
 
 
 def _head(cell: Cell) -> Stored:
     return {"row": cell.row, "column": cell.column, "seed": cell.recipe.seed, "settings": dict(cell.settings)}
 
 
-def _stored(grid: Grid, path: Path) -> dict[tuple[str, str, int], Stored]:
-    cells = (read_result(path, "cells") or {"cells": []})["cells"]
+def _stored(grid: Grid, path: Path) -> dict[Key, Stored]:
+    cells = (read_result(path, "cells", list, StoredCell) or {"cells": []})["cells"]
     found = {(cell["row"], cell["column"], cell["seed"]): cell for cell in cells}
     return {c.key: found[c.key] for c in grid.cells if found.get(c.key, {}).get("settings") == dict(c.settings)}
 
 
-def _write(grid: Grid, path: Path, command: str, done: Mapping[tuple[str, str, int], Stored]) -> Stored:
-    """Replaced at once, so that an interruption leaves the old file or the new one."""
+def _write(grid: Grid, path: Path, command: str, done: Mapping[Key, Stored]) -> Stored:
     content = {
         **{"grid": grid.name, "title": grid.title, "target": grid.target},
         **{"rows": grid.rows, "columns": grid.columns},
         "cells": [done[cell.key] for cell in grid.cells if cell.key in done],
     }
-    partial = path.with_suffix(".partial")
-    write_result(partial, command, content)
-    partial.replace(path)
-    result: Stored = json.loads(path.read_text())
-    return result
+    return write_result(path, command, content)

@@ -8,12 +8,13 @@ from typing import Any
 
 from pws.bench.accuracy.pictures import draw_curves, draw_heat, draw_lines
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table
+from pws.files import write_whole
 
 
 def write_report(result: Mapping[str, Any], stem: Path) -> list[Path]:
     """Write STEM.md and the pictures; returns what was written."""
     tables = stem.with_suffix(".md")
-    tables.write_text(markdown(result))
+    write_whole(tables, markdown(result))
     pictures = [stem.with_name(f"{stem.name}-{kind}.png") for kind in ("heat", "lines", "curves")]
     for draw, path in zip((draw_heat, draw_lines, draw_curves), pictures, strict=True):
         draw(result, path)

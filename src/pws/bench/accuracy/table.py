@@ -15,6 +15,19 @@ CHANCE: Final = 0.2
 """Below this accuracy a network of ten classes has learnt nothing."""
 
 
+@dataclass
+class StoredCell:
+    """What the tables need of a cell in a result file."""
+
+    row: str
+    column: str
+    seed: int
+    settings: dict[str, Any]
+    accuracy: float | None
+    non_finite_step: int | None
+    curve: list[tuple[int, float]]
+
+
 @dataclass(frozen=True)
 class Summary:
     """The seeds of one row and column."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pws.bench.conversion.check import LR, STEPS, check_model
-from pws.bench.result import read_result, write_result
+from pws.bench.apart import Failure, each_apart
+from pws.bench.conversion.check import LR, STEPS, Checked, check_model
+from pws.bench.result import commit, read_result, write_result
 
 Stored = dict[str, Any]
 
@@ -21,20 +19,16 @@ def run_conversions(
 ) -> Stored:
     """Check what `path` does not hold yet; returns the content of `path`.
 
-    `listen` is given a model's name, what became of it, and how many are done.
+    `listen` is given a model's name, what became of it, and how many are done. A model whose process dies has that failure.
     """
-    known: dict[str, Stored] = (read_result(path, "models") or {"models": {}})["models"]
+    known: dict[str, Stored] = (read_result(path, "models", dict, Checked) or {"models": {}})["models"]
     done = {spec: known[spec] for spec in specs if spec in known}
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        futures = {pool.submit(check_model, spec): spec for spec in specs if spec not in done}
-        for future in as_completed(futures):
-            spec = futures[future]
-            done[spec] = asdict(future.result())
-            _write(specs, path, command, done)
-            listen(spec, done[spec], len(done))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    tasks = {spec: (spec,) for spec in specs if spec not in done}
+    for spec, outcome in each_apart(check_model, tasks, jobs):
+        checked = Checked(0, failures=[outcome.reason], commit=commit()) if isinstance(outcome, Failure) else outcome
+        done[spec] = asdict(checked)
+        _write(specs, path, command, done)
+        listen(spec, done[spec], len(done))
     return _write(specs, path, command, done)
 
 
@@ -43,11 +37,7 @@ def _write(specs: Sequence[str], path: Path, command: str, done: dict[str, Store
     run = [model for model in models.values() if not model["not_run"]]
     passed = sum(not model["failures"] for model in run)
     content = {"steps": STEPS, "lr": LR, "run": len(run), "passed": passed, "models": models}
-    partial = path.with_suffix(".partial")
-    write_result(partial, command, content)
-    partial.replace(path)
-    result: Stored = json.loads(path.read_text())
-    return result
+    return write_result(path, command, content)
 
 
 def conversions_table(result: Stored) -> str:

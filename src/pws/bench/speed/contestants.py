@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pws.bench.apart import TaskError, Worker
 from pws.bench.speed.memory import kept_by, peak_of
 from pws.bench.speed.networks import network, optimizer_of, step_of
 from pws.bench.speed.suite import Case
@@ -88,27 +88,30 @@ class Apart:
     next one has."""
 
     def __init__(self, row: str) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _enter, (row, torch.get_num_threads()))
-
-    def start(self) -> None:
-        """Get the process going; returns at once."""
-        self._pool.submit(_start)
+        self._row, self._worker = row, Worker(partial(_enter, row, torch.get_num_threads()))
 
     def prepare(self, case: Case) -> float:
         """See `Contestant`."""
-        return self._pool.submit(_prepare, case).result()
+        return float(self._call(_prepare, case))
 
     def time(self, steps: int) -> float:
         """See `Contestant`."""
-        return self._pool.submit(_time, steps).result()
+        return float(self._call(_time, steps))
 
     def memory(self) -> Memory:
         """See `Contestant`."""
-        return self._pool.submit(_memory).result()
+        memory: Memory = self._call(_memory)
+        return memory
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return self._worker.call(function, *arguments)
+        except TaskError as error:
+            raise TaskError(f"{self._row}: {error}") from error
 
     def close(self) -> None:
         """End the process."""
-        self._pool.shutdown(cancel_futures=True)
+        self._worker.close()
 
 
 @contextmanager
@@ -120,8 +123,6 @@ def contestants_of(rows: Sequence[str]) -> Iterator[Mapping[str, Contestant]]:
         yield {row: Here(row) for row in rows}
         return
     apart = {row: Apart(row) for row in rows}
-    for contestant in apart.values():
-        contestant.start()
     try:
         yield apart
     finally:
@@ -137,10 +138,6 @@ def _enter(row: str, threads: int) -> None:
     global _here
     torch.set_num_threads(threads)
     _here = Here(row)
-
-
-def _start() -> None:
-    """Nothing: a process that is to do it starts."""
 
 
 def _prepare(case: Case) -> float:

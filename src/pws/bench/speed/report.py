@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pws.bench.speed.pictures import draw_cases, draw_scaling, quartiles
+from pws.files import write_whole
 
 Stored = Mapping[str, Any]
 MIB = 2**20
@@ -57,7 +58,7 @@ def _memory_table(result: Stored, kind: str) -> str:
 def write_report(result: Stored, stem: Path) -> list[Path]:
     """Write STEM.md and the pictures; returns what was written."""
     tables = stem.with_suffix(".md")
-    tables.write_text(markdown(result))
+    write_whole(tables, markdown(result))
     written = [tables, stem.with_suffix(".png")]
     varied = [case for case in result["cases"] if case["settings"]["vary"]]
     (draw_scaling if varied else draw_cases)(result, written[1])

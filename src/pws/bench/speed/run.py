@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pws.bench.apart import TaskError
 from pws.bench.result import commit, read_result, write_result
-from pws.bench.speed.measure import measure_case, rows_of
+from pws.bench.speed.measure import Measured, measure_case, rows_of
 from pws.bench.speed.step_alone import step_alone
-from pws.bench.speed.suite import Suite
+from pws.bench.speed.suite import Case, Suite
 
 Stored = dict[str, Any]
 
 
+@dataclass
+class StoredCase:
+    """What the tables need of a case in a result file."""
+
+    case: str
+    settings: dict[str, Any]
+    commit: str
+    rows: dict[str, Measured]
+
+
 def run_suite(
-    suite: Suite, path: Path, command: str, listen: Callable[[Stored], None], say: Callable[[str], None]
-) -> Stored:
-    """Measure what `path` does not hold yet; returns the content of `path`.
+    suite: Suite,
+    path: Path,
+    command: str,
+    listen: Callable[[Stored], None],
+    say: Callable[[str], None],
+    fail: Callable[[str, str], None],
+) -> Stored | None:
+    """Measure what `path` does not hold yet; returns the content of `path`, None if no case was measured.
 
     Args:
         suite: rows and cases.
@@ -27,32 +42,35 @@ def run_suite(
         command: what the file says that made it.
         listen: called with the content after each case.
         say: called with what is going on.
+        fail: called with a case that could not be measured and the reason, such as that a row's process died.
 
     Raises:
         PwsError: the step deviates from float64.
     """
-    old: Stored = read_result(path, "cases") or {"cases": []}
-    content: Stored = {
-        "suite": suite.name,
-        "title": suite.title,
-        "rows": suite.rows,
-        "step": {},
-        "cases": [],
-    }
+    old: Stored = read_result(path, "cases", list, StoredCase) or {"cases": []}
+    content: Stored = {"suite": suite.name, "title": suite.title, "rows": suite.rows, "step": {}, "cases": []}
     for model, width in dict.fromkeys((case.model, case.width) for case in suite.cases):
         name = f"{model} x {width:g}"
         say(f"{name}: the step alone")
         kept = old.get("step", {}).get(name)
         content["step"][name] = kept or step_alone(model, width, 30 if suite.seconds > 5 else 5)
+    result: Stored | None = None
     for case in suite.cases:
-        settings, wanted = asdict(case), rows_of(case, suite.rows)
-        kept = next((c for c in old["cases"] if c["settings"] == settings and list(c["rows"]) == wanted), None)
-        rows = {} if kept else measure_case(case, suite, say)
-        measured = {row: asdict(m) for row, m in rows.items()}
-        content["cases"].append(kept or {"case": str(case), "settings": settings, "commit": commit(), "rows": measured})
-        partial = path.with_suffix(".partial")
-        write_result(partial, command, content)
-        partial.replace(path)
+        try:
+            content["cases"].append(_kept(old, case, suite) or _measured(case, suite, say))
+        except TaskError as error:
+            fail(str(case), str(error))
+            continue
+        result = write_result(path, command, content)
         listen(content)
-    result: Stored = json.loads(path.read_text())
     return result
+
+
+def _kept(old: Stored, case: Case, suite: Suite) -> Stored | None:
+    settings, wanted = asdict(case), rows_of(case, suite.rows)
+    return next((c for c in old["cases"] if c["settings"] == settings and list(c["rows"]) == wanted), None)
+
+
+def _measured(case: Case, suite: Suite, say: Callable[[str], None]) -> Stored:
+    rows = {row: asdict(measured) for row, measured in measure_case(case, suite, say).items()}
+    return {"case": str(case), "settings": asdict(case), "commit": commit(), "rows": rows}
