@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +16,10 @@ from pws.cli.arguments import check_folder, check_sizes, command_parser, parse
 from pws.errors import PwsError, one_line
 from pws.files import write_folder
 from pws.surgery import plan
-from pws.surgery.plan import Form
+from pws.surgery.plan import Form, Plan
+from pws.surgery.plan_file import plan_text
 from pws.training.datasets import DATASETS
-from pws.training.subject import RANDOM, subject_of_model
+from pws.training.subject import RANDOM, Subject, subject_of_model
 
 LOAD = '''"""The converted model: `from load import model`, in this folder. {training}"""
 
@@ -28,12 +30,9 @@ import torch
 import pws
 from pws.models import model_of
 
-example = torch.randn{shape}
-plan = pws.plan(
-    model_of({spec!r}), example, norms={norms!r}, keep={keep!r}, warm_start={warm_start!r}, form={form!r}
-)
-model = plan.apply(calibrate=False)
-model.load_state_dict(torch.load(Path(__file__).with_name("weights.pt")))
+folder = Path(__file__).parent
+model = pws.Plan.load(folder / "plan.json").apply(model_of({spec!r}))
+model.load_state_dict(torch.load(folder / "weights.pt"))
 '''
 TRAINING: Final[dict[Form, str]] = {
     "optimizer": "Its layers are plain and marked; an optimizer of pws.optim trains it: pws.optim.SGD(model, lr=0.1).",
@@ -51,32 +50,48 @@ def run(arguments: list[str]) -> int:
     subject = subject_of_model(parsed.model, parsed.data, batch_size=images, image_size=parsed.image_size)
     if parsed.weights:
         load_weights(subject.model, Path(parsed.weights))
-    settings: dict[str, Any] = {name: getattr(parsed, name) for name in ("norms", "keep", "warm_start", "form")}
-    with Console(stderr=True).status("reading the model") as status:
-        made = plan(
-            subject.model,
-            subject.images,
-            progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
-            **settings,
-        )
-        table, converted = str(made), made.apply()
+    made, table, converted = _convert(parsed, subject)
     print(table)
     weights = BytesIO()  # on a full disk torch's own writer aborts the process
     torch.save(converted.state_dict(), weights)
-    shape = (2, *subject.images.shape[1:])
-    load = LOAD.format(shape=shape, spec=parsed.model, training=TRAINING[parsed.form], **settings)
-    write_folder(out, {"weights.pt": weights.getvalue(), "load.py": load, "plan.txt": f"{table}\n"})
-    print(f"Files: {out / 'weights.pt'}, {out / 'load.py'}, {out / 'plan.txt'}")
+    files: dict[str, str | bytes] = {
+        "weights.pt": weights.getvalue(),
+        "load.py": LOAD.format(spec=parsed.model, training=TRAINING[parsed.form]),
+        "plan.json": plan_text(made),
+        "plan.txt": f"{table}\n",
+    }
+    write_folder(out, files)
+    print(f"Files: {', '.join(str(out / name) for name in files)}")
     print(TRAINING[parsed.form])
     return 0
+
+
+def _convert(parsed: Any, subject: Subject) -> tuple[Plan, str, nn.Module]:
+    """The plan, its table, and the converted model; warnings as lines of their own."""
+    console = Console(stderr=True)
+    with console.status("reading the model") as status, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        made = plan(
+            subject.model,
+            subject.images,
+            norms=parsed.norms,
+            keep=parsed.keep,
+            warm_start=parsed.warm_start,
+            form=parsed.form,
+            progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
+        )
+        table, converted = str(made), made.apply()
+    for warning in caught:
+        console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
+    return made, table, converted
 
 
 def _parser() -> ArgumentParser:
     parser = command_parser(
         "convert",
         "Take the norms out of a model: print what happens to each layer and why, and write weights.pt, load.py (how to load "
-        "them) and plan.txt. Kernels are scaled on the images of --data, so that each layer keeps the variance that its norm "
-        "saw to; with --warm-start the layers are fitted to what the trained model computes.",
+        "them), plan.json and plan.txt. Kernels are scaled on the images of --data, so that each layer keeps the variance "
+        "that its norm saw to; with --warm-start the layers are fitted to what the trained model computes.",
         "pws convert --model timm:resnet18 --weights resnet18.pt --warm-start --data fashion-mnist --out converted",
     )
     parser.add_argument(

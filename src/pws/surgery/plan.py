@@ -12,11 +12,12 @@ from torch import nn
 
 from pws.diagnosis.batch import Forward, example_of
 from pws.errors import PwsError
+from pws.files import write_whole
 from pws.surgery.branches import branch_ends
 from pws.surgery.calibrate import Setting
 from pws.surgery.copying import copy_of
 from pws.surgery.norms import affine_of, is_trained, norm_eps, scale_and_shift
-from pws.surgery.plan_file import read_plan, write_plan
+from pws.surgery.plan_file import plan_text, read_plan
 from pws.surgery.stand_ins import Affine, Copy
 from pws.surgery.standardized import add_bias, is_standardized, standardize_layer, to_layers
 from pws.surgery.warm_start import Match, Progress, absorb, output_error
@@ -78,7 +79,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, without the model and the example: `Plan.load` reads it."""
-        write_plan(self, path)
+        write_whole(Path(path), plan_text(self))
 
     @staticmethod
     def load(path: str | Path) -> Plan:

@@ -14,12 +14,12 @@ _LEFT_OUT: Final = ("model", "example", "progress", "forward")
 Made = TypeVar("Made")
 
 
-def write_plan(plan: Any, path: str | Path) -> None:
-    """Write all that a plan holds but the model and the example."""
+def plan_text(plan: Any) -> str:
+    """All that a plan holds but the model and the example, as JSON."""
     values = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in _LEFT_OUT}
     values["steps"] = [asdict(step) for step in plan.steps]
     listed = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in values.items()}
-    Path(path).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    return json.dumps(listed, indent=1) + "\n"
 
 
 def read_plan(kind: type[Made], step: type[Any], path: str | Path) -> Made:
