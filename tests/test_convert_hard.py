@@ -17,6 +17,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import DeformConv2d, FrozenBatchNorm2d
 
 import pws
@@ -89,6 +90,11 @@ WITHOUT_A_LAYER: dict[str, Callable[[], nn.Module]] = {
     "position added to the input": lambda: Parts(lambda m, x: m.norm(x + m.p), p=parameter(4, 8, 8), norm=norm()),
     "scaled input": lambda: Parts(lambda m, x: m.norm(x * m.s), s=parameter(4, 1, 1), norm=norm()),
     "scaled layer": lambda: Parts(lambda m, x: m.norm(m.conv(x) * m.s), conv=conv(), s=parameter(4, 1, 1), norm=norm()),
+    "computed kernel": lambda: Parts(
+        lambda m, x: m.norm(F.conv2d(x, m.kernel(x.mean((0, 2, 3))).view(4, 4, 3, 3))),
+        kernel=nn.Linear(4, 144),
+        norm=norm(),
+    ),
     "GRU": lambda: Parts(
         lambda m, x: m.norm(m.gru(rows(x))[0].transpose(1, 2)),
         gru=nn.GRU(4, 4, batch_first=True),
@@ -238,6 +244,18 @@ def narrow_apart(m: Any, x: Tensor) -> Tensor:
     return torch.cat([z[:, :2] + 1, z[:, 2:], y], 1)
 
 
+def out_written(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.stem(x)).detach()
+    z = m.norm(y).detach()
+    torch.add(z, 1, out=z)
+    return torch.cat([z, y, m.stem(x)], 1)
+
+
+def out_apart(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.stem(x)).detach()
+    return torch.cat([m.norm(y).detach() + 1, y, m.stem(x)], 1)
+
+
 def added(m: Any, x: Tensor) -> Tensor:
     y = m.stem(x)
     z = m.norm(F.relu(m.conv(y)))
@@ -267,6 +285,7 @@ WRITING = {
     "a slice set": (slice_set, slice_apart),
     "the norm's input": (input_written, input_apart),
     "a part": (narrow_written, narrow_apart),
+    "an argument out=": (out_written, out_apart),
     "an addition in place": (added, added_apart),
     "a hook on the gradient": (hooked_with(True), hooked_with(False)),
 }
@@ -284,6 +303,24 @@ def test_what_is_written_where_a_norm_was_reaches_no_other_tensor(kind: str) -> 
     for output in outputs:
         output.square().sum().backward()
     torch.testing.assert_close(*(model.stem.weight.grad for model in both))
+
+
+def test_hooks_of_a_norm_stay() -> None:
+    model = nn.Sequential(conv(), norm(), conv(), norm())
+    model[1].register_forward_hook(lambda module, given, output: output * 3)
+    converted = pws.convert(model, X, calibrate=False)
+    torch.testing.assert_close(converted[1](X), 3 * X)
+    assert type(converted[3]) is nn.Identity
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts_are_converted_as_others(reentrant: bool) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.norm(m.conv(x))
+        return checkpoint(lambda y: m.norm2(m.conv2(F.relu(y))), x, use_reentrant=reentrant)  # type: ignore[no-any-return]
+
+    model = Parts(run, conv=conv(), conv2=conv(), norm=norm(), norm2=norm())
+    assert what(model) == {"conv": "standardize", "norm": "remove", "conv2": "standardize", "norm2": "remove"}
 
 
 def test_where_plain_layers_read_it_a_norm_leaves_nothing() -> None:
@@ -313,14 +350,15 @@ def test_the_plan_of_a_detector_is_the_same_on_every_run() -> None:
 # K, L. Weights, numbers and modes that can't be standardized.
 
 
-def test_a_layer_of_zeros_stays_and_says_why() -> None:
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_a_layer_of_constant_filters_stays_and_says_why(value: float) -> None:
     model = nn.Sequential(conv(), norm(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4))
-    nn.init.zeros_(model[4].weight)
+    nn.init.constant_(model[4].weight, value)
     plan = pws.plan(model, X)
     assert [(s.action, s.reason) for s in plan.steps if s.name == "4"] == [
-        ("keep", "its weight is 0: that has no scale which standardizing could keep")
+        ("keep", "its filters are constant, 0 for example: without a mean nothing of them is left")
     ]
-    assert torch.equal(plan.apply()(X), torch.zeros(16, 4) + model[4].bias)
+    assert torch.equal(plan.apply()[4].weight, model[4].weight)
 
 
 class Force(nn.Module):

@@ -149,7 +149,8 @@ class Follower(TorchFunctionMode):
             return func(*args, **kwargs)
         given = list(tensors_in((args, kwargs)))
         name = getattr(func, "__name__", str(func))
-        written = given[:1] if _writes(name, kwargs) else []
+        written = list(tensors_in(kwargs["out"])) if kwargs.get("out") is not None else []
+        written = given[:1] if _writes(name, kwargs) else written
         for tensor in written:
             self._write(tensor)
         result = func(*args, **kwargs)

@@ -44,11 +44,11 @@ def is_frozen(norm: nn.Module) -> bool:
 
 
 def is_trained(norm: nn.Module) -> bool:
-    """Whether its running statistics, or the constants of a frozen one, are those of some data."""
+    """Whether its running statistics are those of some data; a frozen one's constants always are."""
     mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or mean.is_meta:
         return False
-    return bool((mean != 0).any() or (variance != 1).any())
+    return bool(is_frozen(norm) or (mean != 0).any() or (variance != 1).any())
 
 
 def channels_of(norm: nn.Module) -> int:

@@ -18,7 +18,7 @@ from pws.surgery.calibrate import Setting
 from pws.surgery.copying import copy_of
 from pws.surgery.norms import affine_of, is_trained, norm_eps, scale_and_shift
 from pws.surgery.plan_file import plan_text, read_plan
-from pws.surgery.stand_ins import Affine, Copy
+from pws.surgery.stand_ins import HOOKS, Affine, Copy
 from pws.surgery.standardized import add_bias, is_standardized, standardize_layer, to_layers
 from pws.surgery.warm_start import Match, Progress, absorb, output_error
 
@@ -243,8 +243,10 @@ class Plan:
                 module.inplace = False  # type: ignore[assignment]
         if name in self.named("affine"):
             rest = [Affine(*scale_and_shift(norm), fixed=name in self.fixed), *rest]
-        rest = [*rest, Copy()] if not rest and name in self.aliased else rest
+        hooks = {key: value for key, value in vars(norm).items() if key in HOOKS and value}
+        rest = [*rest, Copy()] if not rest and (name in self.aliased or hooks) else rest
         stand_in = nn.Sequential(*rest) if len(rest) > 1 else next(iter(rest), nn.Identity())
+        vars(stand_in).update(hooks)
         if name in self.pairs:
             vars(stand_in)["pws_layer_before"] = self.pairs[name]
         return stand_in

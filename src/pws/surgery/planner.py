@@ -16,8 +16,8 @@ from pws.mark import mark_of
 from pws.standardize import check_fan_in
 from pws.surgery.norms import affine_of, channels_of, has_own_forward, is_frozen
 from pws.surgery.plan import Form, Plan, Step
-from pws.surgery.standardized import own_filters, own_weight, parent_of
-from pws.surgery.value import INPUT, OUTPUT, Trace, Value
+from pws.surgery.standardized import own_filters, own_weight, parent_of, varies
+from pws.surgery.value import COMPUTED, INPUT, OUTPUT, Trace, Value
 from pws.surgery.warm_start import Progress
 
 _ON_INPUT: Final = (
@@ -149,8 +149,8 @@ class Planner:
             return "skip", "it has an alpha of its own"
         if own_weight(module).is_complex():
             return "skip", "its weight is complex"
-        if not own_weight(module).is_meta and not own_weight(module).any():
-            return "keep", "its weight is 0: that has no scale which standardizing could keep"
+        if not own_weight(module).is_meta and not varies(own_filters(module)):
+            return "keep", "its filters are constant, 0 for example: without a mean nothing of them is left"
         # One kernel can't have the scales of several layers, and a plain module wants none of it.
         others = [holder for holder in self.holders[own_weight(module)] if holder != name]
         if others:
@@ -214,6 +214,8 @@ class Planner:
         parameters = sources.difference(self.norms, self.layers, {INPUT}).union(
             *(value.parameters for value in self.inputs[norm])
         )
+        if COMPUTED in parameters:
+            return "it normalizes what was made with a computed kernel, outside of a layer's own call"
         if parameters:
             return f"it normalizes what was made with the parameter {min(parameters)}, outside of a layer's own call"
         behind = sorted(sources - set(self.norms) - {INPUT})

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
+
+HOOKS: Final = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook"),
+)
+"""Where a module keeps its hooks: what takes a norm's place has those of the norm."""
 
 
 def layer_before(stand_in: nn.Module) -> str:

@@ -164,6 +164,12 @@ def is_computed(layer: nn.Module) -> PwsError:
     )
 
 
+def varies(filters: Tensor) -> bool:
+    """Whether more than rounding is left of any filter when its mean is taken out."""
+    centred = filters - filters.mean(tuple(range(1, filters.dim())), keepdim=True)
+    return bool((centred.abs() > 8 * torch.finfo(filters.dtype).eps * filters.abs().max()).any())
+
+
 def own_filters(layer: nn.Module) -> Tensor:
     """`own_weight` with one filter an entry of the leading dimension."""
     return filters_of(layer, own_weight(layer))

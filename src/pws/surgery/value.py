@@ -14,6 +14,9 @@ INPUT: Final = "<input>"
 """The source of the model's input; layers and norms are sources by their names (that of the model itself is empty)."""
 OUTPUT: Final = "output"
 """What takes the model's output."""
+COMPUTED: Final = "<computed>"
+"""The source of what a convolution or product with a computed kernel gives."""
+_LAYERS: Final = ("conv", "linear", "deform_conv", "bilinear")
 _SUMS: Final = ("add", "sub", "rsub")
 _JOINS: Final = ("cat", "concat", "concatenate", "stack", "hstack")
 _PRODUCTS: Final = ("mul", "multiply", "matmul", "bmm", "einsum", "baddbmm")
@@ -105,6 +108,8 @@ def merged(name: str, known: Known, on_sum: Callable[[tuple[Value, ...]], None],
     signals = [(tensor, value) for tensor, value in known if value.sources]
     if not signals:
         return Value(parameters=weights)
+    if len(signals) > 1 and _operation(name).startswith(_LAYERS):
+        return replace(_of_signals(name, signals, on_sum, gates), sources=frozenset({COMPUTED}))
     if weights and not _passes(name, signals):
         # As behind a layer: a convolution with a parameter, a recurrent layer, attention.
         if name not in _SCALES:
