@@ -149,8 +149,6 @@ class Planner:
             return "skip", "it has an alpha of its own"
         if own_weight(module).is_complex():
             return "skip", "its weight is complex"
-        if not own_weight(module).is_meta and not varies(own_filters(module)):
-            return "keep", "its filters are constant, 0 for example: without a mean nothing of them is left"
         # One kernel can't have the scales of several layers, and a plain module wants none of it.
         others = [holder for holder in self.holders[own_weight(module)] if holder != name]
         if others:
@@ -159,6 +157,8 @@ class Planner:
             check_fan_in(own_filters(module))
         except ShapeError:
             return "skip", "its filters have one entry each: no variance"
+        if not own_weight(module).is_meta and not varies(own_filters(module)):
+            return "keep", "its filters are constant, 0 for example: without a mean nothing of them is left"
         # Where the input's mean is zero, so is the average gradient: nothing shifts these filters.
         if self.warm_start and all(value.sources == {INPUT} for value in self.inputs[name]):
             return _ON_INPUT
