@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from pws.errors import PwsError, UnknownNameError
+from pws.cli.output import guarded_output
+from pws.errors import PwsError, UnknownNameError, reason_of
+from pws.told import frames_of_others, message_of
 
 COMMANDS: Final = {
     "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",
@@ -38,18 +40,29 @@ USAGE: Final = "\n".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with guarded_output() as output:
+        code = _checked(arguments)
+        output.flush()
+        if output.error is not None and not isinstance(output.error, BrokenPipeError):  # a reader like head has all it wants
+            code = code or _fail(f"the output can't be written: {output.error.strerror}; the work itself is done", 2)
+    return code
+
+
+def _checked(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     try:
         return _run(arguments[0], arguments[1:])
-    except PwsError as error:
-        # A loader process's error arrives with its traceback as text: the last of it is the error.
-        return _fail(str(error).rsplit("PwsError: ", 1)[-1].strip(), 2)
-    except OSError as error:
-        return _fail(f"{error}. Check the path, its permissions and the space on the disk.", 2)
     except KeyboardInterrupt:
         return _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", 130)
+    except (Exception, SystemExit) as error:
+        frames, message = frames_of_others(error), message_of(error)
+        if message is None and not frames:
+            raise
+        for frame in frames:
+            print(frame, file=sys.stderr)
+        return _fail(message or f"the code above, which is not of pws, failed: {reason_of(error)}", 2)
 
 
 def _run(command: str, arguments: list[str]) -> int:
@@ -63,12 +76,12 @@ def _run(command: str, arguments: list[str]) -> int:
     try:
         code: int = importlib.import_module(f"pws.cli.{command}").run(arguments)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("pws"):
+        if (error.name or "").startswith("pws") or frames_of_others(error):
             raise
         raise PwsError(f"pws {command} needs {error.name}: pip install 'pws-torch[train]'.") from error
     return code
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"pws: {message}", file=sys.stderr)
+    print(f"pws: {' '.join(message.split())}", file=sys.stderr)
     return code
