@@ -20,7 +20,8 @@ import os, signal, sys
 from torch import nn
 
 def good(num_classes, in_channels):
-    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), *pooled)
 
 def dies(num_classes, in_channels):
     os._exit(7)
@@ -84,7 +85,8 @@ def test_each_task_ends_in_its_own_way(jobs: int) -> None:
     tasks = {kind: (kind,) for kind in ("a", *FAILURES, "b", "c")}
     found = dict(each_apart(work, tasks, jobs))
     failures = {key: outcome.reason for key, outcome in found.items() if isinstance(outcome, Failure)}
-    assert failures == FAILURES
+    assert {key: reason.partition(' at File ')[0] for key, reason in failures.items()} == FAILURES
+    assert 'in work: raise KeyError' in failures['error']
     assert {key: found[key] for key in "abc"} == {key: f"done {key}" for key in "abc"}
 
 

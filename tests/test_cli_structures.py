@@ -135,7 +135,7 @@ def fits(kind: str, place: tuple[Any, ...], value: Any) -> bool:
         "vary": [[None]],
         "task": [[None]],
         "model": [{}, "word", ["a"]] if kind == "speed" else [{}],
-        **dict.fromkeys(("data", "optim", "trainer"), [{}]),
+        **{key: [{}] for key in ("data", "optim", "trainer")},
     }
     allowed = right.get(place, short.get(str(place[-1]), []))
     return any(type(value) is type(item) and value == item for item in allowed)

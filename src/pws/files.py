@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,3 +65,23 @@ def remove_partials(path: Path) -> None:
     """Remove what killed processes left of `path`; nobody else may be writing it."""
     for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
         left.unlink()
+
+
+def write_folder(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write a new folder of files whole or not at all, with the folders above it; an empty one may stand in its place.
+
+    Raises:
+        OSError: a file can't be written, or the folder holds something.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(folder)
+    partial.mkdir()
+    try:
+        for name, content in files.items():
+            write_whole(partial / name, content)
+        partial.replace(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -13,21 +14,22 @@ from pws.errors import PwsError, memory_ran_out, one_line, reason_of
 
 FRAMES: Final = 2
 """Of the user's code, the innermost: where his function was entered and where it failed is mostly all there is."""
-_LIBRARIES: Final = [str(Path(__file__).parent), *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib"))]
+_LIBRARIES: Final = [
+    str(Path(__file__).parent),
+    *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),
+]
 _GIVEN: Final[set[str]] = set()
 """Folders and files of the models that a command was given: installed packages too."""
 
 
 def note_code_of_others(module: ModuleType) -> None:
     """From now on the frames of this module, and of the package around it, are shown in errors."""
-    import sys
-
     package = sys.modules[module.__name__.partition(".")[0]]
     _GIVEN.update(getattr(package, "__path__", None) or [package.__file__ or ""])
 
 
 def frames_of_others(error: BaseException) -> list[str]:
-    """A line for each of the innermost frames of code that is neither of pws nor of a library, of the first error of a chain."""
+    """A line for each of the innermost frames in code that is not of pws or a library, of the first error of a chain."""
     for cause in reversed(list(_chain(error))):
         frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _is_of_others(frame.filename)]
         if frames:
@@ -55,10 +57,10 @@ def reason_with_frame(error: BaseException) -> str:
 
 def _last_line(error: BaseException) -> str:
     """A loader process's error arrives with its traceback as text: the last of it is the error."""
-    text = str(error)
-    if "Original Traceback" in text:
-        text = text.strip().splitlines()[-1]
-    return text.rsplit("Error: ", 1)[-1].strip() if "Original Traceback" in str(error) else text.strip() or "no room"
+    text = str(error).strip()
+    if "Original Traceback" not in text:
+        return text or type(error).__name__
+    return text.splitlines()[-1].partition(": ")[2] or type(error).__name__
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -71,4 +73,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _is_of_others(filename: str) -> bool:
     if filename.startswith("<"):
         return False
-    return any(filename.startswith(given) for given in _GIVEN) or not any(filename.startswith(lib) for lib in _LIBRARIES)
+    return any(filename.startswith(given) for given in _GIVEN) or not any(
+        filename.startswith(lib) for lib in _LIBRARIES
+    )

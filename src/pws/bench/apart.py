@@ -16,7 +16,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from pws.errors import PwsError, reason_of
+from pws.errors import PwsError
+from pws.told import frames_of_others, reason_with_frame
 
 Key = TypeVar("Key")
 # A forked process would inherit torch's thread pool in an unknown state.
@@ -143,6 +144,6 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
     try:
         return False, function(*arguments)
     except PwsError as error:
-        return True, str(error)
+        return True, " at ".join([str(error), *(frame.strip() for frame in frames_of_others(error)[-1:])])
     except (Exception, SystemExit) as error:  # in a task, as in the models that it trains, anything may go wrong
-        return False, Failure(reason_of(error))
+        return False, Failure(reason_with_frame(error))

@@ -38,10 +38,7 @@ def read_result(path: Path, key: str, kind: type, entry: type) -> dict[str, Any]
     """
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
+    found = _content(path)
     if not isinstance(found, dict) or not isinstance(found.get(key), kind):
         by = f"a file of `{found['command']}`" if isinstance(found, dict) and "command" in found else "another file"
         raise PwsError(
@@ -52,16 +49,28 @@ def read_result(path: Path, key: str, kind: type, entry: type) -> dict[str, Any]
     return found
 
 
+def check_own(path: Path, command: str) -> None:
+    """Raise `PwsError` if there is a file at `path` that this command has not made: its own result is measured anew."""
+    found = _content(path) if path.exists() else {"command": command}
+    if not isinstance(found, dict) or found.get("command") != command:
+        raise PwsError(f"{path} exists already, and is no result of `{command}`. Choose another folder with --out.")
+
+
+def _content(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
 def commit() -> str:
     """Of the checkout that pws runs from, "dirty" if it has changes."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip() or "not a checkout"
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    except OSError:  # there is no git
+        found = ""
+    return found.strip() or "not a checkout"
 
 
 def _device() -> str:

@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with guarded_output() as output:
         code = _checked(arguments)
         output.flush()
-        if output.error is not None and not isinstance(output.error, BrokenPipeError):  # a reader like head has all it wants
+        if output.error is not None and not isinstance(
+            output.error, BrokenPipeError
+        ):  # a reader like head has all it wants
             code = code or _fail(f"the output can't be written: {output.error.strerror}; the work itself is done", 2)
     return code
 

@@ -35,6 +35,14 @@ def check_folder(out: Path) -> None:
         raise PwsError(f"--out must be a folder that can be written to; {nearest} is none. Name another one.")
 
 
+def check_free(*files: Path) -> None:
+    """Raise `PwsError` if one of the files to write is there already, or its folder can't be written to."""
+    for path in files:
+        check_folder(path.parent)
+        if path.exists() and path.is_file() | path.is_dir():  # a device or a pipe is written to
+            raise PwsError(f"--out: {path} exists already, and nothing is overwritten. Remove it, or name another one.")
+
+
 def check_failures(what: str, failures: Mapping[str, str], count: int) -> None:
     """Raise `PwsError` if some of the `count` cells or cases could not be done: the rest is stored by now."""
     if failures:
@@ -55,6 +63,15 @@ def check_sizes(parsed: Any) -> None:
 def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     """What was given; raises `PwsError` where that is wrong."""
     try:
-        return parser.parse_args(arguments)
+        parsed = parser.parse_args(arguments)
     except ArgumentError as error:
         raise PwsError(f"{parser_says(error)} (`{parser.prog} --help` tells the options)") from error
+    for key, value in vars(parsed).items():
+        check_word(key, value)
+    return parsed
+
+
+def check_word(key: str, value: Any) -> None:
+    """Raise `PwsError` for a word that is empty, or that no path can be."""
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise PwsError(f"{key.replace('_', '-')} must not be empty; got {value!r}. Is a variable of the shell not set?")

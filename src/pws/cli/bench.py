@@ -12,6 +12,7 @@ from pws.bench.cost import run_cost
 from pws.bench.experiments import run_centred, run_depth, run_shift
 from pws.bench.forecasts import run_forecast
 from pws.bench.initial import run_initial
+from pws.bench.result import check_own
 from pws.bench.warm_start import run_warm_start
 from pws.cli import accuracy, conversion, speed, tables
 from pws.cli.arguments import check_folder, command_parser, parse
@@ -62,6 +63,7 @@ def run(arguments: list[str]) -> int:
     quiet_lightning()
     console, out = Console(), Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks"))
     check_folder(out)
+    check_own(out / f"{parsed.name}.json", f"pws bench {parsed.name}")
     BENCHES[parsed.name][0](
         out, parsed.quick, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
     )

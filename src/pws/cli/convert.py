@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,8 +11,9 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
-from pws.cli.arguments import check_sizes, command_parser, parse
+from pws.cli.arguments import check_folder, check_sizes, command_parser, parse
 from pws.errors import PwsError, one_line
+from pws.files import write_folder
 from pws.surgery import plan
 from pws.surgery.plan import Form
 from pws.training.datasets import DATASETS
@@ -59,13 +61,11 @@ def run(arguments: list[str]) -> int:
         )
         table, converted = str(made), made.apply()
     print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(converted.state_dict(), out / "weights.pt")
-    (out / "plan.txt").write_text(f"{table}\n")
+    weights = BytesIO()  # on a full disk torch's own writer aborts the process
+    torch.save(converted.state_dict(), weights)
     shape = (2, *subject.images.shape[1:])
-    (out / "load.py").write_text(
-        LOAD.format(shape=shape, spec=parsed.model, training=TRAINING[parsed.form], **settings)
-    )
+    load = LOAD.format(shape=shape, spec=parsed.model, training=TRAINING[parsed.form], **settings)
+    write_folder(out, {"weights.pt": weights.getvalue(), "load.py": load, "plan.txt": f"{table}\n"})
     print(f"Files: {out / 'weights.pt'}, {out / 'load.py'}, {out / 'plan.txt'}")
     print(TRAINING[parsed.form])
     return 0
@@ -111,6 +111,7 @@ def _parser() -> ArgumentParser:
 
 def _check(parsed: Any, out: Path) -> None:
     check_sizes(parsed)
+    check_folder(out.parent)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PwsError(f"--out {out} exists already, and nothing is overwritten. Name another folder, or remove it.")
     if parsed.warm_start and not parsed.weights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pws.cli.arguments import command_parser, parse
+from pws.cli.arguments import check_free, command_parser, parse
 from pws.clip_grad import STEP_BOUND
 from pws.demo import LEARNING_RATES, Cell, Outcome, all_cells, draw, run_cell, sentences
 from pws.errors import PwsError
+from pws.files import write_whole, written_whole
 from pws.training.quiet import quiet_lightning
 
 FILES = ("demo.png", "demo.json", "demo.txt")
@@ -31,10 +33,11 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--out", type=str, default="demo", help="folder for demo.png, demo.json and demo.txt")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each cell, 22 steps each")
     parsed = parse(parser, arguments)
-    if parsed.epochs < 1:
-        raise PwsError(f"--epochs must be at least 1; got {parsed.epochs}.")
+    if not 1 <= parsed.epochs <= 1000:
+        raise PwsError(f"--epochs must be at least 1, and at most 1000; got {parsed.epochs}.")
     quiet_lightning()
     torch.set_num_threads(2)  # the numbers depend on how sums are split: the same on every machine that has two cores
+    check_free(*(Path(parsed.out) / name for name in FILES))
     _demo(Path(parsed.out), parsed.epochs)
     return 0
 
@@ -45,17 +48,18 @@ def _demo(out: Path, epochs: int) -> None:
     started = time.perf_counter()
     results, reports, seconds = _train_all(console, epochs, started, out)
     story = sentences(results)
-    draw(results, out / "demo.png")
+    with written_whole(out / "demo.png") as partial:
+        draw(results, partial)
     rows = [{**asdict(cell), **asdict(outcome)} for cell, outcome in results.items()]
     content = {"epochs": epochs, "cells": rows, "story": story, "train_seconds": seconds}
-    (out / "demo.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(out / "demo.json", json.dumps(content, indent=2) + "\n")
     for number, sentence in enumerate(story, 1):
         console.print(f"\n{number}. {sentence}", highlight=False)
-    with (out / "demo.txt").open("w") as file:
-        plain = Console(file=file, width=100)
-        plain.print(_table({cell: str(outcome) for cell, outcome in results.items()}))
-        for number, sentence in enumerate(story, 1):
-            plain.print(f"{number}. {sentence}")
+    plain = Console(file=StringIO(), width=100)
+    plain.print(_table({cell: str(outcome) for cell, outcome in results.items()}))
+    for number, sentence in enumerate(story, 1):
+        plain.print(f"{number}. {sentence}")
+    write_whole(out / "demo.txt", plain.file.getvalue())  # type: ignore[attr-defined]
     console.print("\nWhy each collapse happened, layer by layer (open in a browser):")
     for cell, report in reports.items():
         console.print(f"  {cell.row} at {cell.lr:g}: {report}", highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from pws.cli.arguments import check_sizes, command_parser, parse
+from pws.cli.arguments import check_free, check_sizes, command_parser, parse
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
@@ -83,6 +83,8 @@ def _checked_out(given: str | None) -> Path | None:
     out = None if given is None else Path(given)
     if out is not None and out.suffix not in (".html", ".png"):
         raise PwsError(f"--out ends with .html or .png; got {given!r}.")
+    if out is not None:
+        check_free(out)
     if out is not None and out.suffix == ".html":
         require_plotly()
     return out

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from pws.cli.arguments import check_word
 from pws.diagnosis import CollapseWarning
 from pws.errors import PwsError
 from pws.training.callbacks import is_first_process
@@ -42,7 +43,9 @@ def run(arguments: list[str]) -> int:
         return 0
     if arguments[0].startswith("-"):
         raise PwsError(f"the recipe comes first: {USAGE}; got {arguments[0]!r}.")
+    check_word("RECIPE", arguments[0])
     recipe, parsed = parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
+    check_word("--runs", parsed.runs)
     given = Path(arguments[0])
     # A run's own folder is what --resume goes on in, wherever it lies.
     folder = given if parsed.resume and given.is_dir() else Path(parsed.runs) / recipe.name

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from pws.errors import PwsError, UnknownNameError, nearest, one_line
+from pws.errors import PwsError, UnknownNameError, nearest, reason_of
+from pws.told import frames_of_others, note_code_of_others
 
 
 def model_of(spec: str, *, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:
@@ -36,10 +37,16 @@ def model_of(spec: str, *, num_classes: int | None = None, in_channels: int | No
         model: Any = builders[library](name, **wanted) if library in builders else _from_module(library, name, wanted)
     except PwsError:
         raise
-    except Exception as error:  # anything may go wrong in other people's constructors
-        raise PwsError(f"{spec} can't be built: {type(error).__name__}: {one_line(error)}.") from error
+    except (Exception, SystemExit) as error:  # anything may go wrong in other people's constructors
+        raise PwsError(f"{spec} can't be built: {reason_of(error)}.") from error
     if not isinstance(model, nn.Module):
         raise PwsError(f"{spec} must give a torch.nn.Module; it gave a {type(model).__name__}.")
+    empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if empty:
+        raise PwsError(
+            f"{spec} must give a model with values; {len(empty)} of its tensors are on the meta device, such as {empty[0]}. "
+            "Leave `with torch.device('meta')` out of its factory, or fill them: model.to_empty(device='cpu')."
+        )
     return model.train()
 
 
@@ -80,10 +87,13 @@ def _from_module(module: str, name: str, wanted: dict[str, Any]) -> Any:
     try:
         found = importlib.import_module(module)
     except ImportError as error:
+        if frames_of_others(error):  # an import inside the module failed
+            raise
         raise PwsError(
             f"{module}:{name} needs the module {module}: {error}. It must be importable from here: a package that is "
             "installed, or PYTHONPATH=. for a file of this folder."
         ) from error
+    note_code_of_others(found)
     factory = getattr(found, name, None)
     if not callable(factory):
         raise PwsError(

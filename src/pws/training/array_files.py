@@ -4,49 +4,62 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from math import prod
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Final
+from zipfile import ZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pws.errors import PwsError
+from pws.errors import PwsError, one_line, shown
+from pws.training.memory import check_memory
+
+UNFOLDED: Final = 2
+"""Bytes that reading takes at least for each that a file holds: the array, and the images in torch's order."""
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
     """The uint8 tensor in an idx file: magic number, sizes (big-endian 32-bit each), bytes."""
+    dims = 1 + len(shape)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4 * (1 + dims))
+            sizes = [int.from_bytes(head[4 * d : 4 * d + 4], "big") for d in range(1, 1 + dims)]
+            check_memory(prod(sizes), f"{path} says that it")
+            body = file.read(prod(sizes) + 1)  # no more than it says, whatever a compressed file unfolds to
     except (OSError, EOFError, zlib.error) as error:
         raise PwsError(f"{path} is corrupt ({error}). Delete it and get it again.") from error
-    dims = 1 + len(shape)
-    sizes = [int.from_bytes(raw[4 * d : 4 * d + 4], "big") for d in range(1, 1 + dims)]
-    header = 4 * (1 + dims)
-    if raw[:4] != bytes([0, 0, 8, dims]) or tuple(sizes[1:]) != shape or len(raw) != header + _product(sizes):
+    if head[:4] != bytes([0, 0, 8, dims]) or tuple(sizes[1:]) != shape or len(body) != prod(sizes) or not sizes[0]:
         raise PwsError(
             f"{path} is not an idx file of bytes shaped (count{''.join(f', {s}' for s in shape)}): its header says "
-            f"{sizes} and it holds {len(raw)} bytes. It is cut off or another file: delete it and get it again."
+            f"{sizes}, and {len(body):,} bytes could be read. It is cut off or another file: delete it and get it again."
         )
-    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(sizes)
-
-
-def _product(sizes: list[int]) -> int:
-    return int(torch.tensor(sizes).prod())
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).view(sizes)
 
 
 def read_npz(path: Path) -> list[tuple[Tensor, Tensor]]:
     """Images `(N, C, H, W)`, uint8 or float32, and labels `(N,)` of the training and the test part."""
     keys = ("train_images", "train_labels", "test_images", "test_labels")
     try:
+        check_memory(UNFOLDED * sum(_declared_bytes(path, key) for key in keys), f"npz: {path} says that it")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: torch.from_numpy(file[key]) for key in keys}
-    except (OSError, KeyError, ValueError, TypeError, EOFError, IndexError, AttributeError, BadZipFile) as error:
+    except (MemoryError, PwsError):
+        raise
+    except Exception as error:  # a file may hold anything, and each of numpy, zipfile and zlib has errors of its own
         raise PwsError(
-            f"npz: cannot read {path} ({error}). --data.root names a file in MedMNIST's layout: an .npz with the arrays "
-            f"{', '.join(keys)}; images (N, H, W) or (N, H, W, C), labels (N,) of whole numbers."
+            f"npz: cannot read {path} ({one_line(error)}). --data.root names a file in MedMNIST's layout: an .npz with the "
+            f"arrays {', '.join(keys)}; images (N, H, W) or (N, H, W, C), labels (N,) of whole numbers."
         ) from error
     parts = [_npz_part(path, part, arrays) for part in ("train", "test")]
+    largest, count = max(int(labels.max()) for _, labels in parts), sum(len(labels) for _, labels in parts)
+    if largest >= count:
+        raise PwsError(
+            f"npz: the labels in {path} number the classes from 0 on; the largest is {largest:,}, for {count:,} images: a "
+            "network of as many outputs would be built. Number the classes without gaps."
+        )
     train, test = (tuple(images.shape[1:]) for images, _ in parts)
     if train != test:
         raise PwsError(
@@ -55,8 +68,27 @@ def read_npz(path: Path) -> list[tuple[Tensor, Tensor]]:
     return parts
 
 
+def _declared_bytes(path: Path, key: str) -> int:
+    """What the array's header says that it takes."""
+    with ZipFile(path) as file, file.open(f"{key}.npy") as member:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read[np.lib.format.read_magic(member)](member)
+    return prod(shape) * int(dtype.itemsize)
+
+
+def _labels(path: Path, given: Tensor) -> Tensor:
+    labels = given.flatten().long()
+    if given.is_complex() or not torch.equal(labels.to(given.dtype), given.flatten()):
+        raise PwsError(
+            f"npz: the labels in {path} must be whole numbers; got {given.dtype}: {shown(given[:5].tolist())}."
+        )
+    return labels
+
+
 def _npz_part(path: Path, part: str, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].flatten().long()
+    images, labels = arrays[f"{part}_images"], _labels(path, arrays[f"{part}_labels"])
+    if images.is_complex():
+        raise PwsError(f"npz: {path} needs real {part}_images; got {images.dtype}.")
     if images.dim() == 3:
         images = images[..., None]
     if images.dim() != 4 or len(images) != len(labels) or not len(images) or labels.min() < 0:

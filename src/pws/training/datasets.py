@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from pws.errors import PwsError, UnknownNameError
+from pws.errors import PwsError, UnknownNameError, one_line
 from pws.training.array_files import read_idx, read_npz
+from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -81,9 +85,13 @@ class FolderImages:
     def _read(self, number: int) -> tuple[Tensor, int]:
         path, label = self.files.samples[number]
         try:
-            image = v2.functional.pil_to_tensor(self.files.loader(path))
-        except OSError as error:
-            raise PwsError(f"cannot read the image {path}: {error}. Remove or replace the file.") from error
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels on
+                image = v2.functional.pil_to_tensor(self.files.loader(path))
+        except MemoryError:
+            raise
+        except Exception as error:  # a file may hold anything, and each format's reader has errors of its own
+            raise PwsError(f"cannot read the image {path}: {one_line(error)}. Remove or replace the file.") from error
         return (image if self.augment else self.prepare(image)), label
 
 
@@ -196,6 +204,9 @@ def _in_memory(
     if chosen is not None:
         pixels, labels = pixels[chosen], labels[chosen]
     size = (config.image_size, config.image_size) if config.image_size else (pixels.shape[-2], pixels.shape[-1])
+    if size != tuple(pixels.shape[-2:]):
+        count = (len(pixels) + len(test[0])) * pixels.shape[1]
+        check_memory(5 * count * prod(size), f"data.image_size {size[0]} of {config.name}")  # as floats, then as bytes
     crop = v2.RandomCrop(size, padding=[max(1, size[1] // 8), max(1, size[0] // 8)])  # left and right, top and bottom
     steps: list[Any] = [crop, *([v2.RandomHorizontalFlip()] if flip else [])]
     augment = v2.Compose(steps) if config.augment else None
@@ -226,6 +237,9 @@ def _chosen(config: DataConfig, count: int, seed: int) -> list[int] | None:
 
 def _folder(config: DataConfig, seed: int) -> Splits:
     root, side = Path(config.root), config.image_size or 224
+    check_memory(
+        4 * 3 * config.batch_size * side**2, f"a batch of {config.batch_size:,} images of {side} pixels a side"
+    )
     for part in ("train", "val"):
         if not (root / part).is_dir():
             raise PwsError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from pws.errors import PwsError, UnknownNameError, one_line
+from pws.errors import PwsError, UnknownNameError, reason_of
+from pws.files import write_whole
 from pws.surgery import fold
 from pws.training.subject import subject_of_run
 
@@ -54,59 +56,61 @@ def export(run: str, kind: str, out: Path | None = None, checkpoint: str = "best
         )
     subject = subject_of_run(run, checkpoint)
     folded, images = fold(subject.model).eval(), subject.images
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_stem(f"{path.stem}.partial")  # the suffix stays: exporters look at it
     try:
-        found = write(folded, images, partial)
-        difference = float((found - subject.model.eval()(images)).abs().max())
-        if not difference <= TOLERANCE:
-            raise PwsError(
-                f"the exported file's logits differ from the network's by {difference:.1e}, more than {TOLERANCE:g}; it was "
-                "removed. Another version of the exporter may do better."
-            )
-        partial.rename(path)
+        content, found = write(folded, images)
     except ImportError as error:
         raise PwsError(f"the format {kind} needs {error.name}: pip install 'pws-torch[export]'.") from error
-    except PwsError:
-        raise
     except Exception as error:  # exporters fail in ways of their own
         raise PwsError(
-            f"the {kind} exporter can't write this network: {type(error).__name__}: {one_line(error)}. Another --format may."
+            f"the {kind} exporter can't write this network: {reason_of(error)}. Another --format may."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    difference = float((found - subject.model.eval()(images)).abs().max())
+    if not difference <= TOLERANCE:
+        raise PwsError(
+            f"the exported file's logits differ from the network's by {difference:.1e}, more than {TOLERANCE:g}; it was not "
+            "written. Another version of the exporter may do better."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
     return Exported(path, difference)
 
 
-def _onnx(model: nn.Module, images: Tensor, path: Path) -> Tensor:
+# Exporters write into memory: on a full disk their own writers abort the process.
+
+
+def _onnx(model: nn.Module, images: Tensor) -> tuple[bytes, Tensor]:
     import onnxruntime
 
-    batch = torch.export.Dim("batch")
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": ({0: batch},)}
-    torch.onnx.export(model, (images,), str(path), dynamo=True, external_data=False, verbose=False, **names)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    shapes: Any = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(model, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    assert program is not None
+    content: bytes = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _torch_export(model: nn.Module, images: Tensor, path: Path) -> Tensor:
+def _torch_export(model: nn.Module, images: Tensor) -> tuple[bytes, Tensor]:
     program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
-    logits: Tensor = torch.export.load(path).module()(images)
-    return logits
+    buffer = BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    logits: Tensor = torch.export.load(buffer).module()(images)
+    return buffer.getvalue(), logits
 
 
-def _safetensors(model: nn.Module, images: Tensor, path: Path) -> Tensor:
-    from safetensors.torch import load_file, save_file
+def _safetensors(model: nn.Module, images: Tensor) -> tuple[bytes, Tensor]:
+    from safetensors.torch import load, save
 
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
-    model.load_state_dict(load_file(path))
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    model.load_state_dict(load(content))
     logits: Tensor = model(images)
-    return logits
+    return content, logits
 
 
-FORMATS: Final[dict[str, tuple[str, Callable[[nn.Module, Tensor, Path], Tensor]]]] = {
+FORMATS: Final[dict[str, tuple[str, Callable[[nn.Module, Tensor], tuple[bytes, Tensor]]]]] = {
     "onnx": (".onnx", _onnx),
     "torch-export": (".pt2", _torch_export),
     "safetensors": (".safetensors", _safetensors),
 }
-"""Name to suffix and writer; a writer returns the logits of what it wrote, read back."""
+"""Name to suffix and writer; a writer returns the file's content and the logits of it, read back."""

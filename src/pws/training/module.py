@@ -63,6 +63,7 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         self.model, self.optim, self.calibration, self.method = model, optim, calibration, method
+        self.num_classes = num_classes
         self.test_metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
@@ -77,8 +78,7 @@ class Classifier(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images."""
-        logits: Tensor = self.model(images)
-        return logits
+        return logits_of(self.model(images), self.num_classes)
 
     def on_fit_start(self) -> None:
         """Calibrate on the first step's batch, unless a resumed run carries the kernels in its checkpoint."""
@@ -175,6 +175,17 @@ class Classifier(LightningModule):
         steps_per_epoch = len(loader) // self.trainer.accumulate_grad_batches
         scheduler = LambdaLR(optimizer, lr_factor(self.optim, steps, steps_per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def logits_of(outputs: Any, classes: int) -> Tensor:
+    """The outputs of a classifier; raises `PwsError` unless they are floating-point numbers `(N, classes)`."""
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor) or outputs.shape[1:] != (classes,) or not outputs.is_floating_point():
+        raise PwsError(
+            f"a classifier must return logits (N, classes), here (N, {classes}) for the data's {classes} classes; the model "
+            f"returned {shape}. Build it for as many classes (a factory may take num_classes), and let it return them alone."
+        )
+    return outputs
 
 
 def _from_all_processes(seen: Any) -> list[Any]:

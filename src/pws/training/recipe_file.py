@@ -13,6 +13,7 @@ from typing import Any, Final, get_type_hints
 from jsonargparse import ArgumentParser
 
 from pws.errors import PwsError, UnknownNameError, nearest, shown
+from pws.training.check import check_recipe
 from pws.training.recipe import Recipe
 from pws.training.typed import parser_says, read_yaml
 
@@ -44,6 +45,7 @@ def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tu
         raise PwsError(
             f"name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got {recipe.name!r}."
         )
+    check_recipe(recipe)
     return recipe, parsed
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from pws import convert
-from pws.errors import PwsError
+from pws.errors import PwsError, memory_ran_out, one_line
 from pws.files import write_whole
 from pws.methods import Method, build_method
 from pws.models import build_model, model_of
@@ -25,14 +25,18 @@ from pws.training.check import check_calibration, check_recipe
 from pws.training.checkpoints import CheckpointFiles
 from pws.training.data import ImageBatches, ImageData, check_shares
 from pws.training.datasets import Splits
+from pws.training.memory import check_memory
 from pws.training.metrics_file import MetricsFile
-from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.module import Classifier, NonFiniteLossError, logits_of
 from pws.training.monitor import MonitorCallback, leave_report, watcher
 from pws.training.quiet import real_interrupts
 from pws.training.recipe import ModelConfig, Recipe
 from pws.training.run_folder import SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.summary import Summary, summarize
 
+BYTES: Final = 12
+"""Of a parameter in training, at least: its value, its gradient, its momentum."""
+SMALL_WIDTH: Final = 0.125
 CONVERTED_ON: Final = 64
 """Training images that alpha is set on when a model of others is converted."""
 
@@ -125,20 +129,33 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
     if ":" in config.name:
         model = _model_of_others(config, splits)
     else:
-        model = build_model(config.name, method, in_channels=image.shape[1], num_classes=classes, width=config.width)
+        sizes: dict[str, Any] = {"in_channels": image.shape[1], "num_classes": classes}
+        if config.width > 1:
+            _check_width(config, method, sizes)
+        model = build_model(config.name, method, width=config.width, **sizes)
     if config.dropout:
         model.head = nn.Sequential(nn.Dropout(config.dropout), model.get_submodule("head"))
     try:
         with torch.no_grad():
-            model.eval()(image.float())
+            logits_of(model.eval()(image.float()), classes)
     except RuntimeError as error:
+        if memory_ran_out(error):
+            raise
         raise PwsError(
-            f"{config.name} can't take images of {image.shape[2]} x {image.shape[3]} pixels ({error}). "
+            f"{config.name} can't take images of {image.shape[2]} x {image.shape[3]} pixels ({one_line(error)}). "
             "Set a larger --data.image_size."
         ) from error
     # Convolutions run faster in this layout, on the CPU (a training step of allconv takes 0.6 to 0.93 of the time) and on
     # GPUs with tensor cores alike; ImageBatches yields the images in it.
     return model.train().to(memory_format=torch.channels_last)
+
+
+def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> None:
+    """Raise `PwsError` if the network can't be trained in the machine's memory: its parameters grow with the width squared."""
+    with torch.random.fork_rng(devices=[]):
+        small = build_model(config.name, method, width=SMALL_WIDTH, **sizes)
+    count = sum(p.numel() for p in small.parameters()) * (config.width / SMALL_WIDTH) ** 2
+    check_memory(BYTES * count, f"{config.name} of width {config.width:g}, with some {count:.1g} parameters,")
 
 
 def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
@@ -151,6 +168,8 @@ def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
     every = max(1, len(splits.train) // CONVERTED_ON)  # folders hold their images class by class
     images, _ = ImageBatches(splits.train, splits, seed=0)[0, list(range(0, len(splits.train), every))[:CONVERTED_ON]]
     model = model_of(config.name, num_classes=len(splits.classes), in_channels=images.shape[1])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PwsError(f"{config.name} has nothing to train: none of its parameters takes a gradient (requires_grad).")
     if config.method == "bn":
         return model
     settings = {key: getattr(config, key) for key in ("gamma", "relative_gamma")}

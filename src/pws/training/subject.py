@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from pws.diagnosis.batch import tensors_in
 from pws.errors import PwsError, UnknownNameError
 from pws.models import model_of
-from pws.training.check import check_calibration
+from pws.training.check import check_calibration, check_recipe
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData, check_shares
 from pws.training.datasets import DATASETS
+from pws.training.memory import check_memory
 from pws.training.module import Classifier
-from pws.training.recipe import DataConfig
+from pws.training.recipe import DataConfig, Recipe
 from pws.training.recipe_file import find_recipe, load_recipe
 from pws.training.run import model_for
 
@@ -131,11 +132,14 @@ def subject_of_model(
     model = model_of(spec)
     if data == RANDOM:
         side = image_size or 224
+        need = 4 * (_channels(model) or 3) * batch_size * side**2
+        check_memory(need, f"a batch of {batch_size:,} images of {side:,} pixels a side")
         images = torch.randn(batch_size, _channels(model) or 3, side, side)
         return Subject(f"{spec} on random images", model, images, None)
     if data not in DATASETS:
         raise UnknownNameError("dataset", data, [RANDOM, *DATASETS])
     config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
+    check_recipe(Recipe(data=config))
     source = ImageData(replace(config, root=root) if root else config, seed=0)
     check_shares(len(source.splits.train), batch_size, world=1, accumulate=1)
     batches = list(islice(source.train_dataloader(), FORECAST_BATCHES))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pws.diagnosis.diagnosis import Diagnosis
 from pws.errors import PwsError
+from pws.files import write_whole, written_whole
 
 
 def require_plotly() -> None:
@@ -34,7 +35,7 @@ def write_report(diagnosis: Diagnosis, path: Path, history: Sequence[Diagnosis] 
     content = page_of(diagnosis, history, title).encode("utf-8", "xmlcharrefreplace")
     try:
         _folder(path)
-        path.write_bytes(content)
+        write_whole(path, content)
     except OSError as error:
         raise _unwritable("report", path, error) from error
     return path
@@ -52,7 +53,8 @@ def write_picture(diagnosis: Diagnosis, path: Path) -> Path:
         raise PwsError("the picture needs matplotlib: pip install 'pws-torch[report]'.") from error
     try:
         _folder(path)
-        draw(diagnosis, path)
+        with written_whole(path) as partial:
+            draw(diagnosis, partial)
     except OSError as error:
         raise _unwritable("picture", path, error) from error
     return path
