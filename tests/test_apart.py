@@ -85,8 +85,8 @@ def test_each_task_ends_in_its_own_way(jobs: int) -> None:
     tasks = {kind: (kind,) for kind in ("a", *FAILURES, "b", "c")}
     found = dict(each_apart(work, tasks, jobs))
     failures = {key: outcome.reason for key, outcome in found.items() if isinstance(outcome, Failure)}
-    assert {key: reason.partition(' at File ')[0] for key, reason in failures.items()} == FAILURES
-    assert 'in work: raise KeyError' in failures['error']
+    assert {key: reason.partition(" at File ")[0] for key, reason in failures.items()} == FAILURES
+    assert "in work: raise KeyError" in failures["error"]
     assert {key: found[key] for key in "abc"} == {key: f"done {key}" for key in "abc"}
 
 

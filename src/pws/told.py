@@ -39,10 +39,11 @@ def frames_of_others(error: BaseException) -> list[str]:
 
 def message_of(error: BaseException) -> str | None:
     """Our line for an error that bad input or the machine can cause; None for any other."""
+    full = next((cause for cause in _chain(error) if memory_ran_out(cause)), None)
+    if full is not None:
+        return f"memory ran out: {_last_line(full)}. Take a smaller network, batch or image, or a machine with more."
     if isinstance(error, PwsError):
         return _last_line(error)
-    if memory_ran_out(error):
-        return f"memory ran out: {_last_line(error)}. Take a smaller network, batch or image, or a machine with more."
     if isinstance(error, OSError):
         return f"{error}. Check the path, its permissions and the space on the disk."
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):

@@ -64,7 +64,7 @@ def _checked(arguments: list[str]) -> int:
             raise
         for frame in frames:
             print(frame, file=sys.stderr)
-        return _fail(message or f"the code above, which is not of pws, failed: {reason_of(error)}", 2)
+        return _fail(message or f"the code above, which is not of pws, failed: {reason_of(error)}.", 2)
 
 
 def _run(command: str, arguments: list[str]) -> int:
