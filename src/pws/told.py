@@ -25,7 +25,8 @@ _GIVEN: Final[set[str]] = set()
 def note_code_of_others(module: ModuleType) -> None:
     """From now on the frames of this module, and of the package around it, are shown in errors."""
     package = sys.modules[module.__name__.partition(".")[0]]
-    _GIVEN.update(getattr(package, "__path__", None) or [package.__file__ or ""])
+    if package.__name__ != "pws" and package.__file__ is not None:
+        _GIVEN.update(getattr(package, "__path__", [package.__file__]))
 
 
 def frames_of_others(error: BaseException) -> list[str]:

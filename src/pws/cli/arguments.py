@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from pws.errors import PwsError
 from pws.training.check import PROCESSES
-from pws.training.typed import parser_says
+from pws.training.typed import PARSER_ERRORS, parser_says
 
 
 def command_parser(command: str, description: str, example: str) -> ArgumentParser:
@@ -64,7 +63,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     """What was given; raises `PwsError` where that is wrong."""
     try:
         parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
+    except PARSER_ERRORS as error:
         raise PwsError(f"{parser_says(error)} (`{parser.prog} --help` tells the options)") from error
     for key, value in vars(parsed).items():
         check_word(key, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -15,7 +14,7 @@ from jsonargparse import ArgumentParser
 from pws.errors import PwsError, UnknownNameError, nearest, shown
 from pws.training.check import check_recipe
 from pws.training.recipe import Recipe
-from pws.training.typed import parser_says, read_yaml
+from pws.training.typed import PARSER_ERRORS, parser_says, read_yaml
 
 RESULT: Final = ("seed", "model", "data", "optim", "trainer.epochs", "trainer.max_steps")
 """The settings that a run's result depends on; devices, precision and the like may change between sessions."""
@@ -52,7 +51,7 @@ def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tu
 def _build(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Any]:
     try:
         parsed = parser.parse_args(arguments)
-    except ArgumentError as error:
+    except PARSER_ERRORS as error:
         raise PwsError(_explain(parser_says(error), parser)) from error
     built = parser.instantiate(parsed)
     return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), parsed

@@ -67,7 +67,7 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
         _take(lock, folder)
         try:
             yield
-        except PwsError:
+        except (Exception, SystemExit):  # of the data, or of a model of others
             if not resume and not any((*folder.glob(f"{CHECKPOINTS}/*"), *folder.glob(SUMMARY))):
                 shutil.rmtree(folder)  # it would block the next try
             raise

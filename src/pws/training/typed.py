@@ -17,7 +17,10 @@ from jsonargparse import ArgumentParser
 from pws.errors import PwsError, UnknownNameError, one_line, shown
 
 LARGEST: Final = 1_000_000
-"""Bytes of a YAML file, and values in it once its aliases are written out: ten aliases of ten make a gigabyte."""
+"""Characters of a YAML file, and values in it once its aliases are written out: ten aliases of ten make a gigabyte."""
+
+PARSER_ERRORS: Final = (ArgumentError, TypeError, ValueError, ArithmeticError)
+"""What jsonargparse raises for a value: its own error, or that of a conversion, as of 10 ** 400 to a float."""
 
 
 def read_yaml(path: Path, what: str, known: Collection[str] = ()) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def typed(kind: Any, value: Any, where: str) -> Any:
         value = {key: item for key, item in value.items() if item is not None or key in required}
     try:
         parsed = parser.parse_object({"value": deepcopy(value)})  # it writes into what it is given
-    except (ArgumentError, TypeError, ValueError, ArithmeticError) as error:
+    except PARSER_ERRORS as error:
         message = parser_says(error).removeprefix("value: ").replace("value.", "")
         raise PwsError(f"{where}: {message}.") from error
     return parser.instantiate(parsed)["value"]

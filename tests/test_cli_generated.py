@@ -1,0 +1,244 @@
+"""Generated input at every command: exit code 0 or 2, no traceback, at most three lines of errors, no file changed by a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import timm
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+from small_data import write_folder, write_npz
+
+from pws.bench.accuracy import pool
+from pws.cli import main, speed
+
+RECIPE: Final[dict[str, Any]] = {
+    "model": {"name": "stack4", "method": "pws", "width": 0.05},
+    "data": {"name": "digits", "train_images": 64, "batch_size": 32, "augment": False},
+    "optim": {"lr": 0.01, "schedule": "step", "milestones": [1]},
+    "trainer": {"epochs": 1, "accelerator": "cpu", "devices": 1},
+}
+GRID: Final = {
+    "title": "small",
+    "settings": {"model": {"name": "stack4", "width": 0.05}, "data": {"name": "digits"}, "trainer": {"max_steps": 2}},
+    "columns": [{"optim.lr": 0.1}, {"optim.lr": 0.2}],
+    "rows": {"bn": {}, "pws": {"seeds": [1, 2]}},
+}
+SUITE: Final = {"rows": ["none", "pws"], "seconds": 0.1, "cases": [{"model": "stack4", "batch": [1, 2], "pixels": 8}]}
+CELL: Final = {"row": "bn", "column": "LR 0.1", "seed": 0, "settings": {}, "accuracy": 0.5, "non_finite_step": None}
+RESULT: Final = {
+    "grid": "g",
+    "target": 0.8,
+    "rows": ["bn"],
+    "columns": ["LR 0.1"],
+    "cells": [{**CELL, "curve": [[1, 0.5]]}],
+}
+# Each command with the files that it reads.
+COMMANDS: Final[dict[tuple[str, ...], list[str]]] = {
+    ("evaluate", "run"): ["run/recipe.yaml", "run/checkpoints/best.ckpt"],
+    ("evaluate", "run", "--checkpoint=last", "--json"): ["run/checkpoints/last.ckpt"],
+    ("diagnose", "run", "--json"): ["run/recipe.yaml", "run/checkpoints/last.ckpt"],
+    ("diagnose", "recipe.yaml", "--out=out/report.png"): ["recipe.yaml"],
+    ("export", "run", "--format=safetensors", "--out=out/a.safetensors"): [
+        "run/recipe.yaml",
+        "run/checkpoints/best.ckpt",
+    ],
+    ("train", "run", "--resume"): [
+        "run/recipe.yaml",
+        "run/checkpoints/last.ckpt",
+        "run/metrics.csv",
+        "run/summary.json",
+    ],
+    ("train", "stopped", "--resume"): [
+        f"stopped/{name}" for name in ("recipe.yaml", "checkpoints/last.ckpt", "metrics.csv")
+    ],
+    ("train", "recipe.yaml", "--runs=out"): ["recipe.yaml"],
+    ("train", "npz.yaml", "--runs=out"): ["npz.yaml", "data.npz"],
+    ("train", "folder.yaml", "--runs=out"): ["folder.yaml", "data/train/class0/0.png", "data/val/class1/1.png"],
+    ("convert", "--model=timm:test_resnet", "--image-size=32", "--weights=weights.pt", "--out=out"): ["weights.pt"],
+    ("bench", "accuracy", "grid.yaml", "--out=out"): ["grid.yaml"],
+    ("bench", "accuracy", "grid.yaml", "--out=results"): ["results/grid.json"],
+    ("bench", "speed", "suite.yaml", "--out=out"): ["suite.yaml"],
+    ("bench", "tables", "page.md", "--results=results"): ["page.md", "results/grid.json"],
+    ("demo", "--epochs=0"): [],
+    ("bench", "shift", "--out=page.md"): [],
+}
+FLAGS: Final = (
+    *(
+        "--out",
+        "--runs",
+        "--name",
+        "--seed",
+        "--json",
+        "--batch-size",
+        "--image-size",
+        "--checkpoint",
+        "--format",
+        "--jobs",
+    ),
+    *(
+        "--lr",
+        "--steps",
+        "--model",
+        "--data",
+        "--keep",
+        "--norms",
+        "--form",
+        "--weights",
+        "--resume",
+        "--monitor",
+        "--quick",
+    ),
+    *("--data.batch_size", "--data.image_size", "--data.name", "--data.root", "--data.workers", "--model.method"),
+    *("--model.name", "--model.width", "--model.gain", "--model.num_classes", "--optim.lr", "--optim.milestones"),
+    *(
+        "--trainer.devices",
+        "--trainer.precision",
+        "--trainer.max_steps",
+        "--trainer.accelerator",
+        "--nonsense",
+        "-x",
+        "--",
+    ),
+)
+WORDS: Final = (
+    "",
+    "-1",
+    "0",
+    "1",
+    "x",
+    "[]",
+    "{}",
+    "[1",
+    "null",
+    "nan",
+    "-1e400",
+    f"1{'0' * 30}",
+    "true",
+    "a\0b",
+    "ü/\x1b[1m",
+)
+VALUES: Final[tuple[Any, ...]] = (None, True, -1, 0, 0.5, "", "x", "nan", [], {}, [[]], [None], {"x": {"y": 1}}, 10**30)
+BYTES: Final = b"\x00\xff:[]{}&*!-#x'\"\n "
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    here = Path.cwd()
+    os.chdir(folder)
+    write_npz(folder / "data.npz", side=12)
+    write_folder(folder / "data", classes=2, images=2, side=40)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    for name, root, more in (("npz", "data.npz", {}), ("folder", "data", {"image_size": 16})):
+        data = {"name": name, "root": root, "batch_size": 4, **more}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**RECIPE, "data": data}))
+    (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
+    (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE))
+    (folder / "results").mkdir()
+    (folder / "results" / "grid.json").write_text(json.dumps(RESULT))
+    (folder / "page.md").write_text("<!-- table grid: bn -->\n<!-- end -->\n<!-- table grid steps -->\n<!-- end -->\n")
+    torch.save(timm.create_model("test_resnet").state_dict(), folder / "weights.pt")
+    assert main(["train", "recipe.yaml", "--runs=.", "--name=run"]) == 0
+    shutil.copytree(folder / "run", folder / "stopped")
+    (folder / "stopped" / "summary.json").unlink()
+    os.chdir(here)
+    return folder
+
+
+def places(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in a structure."""
+    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [at, *(place for key, part in parts for place in places(part, (*at, key)))]
+
+
+def structure(draw: st.DrawFn, path: Path) -> None:
+    """Something else at one place of a YAML or JSON file."""
+    content = [yaml.safe_load(path.read_text())]
+    *way, last = draw(st.sampled_from(places(content)[1:]))
+    part: Any = content
+    for key in way:
+        part = part[key]
+    part[last] = draw(st.sampled_from(VALUES))
+    text = json.dumps(content[0]) if path.suffix == ".json" else yaml.safe_dump(content[0])
+    path.write_text(text)
+
+
+def damage(draw: st.DrawFn, path: Path) -> None:
+    """Bytes of a file are others, missing or more."""
+    content = bytearray(path.read_bytes())
+    at = draw(st.integers(0, max(0, len(content) - 1)))
+    match draw(st.sampled_from(("change", "cut", "insert", "empty", "gone", "folder"))):
+        case "change":
+            content[at : at + 1] = bytes([draw(st.sampled_from(BYTES))])
+        case "cut":
+            del content[at:]
+        case "insert":
+            content[at:at] = bytes(draw(st.lists(st.sampled_from(BYTES), min_size=1, max_size=5)))
+        case "empty":
+            content.clear()
+        case kind:
+            path.unlink()
+            if kind == "folder":
+                path.mkdir()
+            return
+    path.write_bytes(content)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def _no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a grid or a suite that happens to be right would do takes minutes."""
+    monkeypatch.setattr(pool, "each_apart", lambda *_: iter(()))
+    monkeypatch.setattr(speed, "run_suite", lambda *_: None)
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_generated_input(
+    data: st.DataObject, base: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = list(data.draw(st.sampled_from(sorted(COMMANDS))))
+    files = COMMANDS[tuple(arguments)]
+    folder = tmp_path_factory.mktemp("case") / "here"
+    shutil.copytree(base, folder)
+    if files and data.draw(st.booleans()):
+        path = folder / data.draw(st.sampled_from(files))
+        change = structure if path.suffix in (".yaml", ".json") and data.draw(st.booleans()) else damage
+        change(data.draw, path)
+    else:
+        flag, word = data.draw(st.sampled_from(FLAGS)), data.draw(st.sampled_from(WORDS))
+        arguments.append(f"{flag}={word}" if data.draw(st.booleans()) else flag)
+    before, here = contents(folder), Path.cwd()
+    capsys.readouterr()
+    os.chdir(folder)
+    try:
+        code = main(arguments)
+    finally:
+        os.chdir(here)
+    said = capsys.readouterr().err
+    event(f"{arguments[0]}: exit code {code}")
+    assert code in (0, 2), (arguments, said)
+    assert "Traceback" not in said
+    assert said.count("\n") <= 3, said
+    if code:
+        assert said.splitlines()[-1].startswith("pws: "), (arguments, said)
+        assert contents(folder) == before, arguments
+    shutil.rmtree(folder)
