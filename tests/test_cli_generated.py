@@ -1,4 +1,4 @@
-"""Generated input at every command: exit code 0 or 2, no traceback, at most three lines of errors, no file changed by a failure."""
+"""Generated input at every command: exit code 0 or 2, no traceback, at most three lines, no file changed by a failure."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ RESULT: Final = {
     "columns": ["LR 0.1"],
     "cells": [{**CELL, "curve": [[1, 0.5]]}],
 }
+EXAMPLES: Final = 200
 # Each command with the files that it reads.
 COMMANDS: Final[dict[tuple[str, ...], list[str]]] = {
     ("evaluate", "run"): ["run/recipe.yaml", "run/checkpoints/best.ckpt"],
@@ -203,8 +204,18 @@ def _no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "run_suite", lambda *_: None)
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_commands_are_right_before_they_are_changed(
+    command: tuple[str, ...], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(base, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    always_wrong = command[0] == "demo" or command[1] == "shift" or command[:2] == ("train", "run")
+    assert main(command) == (2 if always_wrong else 0)
+
+
 @settings(
-    max_examples=200,
+    max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
     database=None,

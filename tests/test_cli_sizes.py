@@ -77,7 +77,8 @@ def test_numbers_beyond_numbers(
     key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert key in refused(capsys, *TRAIN, f"--{key}={value}")
+    said = refused(capsys, *TRAIN, f"--{key}={value}")
+    assert key in said or "a number is beyond what a float can be" in said
 
 
 def npy(shape: tuple[int, ...], content: bytes, dtype: str = "|u1") -> bytes:

@@ -109,6 +109,8 @@ def check_each(kind: type, entries: Any, where: str) -> None:
 
 def parser_says(error: Exception) -> str:
     """A parser's message in a line, in our words."""
+    if isinstance(error, ArithmeticError):
+        return f"a number is beyond what a float can be: {one_line(error)}"
     message = one_line(error).replace("the following arguments are required", "missing")
     return re.sub(r'Parser key "([^"]*)":', r"\1:", message)
 
