@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from io import BytesIO
@@ -110,3 +111,24 @@ def test_an_exporter_that_fails_leaves_no_file(
     assert "RuntimeError: no such operator" in error
     assert "Another --format may" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch-export", "safetensors"])
+def test_a_full_disk_leaves_no_half_file_and_no_noise(
+    kind: str, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    arguments = ["export", str(run), "--format", kind, "--out", str(tmp_path / "model")]
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_bytes", full)
+        assert main(arguments) == 2
+    said = capfd.readouterr().err
+    assert said.splitlines()[-1].startswith("pws: [Errno 28] No space left on device")
+    assert all(line.startswith(("pws: ", "  File ")) for line in said.splitlines()), said
+    assert not list(tmp_path.iterdir())
+    assert main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

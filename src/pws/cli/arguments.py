@@ -38,7 +38,7 @@ def check_free(*files: Path) -> None:
     """Raise `PwsError` if one of the files to write is there already, or its folder can't be written to."""
     for path in files:
         check_folder(path.parent)
-        if path.exists() and path.is_file() | path.is_dir():  # a device or a pipe is written to
+        if path.is_file() or path.is_dir():  # a device or a pipe is written to
             raise PwsError(f"--out: {path} exists already, and nothing is overwritten. Remove it, or name another one.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -57,7 +58,9 @@ def export(run: str, kind: str, out: Path | None = None, checkpoint: str = "best
     subject = subject_of_run(run, checkpoint)
     folded, images = fold(subject.model).eval(), subject.images
     try:
-        content, found = write(folded, images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # exporters warn of themselves; what they wrote is compared
+            content, found = write(folded, images)
     except ImportError as error:
         raise PwsError(f"the format {kind} needs {error.name}: pip install 'pws-torch[export]'.") from error
     except Exception as error:  # exporters fail in ways of their own
