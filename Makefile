@@ -16,7 +16,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/pws demo
+	$(BIN)/pws demo --force
 
 test: install
 	$(BIN)/python -m pytest

@@ -34,12 +34,19 @@ def check_folder(out: Path) -> None:
         raise PwsError(f"--out must be a folder that can be written to; {nearest} is none. Name another one.")
 
 
-def check_free(*files: Path) -> None:
-    """Raise `PwsError` if one of the files to write is there already, or its folder can't be written to."""
+def add_force(parser: ArgumentParser) -> None:
+    """Add the flag that lets a command replace files."""
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+
+
+def check_free(*files: Path, force: bool) -> None:
+    """Raise `PwsError` if one of the files to write is there already, unless `force`, or its folder can't be written to."""
     for path in files:
         check_folder(path.parent)
-        if path.is_file() or path.is_dir():  # a device or a pipe is written to
-            raise PwsError(f"--out: {path} exists already, and nothing is overwritten. Remove it, or name another one.")
+        if path.is_dir() or (path.is_file() and not force):  # a device or a pipe is written to
+            raise PwsError(
+                f"--out: {path} exists already, and nothing is overwritten without --force. Give that, or name another one."
+            )
 
 
 def check_failures(what: str, failures: Mapping[str, str], count: int) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pws.cli.arguments import check_free, command_parser, parse
+from pws.cli.arguments import add_force, check_free, command_parser, parse
 from pws.demo import LEARNING_RATES, Cell, Outcome, all_cells, draw, run_cell, sentences
 from pws.errors import PwsError
 from pws.files import write_whole, written_whole
@@ -31,13 +31,14 @@ def run(arguments: list[str]) -> int:
         "pws demo --out demo",
     )
     parser.add_argument("--out", type=str, default="demo", help="folder for demo.png, demo.json and demo.txt")
+    add_force(parser)
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each cell, 22 steps each")
     parsed = parse(parser, arguments)
     if not 1 <= parsed.epochs <= 1000:
         raise PwsError(f"--epochs must be at least 1, and at most 1000; got {parsed.epochs}.")
     quiet_lightning()
     torch.set_num_threads(2)  # the numbers depend on how sums are split: the same on every machine that has two cores
-    check_free(*(Path(parsed.out) / name for name in FILES))
+    check_free(*(Path(parsed.out) / name for name in FILES), force=parsed.force)
     _demo(Path(parsed.out), parsed.epochs)
     return 0
 

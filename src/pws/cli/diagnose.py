@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from pws.cli.arguments import check_free, check_sizes, command_parser, parse
+from pws.cli.arguments import add_force, check_free, check_sizes, command_parser, parse
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
@@ -44,9 +44,10 @@ def run(arguments: list[str]) -> int:
         help="also forecast the learning rate at which training diverges (some 180 more passes; needs real images)",
     )
     parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main figure")
+    add_force(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parsed = parse(parser, arguments)
-    out = _checked_out(parsed.out)
+    out = _checked_out(parsed.out, force=parsed.force)
     quiet_lightning()
     subject = _subject(parsed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,12 +80,12 @@ def _forecast(subject: Subject) -> Forecast:
         )
 
 
-def _checked_out(given: str | None) -> Path | None:
+def _checked_out(given: str | None, *, force: bool) -> Path | None:
     out = None if given is None else Path(given)
     if out is not None and out.suffix not in (".html", ".png"):
         raise PwsError(f"--out ends with .html or .png; got {given!r}.")
     if out is not None:
-        check_free(out)
+        check_free(out, force=force)
     if out is not None and out.suffix == ".html":
         require_plotly()
     return out
