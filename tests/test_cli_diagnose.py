@@ -249,8 +249,7 @@ def test_out(name: str, tmp_path: Path, module: str, capsys: pytest.CaptureFixtu
     again = ("--model", f"{module}:small", "--image-size=16", "--batch-size=4", f"--out={out}", "--json")
     assert "nothing is overwritten" in fail(capsys, "diagnose", *again)
     assert out.read_bytes() == content
-    out.unlink()
-    assert strict(shown(capsys, *again))["model"] == "Sequential"
+    assert strict(shown(capsys, *again, "--force"))["model"] == "Sequential"
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,30 @@ def test_a_model_of_others_has_no_other_method(tmp_path: Path, capsys: pytest.Ca
     arguments = ["--model.name=timm:resnet10t", "--data.name=digits", "--data.image_size=32", f"--runs={tmp_path}"]
     assert main(["train", "fashion-mnist-allconv-pws", "--model.method=gn", *arguments]) == 2
     assert "trains as it is (model.method: bn) or converted (pws)" in capsys.readouterr().err
+
+
+KINDS = {
+    "sequence": ("nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.AdaptiveAvgPool1d(1)", ["3", "32"]),
+    "volume": ("nn.Conv3d(3, 8, 3), nn.BatchNorm3d(8), nn.ReLU(), nn.AdaptiveAvgPool3d(1)", ["3", "6", "8", "10"]),
+    "table": ("nn.Linear(20, 8), nn.BatchNorm1d(8), nn.ReLU()", ["20"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_sequences_volumes_and_tables(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers, shape = KINDS[kind]
+    code = f"from torch import nn\ndef build():\n    return nn.Sequential({layers}, nn.Flatten(), nn.Linear(8, 4))\n"
+    (tmp_path / f"of_{kind}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ["--model", f"of_{kind}:build", "--input-shape", *shape]
+    assert main(["convert", *model, "--out", str(tmp_path / "out")]) == 0
+    assert "standardize 2, remove 1" in capsys.readouterr().out
+    assert main(["diagnose", *model, "--json"]) == 0
+    capsys.readouterr()
+    for wrong in (["--image-size", "8"], ["--data", "digits"]):
+        assert main(["diagnose", *model, *wrong]) == 2
+        assert "--input-shape" in capsys.readouterr().err
+    assert main(["diagnose", *model[:3], "0"]) == 2
+    assert "each at least 1" in capsys.readouterr().err

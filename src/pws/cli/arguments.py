@@ -34,6 +34,16 @@ def check_folder(out: Path) -> None:
         raise PwsError(f"--out must be a folder that can be written to; {nearest} is none. Name another one.")
 
 
+def add_input_shape(parser: ArgumentParser) -> None:
+    """Add the flag for models that take no square images."""
+    parser.add_argument(
+        "--input-shape",
+        type=int,
+        nargs="+",
+        help="sizes of one random sample in place of --image-size: '3 128' (a sequence), '3 16 112 112' (a clip), '20'",
+    )
+
+
 def add_force(parser: ArgumentParser) -> None:
     """Add the flag that lets a command replace files."""
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -60,10 +70,16 @@ def check_failures(what: str, failures: Mapping[str, str], count: int) -> None:
 
 
 def check_sizes(parsed: Any) -> None:
-    """Raise `PwsError` unless --batch-size and --image-size, where given, are at least 1."""
+    """Raise `PwsError` unless the sizes that were given are at least 1, and not both of --image-size and --input-shape."""
     for flag, value in (("--batch-size", parsed.batch_size), ("--image-size", parsed.image_size)):
         if value is not None and value < 1:
             raise PwsError(f"{flag} must be at least 1; got {value}.")
+    shape = parsed.input_shape
+    if shape is not None and (parsed.image_size is not None or not shape or min(shape) < 1):
+        raise PwsError(
+            f"--input-shape takes the sizes of one sample, each at least 1, without --image-size; got {shape}. A sequence of 3 "
+            "channels: --input-shape 3 128."
+        )
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Any:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
-from pws.cli.arguments import check_folder, check_sizes, command_parser, parse
+from pws.cli.arguments import add_input_shape, check_folder, check_sizes, command_parser, parse
 from pws.errors import PwsError, one_line
 from pws.files import write_folder
 from pws.surgery import plan
@@ -31,6 +31,7 @@ import pws
 from pws.models import model_of
 
 folder = Path(__file__).parent
+example = torch.randn{shape}
 model = pws.Plan.load(folder / "plan.json").apply(model_of({spec!r}))
 model.load_state_dict(torch.load(folder / "weights.pt"))
 '''
@@ -47,16 +48,19 @@ def run(arguments: list[str]) -> int:
     out = Path(parsed.out)
     _check(parsed, out)
     images = parsed.batch_size or (256 if parsed.warm_start else 32)
-    subject = subject_of_model(parsed.model, parsed.data, batch_size=images, image_size=parsed.image_size)
+    subject = subject_of_model(
+        parsed.model, parsed.data, batch_size=images, image_size=parsed.image_size, input_shape=parsed.input_shape
+    )
     if parsed.weights:
         load_weights(subject.model, Path(parsed.weights))
     made, table, converted = _convert(parsed, subject)
     print(table)
     weights = BytesIO()  # on a full disk torch's own writer aborts the process
     torch.save(converted.state_dict(), weights)
+    shape = (2, *subject.images.shape[1:])
     files: dict[str, str | bytes] = {
         "weights.pt": weights.getvalue(),
-        "load.py": LOAD.format(spec=parsed.model, training=TRAINING[parsed.form]),
+        "load.py": LOAD.format(shape=shape, spec=parsed.model, training=TRAINING[parsed.form]),
         "plan.json": plan_text(made),
         "plan.txt": f"{table}\n",
     }
@@ -105,6 +109,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--image-size", type=int, help="pixels a side; 224 for random images, the data's own if left out"
     )
+    add_input_shape(parser)
     parser.add_argument(
         "--warm-start", action="store_true", help="keep what the trained model computes, as far as possible"
     )

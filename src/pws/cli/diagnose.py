@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from pws.cli.arguments import add_force, check_free, check_sizes, command_parser, parse
+from pws.cli.arguments import add_force, add_input_shape, check_free, check_sizes, command_parser, parse
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.diagnosis.report import require_plotly
 from pws.errors import PwsError
@@ -34,6 +34,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--data", type=str, help="(--model) a dataset's name, or random, the default")
     parser.add_argument("--root", type=str, help="(--model) the dataset's folder")
     parser.add_argument("--image-size", type=int, help="(--model) pixels a side; 224 for random images")
+    add_input_shape(parser)
     parser.add_argument("--batch-size", type=int, help="images; the recipe's, or 32")
     parser.add_argument("--lr", type=float, help="the learning rate to judge; the recipe's if left out")
     parser.add_argument("--momentum", type=float, help="SGD's; the recipe's if left out")
@@ -100,8 +101,9 @@ def _subject(parsed: Any) -> Subject:
     check_sizes(parsed)
     if parsed.model is not None:
         settings = {"root": parsed.root, "batch_size": parsed.batch_size or 32, "image_size": parsed.image_size}
+        settings["input_shape"] = parsed.input_shape
         return subject_of_model(parsed.model, parsed.data or RANDOM, **settings)
-    given = [flag for flag in ("data", "root", "image_size") if getattr(parsed, flag) is not None]
+    given = [flag for flag in ("data", "root", "image_size", "input_shape") if getattr(parsed, flag) is not None]
     if given:
         flag = given[0].replace("_", "-")
         raise PwsError(f"--{flag} goes with --model: a run has its recipe's data. Leave it out, or change the recipe.")

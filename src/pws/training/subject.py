@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,7 +115,13 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
 
 
 def subject_of_model(
-    spec: str, data: str = RANDOM, *, root: str | None = None, batch_size: int = 32, image_size: int | None = None
+    spec: str,
+    data: str = RANDOM,
+    *,
+    root: str | None = None,
+    batch_size: int = 32,
+    image_size: int | None = None,
+    input_shape: list[int] | None = None,
 ) -> Subject:
     """A model from torchvision, timm or any importable factory, with random weights.
 
@@ -124,6 +131,7 @@ def subject_of_model(
         root: the dataset's folder.
         batch_size: images of the batch.
         image_size: pixels a side; 224 for random images, the data's own if left out.
+        input_shape: of one random sample, where the model takes no square images: sequences, volumes, tables.
 
     Raises:
         PwsError: the model or the data can't be had.
@@ -132,10 +140,14 @@ def subject_of_model(
     model = model_of(spec)
     if data == RANDOM:
         side = image_size or 224
-        need = 4 * (_channels(model) or 3) * batch_size * side**2
-        check_memory(need, f"a batch of {batch_size:,} images of {side:,} pixels a side")
-        images = torch.randn(batch_size, _channels(model) or 3, side, side)
+        shape = input_shape or [_channels(model) or 3, side, side]
+        check_memory(4 * batch_size * prod(shape), f"a batch of {batch_size:,} inputs of shape {tuple(shape)}")
+        images = torch.randn(batch_size, *shape)
         return Subject(f"{spec} on random images", model, images, None)
+    if input_shape:
+        raise PwsError(
+            f"--input-shape is that of random samples; the data {data!r} have a shape of their own. Leave one out."
+        )
     if data not in DATASETS:
         raise UnknownNameError("dataset", data, [RANDOM, *DATASETS])
     config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
