@@ -626,3 +626,66 @@ def test_a_pattern_that_nothing_has_is_refused(keep: Any) -> None:
 def test_an_example_that_is_none_is_refused(example: Any) -> None:
     with pytest.raises(pws.PwsError):
         pws.plan(nn.Sequential(conv(), norm()), example)
+
+
+# One form of batch.
+
+
+class Named(nn.Module):
+    """Takes arguments by name, as Hugging Face's models, and returns the loss beside its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = conv(), norm(), nn.Linear(4, 3)
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.head(self.norm(self.conv(pixels)).relu().mean((2, 3)))
+        return {"logits": logits} if labels is None else {"logits": logits, "loss": F.cross_entropy(logits, labels)}
+
+
+LABELS = torch.arange(16) % 3
+FORMS: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
+    "the inputs": (lambda: nn.Sequential(conv(), norm()), X, X),
+    "inputs and labels, as a loader gives them": (lambda: nn.Sequential(conv(), norm()), (X, LABELS), [(X, LABELS)]),
+    "a list of both": (lambda: nn.Sequential(conv(), norm()), [X, LABELS], [[X, LABELS]]),
+    "names": (Named, {"pixels": X}, [{"pixels": X}]),
+    "names with the labels": (Named, {"pixels": X, "labels": LABELS}, [{"pixels": X, "labels": LABELS}]),
+    "several inputs": (
+        lambda: Two(),
+        ((X, X), LABELS),
+        [((X, X), LABELS)],
+    ),
+}
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(), norm()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.norm(self.conv(a + b))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_plan_and_calibrate_take_a_batch_as_a_loader_gives_it(kind: str) -> None:
+    build, example, batches = FORMS[kind]
+    plan = pws.plan(build(), example)
+    assert len(plan.named("remove")) == 1
+    converted = plan.apply()
+    layer = next(iter(pws.marked(converted)))
+    (first, *_) = pws.calibrate(converted, batches, target=2.0)
+    assert first.layer == layer
+    assert first.variance == pytest.approx(1, rel=1e-4)
+
+
+def test_what_is_odd_is_run_by_a_function() -> None:
+    def forward(model: Any, batch: Any) -> Any:
+        return model(batch["images"] * 2)
+
+    model = nn.Sequential(conv(), norm())
+    batch = {"images": X, "names": ["a", "b"]}
+    converted = pws.convert(model, batch, forward=forward)
+    assert converted[0](2 * X).var(correction=0).item() == pytest.approx(1, rel=1e-3)
+    (found,) = pws.calibrate(converted, batch, forward=forward, target=2.0)
+    assert found.variance == pytest.approx(1, rel=1e-3)

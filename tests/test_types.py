@@ -19,6 +19,8 @@ pws.Conv3d(3, 8, (3, 3, 3), padding_mode="circular")
 pws.ConvTranspose2d(3, 8, 3, 2, output_padding=1, gamma=0.1)
 pws.Linear(3, 8, False, gain="linear")
 pws.diagnose(conv, (images, images), nn.functional.mse_loss, lr=0.1, forward=lambda model, batch: model(batch[0]))
+pws.convert(conv, images, calibrate=False, keep="layer1.*", warm_start=True, form="layers")
+pws.fold(pws.Plan.load("plan.json").apply(conv), like=conv)
 pws.training.ClipGrad(0.1)
 pws.optim.SGD(conv, lr=0.1, step_bound=None)
 
@@ -39,6 +41,9 @@ pws.Linear(3, 8, 1, 2, 3, 4)  # wrong
 pws.mark(nn.Linear(3, 8), gian=1.0)  # wrong
 pws.standardize(images, gama=0.1)  # wrong
 pws.calibrate(conv, images, taget=2.0)  # wrong
+pws.convert(conv, images, calibrat=False)  # wrong
+pws.plan(conv, images, warmstart=True)  # wrong
+pws.fold(conv, lik=conv)  # wrong
 pws.diagnose(conv, images, rate=0.1)  # wrong
 pws.forecast(conv, [images, images], proggress=print)  # wrong
 pws.Monitor(conv, evry=50)  # wrong
