@@ -42,7 +42,7 @@ def test_streams(command: str, code: int, says: str, tmp_path: Path) -> None:
 CONVERT = ("convert", "--model=pws.models.small:resnet18", "--image-size=16", "--batch-size=2")
 
 
-@pytest.mark.parametrize("which", ["weights.pt", "load.py", "plan.txt"])
+@pytest.mark.parametrize("which", ["weights.pt", "load.py", "plan.json", "plan.txt"])
 def test_a_conversion_on_a_full_disk_leaves_nothing(
     which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,13 +61,14 @@ def test_a_conversion_on_a_full_disk_leaves_nothing(
     assert re.fullmatch(r"pws: .*No space left on device.*", said.splitlines()[-1])
     assert [path for path in tmp_path.rglob("*") if path.name != "new"] == []
     assert main(arguments) == 0
-    assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == ["load.py", "plan.txt", "weights.pt"]
+    written = sorted(path.name for path in (tmp_path / "new" / "out").iterdir())
+    assert written == ["load.py", "plan.json", "plan.txt", "weights.pt"]
 
 
 def test_an_empty_folder_is_filled_and_a_link_to_one(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert main([*CONVERT, f"--out={tmp_path / 'empty'}"]) == 0
-    assert len(list((tmp_path / "empty").iterdir())) == 3
+    assert len(list((tmp_path / "empty").iterdir())) == 4
 
 
 @pytest.mark.parametrize(

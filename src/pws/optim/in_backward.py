@@ -1,4 +1,4 @@
-"""Steps in the backward pass: each layer moves as soon as its gradients are there, and frees them."""
+"""Steps in the backward pass: layers move as soon as some megabytes of their gradients are there, and free them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from torch import Tensor, distributed
+from torch.autograd import Variable
 
 from pws.errors import PwsError
 
@@ -13,6 +14,8 @@ REFUSAL: Final = (
     "step_in_backward=True moves each layer in the backward pass, before all gradients are there, but {}. Make the optimizer "
     "without it."
 )
+AT_ONCE: Final = 8 * 2**20
+"""Bytes of gradients that may wait: a call of the step takes half a millisecond whatever it moves, and small layers share one."""
 
 
 class StepInBackward:
@@ -31,7 +34,9 @@ class StepInBackward:
             raise PwsError(REFUSAL.format("several processes average theirs after that"))
         self._layers, self._move = layers, move
         self._arrived: dict[int, set[Tensor]] = {}
-        self._moved: set[int] = set()
+        self._complete: set[int] = set()
+        """Layers whose gradients are there, moved or waiting."""
+        self._waiting: list[Tensor] = []
         self._handles: list[Any] = []
         self.watch()
 
@@ -43,31 +48,41 @@ class StepInBackward:
 
     def end(self) -> None:
         """The iteration ends: layers of which a part got no gradient may have waited for it."""
-        waiting = [parameter for arrived in self._arrived.values() for parameter in arrived]
+        self._waiting += [parameter for arrived in self._arrived.values() for parameter in arrived]
         self._arrived.clear()
-        self._moved.clear()
-        if waiting:
-            self._take(waiting)
+        self._complete.clear()
+        self._take_waiting()
 
     def _arrive(self, parameter: Tensor) -> None:
         layer = self._layers[parameter]
-        if id(layer) in self._moved:
+        if id(layer) in self._complete:
             raise PwsError(
                 REFUSAL.format("a second backward pass came before step(): gradients that are accumulated must wait")
             )
         arrived = self._arrived.setdefault(id(layer), set())
         arrived.add(parameter)
         if all(p in arrived for p in layer.values() if p.requires_grad and p in self._layers):
-            self._moved.add(id(layer))
-            self._take(list(self._arrived.pop(id(layer))))
+            self._complete.add(id(layer))
+            if not self._waiting:
+                Variable._execution_engine.queue_callback(self._take_waiting)
+            self._waiting += self._arrived.pop(id(layer))
+            if sum(p.grad.nbytes for p in self._waiting if p.grad is not None) >= AT_ONCE:
+                self._take_waiting()
 
-    def _take(self, parameters: list[Tensor]) -> None:
+    def _take_waiting(self) -> None:
+        parameters, self._waiting = self._waiting, []
+        if not parameters:
+            return
         try:
             self._move(parameters)
         except PwsError:
             # The backward pass ends here, and whoever catches this starts another.
-            self._arrived.clear()
-            self._moved.clear()
+            self._forget()
             raise
         for parameter in parameters:
             parameter.grad = None
+
+    def _forget(self) -> None:
+        self._arrived.clear()
+        self._complete.clear()
+        self._waiting.clear()
