@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from pws.bench.conversion.models import SPECS
@@ -123,3 +125,16 @@ def test_models_of_sequences_volumes_and_tables(
         assert "--input-shape" in capsys.readouterr().err
     assert main(["diagnose", *model[:3], "0"]) == 2
     assert "each at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["complex", "text", "list", "none"])
+def test_weights_of_the_wrong_kind_are_refused(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state: Any = torchvision.models.resnet18().state_dict()
+    state["conv1.weight"] = state["conv1.weight"].to(torch.cfloat) if wrong == "complex" else "text"
+    torch.save({"list": [state], "none": None}.get(wrong, state), tmp_path / "weights.pt")
+    arguments = ["--model=torchvision:resnet18", f"--weights={tmp_path / 'weights.pt'}", "--image-size=32"]
+    assert main(["convert", *arguments, f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "must be a state dict of the model" in said
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from pws.files import write_folder
 from pws.surgery import plan
 from pws.surgery.plan import Form, Plan
 from pws.surgery.plan_file import plan_text
+from pws.training.checkpoints import misfits
 from pws.training.datasets import DATASETS
 from pws.training.subject import RANDOM, Subject, subject_of_model
 
@@ -150,6 +151,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """
     try:
         state: Any = _read(path)
+        own = {key: value for key, value in model.state_dict().items() if key in state}
+        if problems := misfits({key: state[key] for key in own}, own):
+            raise TypeError(problems[0])
         model.load_state_dict(state)
     except OSError:
         raise

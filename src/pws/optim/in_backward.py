@@ -15,7 +15,7 @@ REFUSAL: Final = (
     "without it."
 )
 AT_ONCE: Final = 8 * 2**20
-"""Bytes of gradients that may wait: a call of the step takes half a millisecond whatever it moves, and small layers share one."""
+"""Bytes of gradients that may wait. A call of the step takes half a millisecond whatever it moves: small layers share one."""
 
 
 class StepInBackward:

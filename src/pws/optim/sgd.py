@@ -39,8 +39,8 @@ class SGD(StandardizingOptimizer):
         weight_decay: of the weights; alpha, biases and norm parameters have none.
         nesterov: Nesterov momentum.
         step_bound: the longest gradient step of a layer, before momentum; None for none.
-        step_in_backward: step each layer in the backward pass, as soon as its gradient is there, and free that. `step()` then
-            only ends the iteration. For one backward pass per step: no accumulation, GradScaler, clipping or DDP.
+        step_in_backward: step the layers in the backward pass, as soon as 8 MiB of gradients are there, and free those.
+            `step()` then only ends the iteration. For one backward pass per step: no accumulation, GradScaler, clipping or DDP.
 
     Raises:
         PwsError: a setting can't be, or `params` do not tell which weights are standardized.
