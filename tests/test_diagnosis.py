@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from pws.diagnosis import average_gradient_ratio, first_non_finite
+from pws.diagnosis.preserve import random_state
 from pws.errors import PwsError
 from pws.training import OptimConfig
 from pws.training.data import ImageData
@@ -70,3 +71,26 @@ def test_a_batch_that_holds_nan() -> None:
     )
     with pytest.raises(PwsError, match=r"batch of step 0 holds NaN or infinity in 1 of 32 images \(first: image 3"):
         trainer.fit(module, datamodule=Broken(DataConfig(batch_size=32), seed=0))
+
+
+def test_a_random_mask_is_looked_at_again_as_it_was() -> None:
+    """A dropout that hides a whole row makes NaN in one pass of many; the numbers go on as if nobody had looked."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.head(y.masked_fill(torch.rand_like(y) < 0.3, -torch.inf).softmax(-1))  # type: ignore[no-any-return]
+
+    model, x = Masked(), torch.ones(4, 4)
+    torch.manual_seed(0)
+    rewind = random_state(model)
+    while torch.isfinite(model(x)).all():
+        rewind = random_state(model)
+    after = torch.get_rng_state()
+    for _ in range(3):
+        assert first_non_finite(model, x, rewind) == "head"
+        assert torch.equal(torch.get_rng_state(), after)

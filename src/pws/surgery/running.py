@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from pws.diagnosis.batch import tensors_in
+from pws.diagnosis.preserve import random_state
 
 
 @contextmanager
@@ -29,7 +27,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 def branches_run(model: nn.Module) -> Iterator[None]:
     """The model in train mode, where heads run that training alone needs, but with BatchNorm and dropout in eval mode, so
     that any batch size does; then each module, and all random numbers, as they were."""
-    with _modes_kept(model), random_kept():
+    with _modes_kept(model), random_kept(model):
         model.train()
         for module in model.modules():
             if isinstance(module, _BatchNorm | _DropoutNd):
@@ -48,17 +46,13 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_kept() -> Iterator[None]:
-    """The random numbers of torch, numpy and Python go on behind it as if nothing had run."""
-    numpy: Any = sys.modules.get("numpy")
-    python, array = random.getstate(), numpy.random.get_state() if numpy else None
+def random_kept(model: nn.Module) -> Iterator[None]:
+    """Random numbers go on behind it as if nothing had run."""
+    rewind = random_state(model)
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(array)
+        rewind()
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def trace(model: nn.Module, batch: Batch, is_norm: Callable[[nn.Module], bool]) 
     copy = copy_of(model, memo)
     run = Trace(copy)
     check_finite(batch.inputs, "input")
-    with random_kept():
+    with random_kept(copy):
         _follow(run, batch, is_norm, branches_run(copy))
         ran = {use.name for use in run.uses}
         if any(is_norm(module) and name not in ran for name, module in copy.named_modules()):

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pws import calibrate
 from pws.diagnosis import first_non_finite
+from pws.diagnosis.preserve import random_state
 from pws.errors import PwsError
 from pws.mark import marked
 from pws.methods import Method
@@ -102,7 +103,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         """Mean cross-entropy of the batch."""
         images, labels = batch
-        self._images = images
+        self._images, self._rewind = images, random_state(self.model)
         loss = F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)
         mean = _mean_over_processes(loss)
         if not torch.isfinite(mean):
@@ -113,7 +114,7 @@ class Classifier(LightningModule):
     def _explain(self, images: Tensor) -> None:
         """Raise what happened: the same error in all processes, of which perhaps only one has seen it."""
         bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
-        seen = _from_all_processes((bad, None if bad else first_non_finite(self.model, images)))
+        seen = _from_all_processes((bad, None if bad else first_non_finite(self.model, images, self._rewind)))
         for numbers, _ in seen:
             if numbers:
                 raise PwsError(
@@ -127,13 +128,14 @@ class Classifier(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         """Add a batch to the metrics."""
         images, labels = batch
+        rewind = random_state(self.model)
         logits = self(images).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
         self.test_metrics.update(logits, labels)
         self.class_accuracy.update(logits, labels)
         self.test_loss.update(losses)
         if self.overflowing is None and not torch.isfinite(losses).all():
-            self.overflowing = first_non_finite(self.model, images)
+            self.overflowing = first_non_finite(self.model, images, rewind)
 
     def on_validation_epoch_end(self) -> None:
         """Log val_accuracy, val_top5 and val_loss, over all processes."""
@@ -164,7 +166,7 @@ class Classifier(LightningModule):
         try:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         except NonFiniteGradientError as error:
-            layer = None if self._images is None else first_non_finite(self.model, self._images)
+            layer = None if self._images is None else first_non_finite(self.model, self._images, self._rewind)
             raise NonFiniteLossError(self.trainer.global_step, layer, what="a gradient") from error
 
     def configure_optimizers(self) -> Any:
