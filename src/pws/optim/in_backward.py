@@ -1,4 +1,4 @@
-"""Steps in the backward pass: layers move as soon as some megabytes of their gradients are there, and free them."""
+"""Steps in the backward pass: layers move as soon as a sixteenth of all gradients is there, and free them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ REFUSAL: Final = (
     "step_in_backward=True moves each layer in the backward pass, before all gradients are there, but {}. Make the optimizer "
     "without it."
 )
-AT_ONCE: Final = 8 * 2**20
-"""Bytes of gradients that may wait. A call of the step takes half a millisecond whatever it moves: small layers share one."""
+AT_ONCE: Final = 1 / 16
+"""Share of all gradients that may wait. A call of the step takes half a millisecond, whatever it moves: layers share one."""
 
 
 class StepInBackward:
@@ -44,6 +44,7 @@ class StepInBackward:
         """Watch the parameters that the optimizer holds now."""
         for handle in self._handles:
             handle.remove()
+        self._at_once = AT_ONCE * sum(parameter.nbytes for parameter in self._layers)
         self._handles = [p.register_post_accumulate_grad_hook(self._arrive) for p in self._layers]
 
     def end(self) -> None:
@@ -66,7 +67,7 @@ class StepInBackward:
             if not self._waiting:
                 Variable._execution_engine.queue_callback(self._take_waiting)
             self._waiting += self._arrived.pop(id(layer))
-            if sum(p.grad.nbytes for p in self._waiting if p.grad is not None) >= AT_ONCE:
+            if sum(p.grad.nbytes for p in self._waiting if p.grad is not None) >= self._at_once:
                 self._take_waiting()
 
     def _take_waiting(self) -> None:

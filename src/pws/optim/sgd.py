@@ -39,7 +39,7 @@ class SGD(StandardizingOptimizer):
         weight_decay: of the weights; alpha, biases and norm parameters have none.
         nesterov: Nesterov momentum.
         step_bound: the longest gradient step of a layer, before momentum; None for none.
-        step_in_backward: step the layers in the backward pass, as soon as 8 MiB of gradients are there, and free those.
+        step_in_backward: step the layers in the backward pass, as soon as a sixteenth of all gradients is there, and free it.
             `step()` then only ends the iteration. For one backward pass per step: no accumulation, GradScaler, clipping or DDP.
 
     Raises:
