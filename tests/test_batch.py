@@ -144,6 +144,7 @@ a, b = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=Tr
         ({"a": [a, a], "b": b}, 7.0),
         ({"a": a, "accuracy": torch.tensor(0.5)}, 2.0),
         ({"loss": a, "part": b}, 2.0),
+        ({"total_loss": a + b, "a": a, "b": b}, 5.0),
         ({"loss": {"a": a, "b": b}}, 5.0),
         (Output(a, X), 2.0),
     ],

@@ -239,3 +239,31 @@ def test_the_graph_is_let_go() -> None:
     explain(model)
     gc.collect()
     assert seen[0]() is None
+
+
+class Gated(nn.Module):
+    """As WaveNet and the cells of an LSTM: both factors are bounded, and the one with a sign carries the signal."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.signal, self.scale = nn.Linear(channels, channels), nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.signal(x).tanh() * self.scale(x).sigmoid()
+
+
+@pytest.mark.parametrize("weak", [False, True])
+def test_of_two_bounded_factors_the_one_with_a_sign_is_the_stream(weak: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), Gated(32), Gated(32), Gated(32), nn.Linear(32, 10))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+    if weak:
+        with torch.no_grad():
+            model[2].signal.weight.mul_(1e-5)
+    found = pws.diagnose(model, (torch.randn(32, 64), torch.arange(32) % 10), F.cross_entropy)
+    gates = {layer.name for layer in found.layers if layer.gate}
+    assert gates == {"1.scale", "2.scale", "3.scale"}
+    assert (found.verdict.cause == "healthy") != weak

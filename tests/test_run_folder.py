@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -163,6 +164,17 @@ def test_a_run_stopped_in_its_first_epoch_starts_again_and_says_so(
     out = capsys.readouterr().out
     assert out.startswith("no checkpoint was written yet, the run starts again: training")
     assert "resuming" not in out
+    assert_like(stopped, whole)
+
+
+def test_the_best_checkpoint_stands_in_where_the_last_is_damaged_and_none_is_before_it(
+    whole: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = stopped / "checkpoints"
+    (checkpoints / "before.ckpt").replace(checkpoints / "best.ckpt")
+    os.truncate(checkpoints / "last.ckpt", 5000)
+    assert resume(stopped) == 0
+    assert re.search(r"Going on from \S+best\.ckpt", capsys.readouterr().err)
     assert_like(stopped, whole)
 
 

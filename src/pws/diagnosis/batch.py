@@ -29,6 +29,8 @@ Forward = Callable[[Any, Any], Any]
 """`forward(model, batch)` gives the model's outputs."""
 REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 """What models and losses raise of an input that they can't take; anything else is a bug of theirs, and goes through."""
+TOTALS: Final = ("loss", "total_loss", "loss_total")
+"""The names of the sum in a dict of losses."""
 TARGETS: Final = ("targets", "target", "labels", "label")
 """The names of a model's argument for its targets."""
 
@@ -110,9 +112,10 @@ def example_of(model: Callable[..., Any], given: Any, forward: Forward | None = 
 
 
 def total(value: Any) -> Any:
-    """A loss as models and losses give it: itself, or what is called `loss` in it, or the sum of a dict of losses."""
-    if isinstance(value, Mapping) and "loss" in value:
-        return total(value["loss"])
+    """A loss as models and losses give it: itself, what is called `loss` or `total_loss` in it, or the sum of a dict."""
+    named = next((value[name] for name in TOTALS if name in value), None) if isinstance(value, Mapping) else None
+    if named is not None:
+        return total(named)
     if not isinstance(value, Tensor | Mapping) and isinstance(getattr(value, "loss", None), Tensor):
         return value.loss
     if isinstance(value, Mapping):

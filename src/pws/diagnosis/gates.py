@@ -13,6 +13,7 @@ Key = TypeVar("Key")
 
 PRODUCTS: Final = ("Mul", "Bmm", "Mm", "Baddbmm", "Addcmul")
 BOUNDED: Final = ("Sigmoid", "Hardsigmoid", "Softmax", "SafeSoftmax", "Tanh", "Hardtanh")
+SIGNED: Final = ("Tanh", "Hardtanh")
 ATTENTION: Final = "ScaledDotProduct"
 """The beginnings of the names of the graph's nodes."""
 PLAIN, IN_PRODUCT, GATED = range(3)
@@ -71,5 +72,13 @@ def _back(node: Any, way: int) -> list[tuple[Any, int]]:
         way = GATED
     factors = [following for following in before if following is not None and "AccumulateGrad" not in following.name()]
     if way == PLAIN and name.startswith(PRODUCTS) and len(factors) > 1:
-        way = IN_PRODUCT
+        stream = _stream_of(factors)
+        return [(following, PLAIN if following in stream else IN_PRODUCT) for following in before]
     return [(following, way) for following in before]
+
+
+def _stream_of(factors: list[Any]) -> list[Any]:
+    """Where all factors are bounded, as in `tanh(f) * sigmoid(g)`, those with a sign carry the signal; all if none has one."""
+    if not all(factor.name().startswith(BOUNDED) for factor in factors):
+        return []
+    return [factor for factor in factors if factor.name().startswith(SIGNED)] or factors

@@ -179,7 +179,7 @@ def _stored(path: Path) -> Recipe:
 
 def _newest(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
     """The newest checkpoint that is as it was written; all processes find the same one."""
-    names = (LAST, BEFORE) if (folder / LAST).exists() else (BEFORE, BEST)
+    names = (LAST, BEFORE, BEST)
     damage: list[DamagedCheckpointError] = []
     for path in (folder / name for name in names if (folder / name).exists()):
         try:
