@@ -433,6 +433,14 @@ def test_a_scripted_activation_is_behind_its_layer() -> None:
     assert what(nn.Sequential(conv(), scripted, norm())) == {"0": "standardize", "2": "remove"}
 
 
+def test_a_norm_behind_what_cannot_be_followed_stays_and_says_so() -> None:
+    scripted = torch.jit.script(conv())
+    plan = pws.plan(nn.Sequential(conv(), norm(), nn.ReLU(), scripted, norm()), X)
+    assert [(s.action, s.reason) for s in plan.steps if s.name == "4"] == [
+        ("keep", "where its input comes from can't be followed")
+    ]
+
+
 def test_several_inputs_are_calibrated() -> None:
     model = Parts(lambda m, x: m.norm(m.conv(x)), conv=conv(), norm=norm())
     model.forward = lambda a, b: model.run(model, a + b)  # type: ignore[method-assign]
