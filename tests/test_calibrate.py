@@ -391,3 +391,27 @@ def test_a_marked_layer_whose_weight_is_computed_is_refused(made: Made) -> None:
     nn.utils.parametrizations.weight_norm(net[0])
     with pytest.raises(pws.PwsError, match="holds its weight and bias as parameters"):
         pws.calibrate(net, made[1])
+
+
+class NeedsTargets(nn.Module):
+    """As a detector: in training it takes targets, and has a head that eval mode does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = pws.mark(nn.Linear(6, 8)), pws.mark(nn.Linear(8, 4))
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if self.training and targets is None:
+            raise ValueError("targets should not be none when in training mode")
+        y: Tensor = self.body(x)
+        return self.head(y) if self.training else y
+
+
+def test_layers_that_need_what_only_training_gives_are_left_with_a_warning() -> None:
+    model, x = NeedsTargets(), torch.randn(32, 6)
+    before = model.head.weight.clone()
+    with pytest.warns(UserWarning, match="does not take the batch: targets should not be none"):
+        found = pws.calibrate(model, x)
+    assert [entry.layer for entry in found] == ["body"]
+    assert (model.body(x) - model.body.bias).var(correction=0).item() == pytest.approx(1, rel=1e-4)
+    assert torch.equal(model.head.weight, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +59,8 @@ def calibrate(
     ranks, and every rank (all must hold the same model) sets the same scales.
 
     The model runs in eval mode without gradient (BatchNorm then uses its running statistics); then in train mode, if some
-    layers run in that alone (auxiliary heads). Its modes, buffers and every other parameter are left as they were.
+    layers run in that alone (auxiliary heads). A warning says so if it does not take the batch there, and those layers are
+    left. Its modes, buffers and every other parameter are left as they were.
 
     Args:
         model: any module that holds marked layers or pws layers.
@@ -137,10 +139,23 @@ class Setting:
             with evaluated(model):
                 forward()
             if len(self.done) < len({_scale_of(layer) for layer in layers}):
-                with branches_run(model):
-                    forward()
+                self._in_training(model, forward)
         reshard(model)
         self._write()
+
+    def _in_training(self, model: nn.Module, forward: Callable[[], object]) -> None:
+        try:
+            with branches_run(model):
+                forward()
+        except PwsError:
+            raise
+        except REJECTIONS as error:
+            # What ran in eval mode is set; the rest needs what only training gives, such as a detector's targets.
+            warnings.warn(
+                f"some layers did not run in eval mode, and in train mode {type(model).__name__} does not take the batch: "
+                f"{one_line(error)}. They are left as they are.",
+                stacklevel=2,
+            )
 
     def _set_affine(self, affine: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(affine, Affine)
