@@ -31,9 +31,15 @@ def trained(folder: Path, *flags: str, epochs: int = 3) -> Path:
     return folder
 
 
+def without_stand_ins(folder: Path) -> None:
+    """Leave the last checkpoint alone."""
+    for name in ("best.ckpt", BEFORE):
+        (folder / "checkpoints" / name).unlink(missing_ok=True)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of one epoch, so that no other checkpoint can stand in: one to damage, others to take checkpoints from."""
+    """Runs of one epoch: one to damage, others to take checkpoints from."""
     folder = tmp_path_factory.mktemp("runs")
     trained(folder / "run", epochs=1)
     for name, flag in (("bn", "model.method=bn"), ("none", "model.method=none"), ("adamw", "optim.name=adamw")):
@@ -46,6 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(runs: Path, tmp_path: Path) -> Path:
     shutil.copytree(runs / "run", tmp_path / "run")
+    without_stand_ins(tmp_path / "run")
     for other in set(runs.iterdir()) - {runs / "run"}:
         (tmp_path / other.name).symlink_to(other)
     return tmp_path / "run"
@@ -261,9 +268,9 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_two_damaged_checkpoints_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path / "run")
-    for name in (LAST, BEFORE):
+    for name in (LAST, BEFORE, "best.ckpt"):
         one_bit(run / "checkpoints" / name)
     before = files(run)
     assert main(["train", str(run), "--resume"]) == 2

@@ -191,6 +191,7 @@ def test_resume_from_a_damaged_folder(
 ) -> None:
     shutil.copytree(run_folder, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "best.ckpt").unlink()  # it would stand in for the last one
     (tmp_path / "run" / file).write_bytes(content)
     error = fail(capsys, *TRAIN, f"--runs={tmp_path}", "--name=run", "--resume")
     assert message in error
