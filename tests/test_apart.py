@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from pws._errors import PwsError, UnknownNameError
 from pws.bench.apart import Failure, TaskError, Worker, each_apart, one_thread
 from pws.cli import main
-from pws.errors import PwsError, UnknownNameError
 
 FACTORIES = """
 import os, signal, sys

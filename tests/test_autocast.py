@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pws
-from pws.mark import mark
+from pws._mark import mark
 from pws.optim.base import StandardizingOptimizer
 
 autocast = partial(torch.autocast, "cpu", torch.bfloat16)

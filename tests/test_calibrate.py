@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import pws
-from pws.layers import StandardizedLayer
+from pws._layers import StandardizedLayer
 
 FORMS = {"optimizer": nn, "layers": pws}
 

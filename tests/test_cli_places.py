@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pws import files
+from pws import _files as files
 from pws.cli import main
 
 PWS = f"{sys.executable} -m pws"

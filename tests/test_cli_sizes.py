@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from small_data import write_folder, write_npz
 
+from pws._errors import PwsError
 from pws.cli import main
-from pws.errors import PwsError
 from pws.training import memory
 from pws.training.array_files import read_idx, read_npz
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pws._errors import PwsError
 from pws.cli import main
-from pws.errors import PwsError
 from pws.training.recipe_file import load_recipe
 from pws.training.typed import read_yaml, typed
 

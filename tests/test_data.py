@@ -12,7 +12,7 @@ import torch
 from small_data import write_folder, write_npz
 from torchvision import datasets as tv
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.training.data import ImageBatches, ImageData, TestSampler, TrainSampler
 from pws.training.datasets import DEBIAN_FASHION_MNIST, load_splits
 from pws.training.recipe import DataConfig

@@ -1,4 +1,4 @@
-"""`pws.diagnosis.diagnose` on models of every sort: what it leaves behind, what it finds, what it refuses."""
+"""`pws.diagnose` on models of every sort: what it leaves behind, what it finds, what it refuses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import pws
+from pws._errors import PwsError
+from pws._mark import mark
 from pws.diagnosis import Diagnosis, diagnose
-from pws.errors import PwsError
-from pws.mark import mark
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -1080,7 +1080,7 @@ def test_import_loads_nothing_to_draw_with(imported: str) -> None:
 def test_a_diagnosis_loads_nothing_to_draw_with() -> None:
     code = """
 import sys, torch, pws.diagnosis
-found = pws.diagnosis.diagnose(torch.nn.Linear(3, 2), torch.ones(4, 3), lambda out: out.square().sum(), lr=0.1)
+found = pws.diagnose(torch.nn.Linear(3, 2), torch.ones(4, 3), lambda out: out.square().sum(), lr=0.1)
 found.to_dict(), repr(found), found.verdict
 print([m for m in ("rich", "plotly", "matplotlib", "lightning", "timm") if m in sys.modules])
 """

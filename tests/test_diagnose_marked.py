@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 import pws
 import pws.optim
+from pws._errors import PwsError
+from pws._mark import adopt, filters_of, mark, mark_of, unmark
 from pws.diagnosis import Diagnosis, LayerDiagnosis, Monitor, diagnose, forecast
 from pws.diagnosis.marked import kernel_step
-from pws.errors import PwsError
-from pws.mark import adopt, filters_of, mark, mark_of, unmark
 
 Batch = tuple[Tensor, Tensor]
 Build = Callable[[], nn.Module]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pws.files import partial_of, write_whole, written_whole
+from pws._files import partial_of, write_whole, written_whole
 
 
 @pytest.mark.parametrize("content", ["naïve Ω\n", b"\x00\xff", ""])
@@ -55,7 +55,7 @@ def test_a_file_too_large_for_the_disk(tmp_path: Path) -> None:
     code = f"""
 import resource, signal
 from pathlib import Path
-from pws.files import write_whole
+from pws._files import write_whole
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:

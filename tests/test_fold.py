@@ -69,7 +69,7 @@ def test_a_network_in_eval_mode(name: str, form: str) -> None:
     folded = pws.fold(model)
     assert bool(marks) == (form == "optimizer")
     assert pws.marked(folded) == {}
-    assert not any(type(module).__module__ == "pws.layers" for module in folded.modules())
+    assert not any(type(module).__module__ == "pws._layers" for module in folded.modules())
     assert_close(folded(x), model(x), "identity float32")
     assert pws.marked(model) == marks
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pws import forecast
-from pws.diagnosis.forecast import PRECISION, crossing
-from pws.errors import PwsError
+from pws._errors import PwsError
+from pws.diagnosis._forecast import PRECISION, crossing
 from pws.methods import build_method
 from pws.models import build_model
 

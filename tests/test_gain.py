@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import pws
-from pws import gain
-from pws.gain import ACTIVATIONS
+from pws import _gain as gain
+from pws._gain import ACTIVATIONS
 
 KINKS = (-12.0, -6.0, -3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0, 6.0, 12.0)
 

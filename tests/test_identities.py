@@ -1,7 +1,7 @@
 """The numbers of a diagnosis against first principles, over random layers of every kind, setting and method.
 
 Each reference runs torch's own layer in float64 with a modified kernel (centred filters, a constant 1 / n, one filter's
-mean) on what a forward hook saw in an independent run of a copy; only `pws.diagnosis.diagnose` comes from `src`.
+mean) on what a forward hook saw in an independent run of a copy; only `pws.diagnose` comes from `src`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from twins import kinds
 
 import pws
-from pws.mark import Mark, adopt, filters_of, mark, mark_of, marked, unmark
+from pws._mark import Mark, adopt, filters_of, mark, mark_of, marked, unmark
 
 
 class Own(nn.Conv2d):

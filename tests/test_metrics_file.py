@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.training.metrics_file import MetricsFile, rows_before
 
 

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from pws import Monitor
+from pws._errors import PwsError
 from pws.diagnosis import CollapseWarning, Diagnosis, diagnose
-from pws.errors import PwsError
 from pws.methods import build_method
 from pws.models import build_model
 from pws.surgery.standardized import to_layers

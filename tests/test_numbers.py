@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pws
-from pws.mark import adopt, kernel_of, mark
+from pws._mark import adopt, kernel_of, mark
 
 STEPS = ["reference", *HERE]
 SGD, ADAMW = pws.optim.SGD, pws.optim.AdamW

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from twins import BOUND, positions
 
 import pws
-from pws.mark import mark
+from pws._mark import mark
 
 MODES: Final = ("hooks", "functorch", "ew", "ghost")
 LARGE: Final = 1e9

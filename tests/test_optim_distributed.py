@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from twins import Batches, train
 
 import pws
-from pws.mark import mark, mark_of
+from pws._mark import mark, mark_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEPS: Final = 10

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from twins import assert_alike, backward, layer_form, mixed, same_bits, snapshot, train
 
 import pws
-from pws.mark import mark, mark_of
+from pws._mark import mark, mark_of
 from pws.optim import SGD, AdamW, NonFiniteGradientError
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from twins import BOUND, assert_alike, backward, batches, clip, kinds, layer_form, mixed, positions, single, train
 
 import pws
-from pws.mark import mark
+from pws._mark import mark
 
 STEPS = 50
 

@@ -24,7 +24,7 @@ from twins import (
 )
 
 import pws
-from pws.mark import adopt, filters_of, mark, mark_of
+from pws._mark import adopt, filters_of, mark, mark_of
 from pws.optim import SGD, AdamW
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]

@@ -29,7 +29,7 @@ from twins import (
 )
 
 import pws
-from pws.mark import mark
+from pws._mark import mark
 from pws.optim import AdamW, Wrapped
 
 RATES = {"lr": 0.02, "weight_decay": 0.05, "scale_lr_factor": 0.5}

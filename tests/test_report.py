@@ -21,11 +21,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pws._errors import PwsError
 from pws.diagnosis import Diagnosis, diagnose
 from pws.diagnosis.report import write_picture, write_report
 from pws.diagnosis.report.marks import Axis, log_axis, split
 from pws.diagnosis.report.words import number, percent, short
-from pws.errors import PwsError
 from pws.methods import build_method
 from pws.models import build_model
 

@@ -20,8 +20,8 @@ from timm.optim import Muon
 from torch import Tensor, nn
 
 import pws
-from pws.errors import PwsError
-from pws.mark import adopt
+from pws._errors import PwsError
+from pws._mark import adopt
 from pws.training import Recipe, evaluate, load_recipe, train
 from pws.training.callbacks import ClipGrad
 from pws.training.data import ImageData

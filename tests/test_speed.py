@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import pws
+from pws._errors import PwsError
 from pws.bench.speed import measure
 from pws.bench.speed.contestants import Here
 from pws.bench.speed.measure import ROUNDS, measure_rounds
@@ -20,7 +21,6 @@ from pws.bench.speed.pictures import quartiles
 from pws.bench.speed.step_alone import step_alone
 from pws.bench.speed.suite import Case, load_suite, shipped_suites
 from pws.cli import main
-from pws.errors import PwsError
 
 TINY = """
 title: tiny

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from twins import backward, batches, mixed, same_bits, snapshot, train
 
 import pws
-from pws.mark import mark
+from pws._mark import mark
 from pws.optim import SGD, AdamW, NonFiniteGradientError
 
 Make = Callable[..., torch.optim.Optimizer]

@@ -14,8 +14,8 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import pws
+from pws._mark import filters_of
 from pws.cli import main
-from pws.mark import filters_of
 from pws.surgery.nearest import nearest_filters
 
 

@@ -12,7 +12,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import pws
-from pws.mark import adopt, filters_of, mark, mark_of
+from pws._mark import adopt, filters_of, mark, mark_of
 
 BOUND: Final = 0.03
 CONV: Final = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")

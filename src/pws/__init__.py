@@ -3,14 +3,23 @@
 import typing as _typing
 
 from pws import kernels, optim
-from pws.clip_grad import clip_grad
+from pws._clip_grad import clip_grad
+from pws._errors import PwsError, ShapeError
+from pws._gain import PAPER_GAIN, variance_preserving_gain
+from pws._layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Linear,
+    StandardizedLayer,
+)
+from pws._mark import Mark, mark, marked, unmark
+from pws._param_groups import param_groups
+from pws._standardize import standardize
 from pws.diagnosis import CollapseWarning, Diagnosis, Monitor, diagnose, forecast
-from pws.errors import PwsError, ShapeError
-from pws.gain import PAPER_GAIN, variance_preserving_gain
-from pws.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
-from pws.mark import Mark, mark, marked, unmark
-from pws.param_groups import param_groups
-from pws.standardize import standardize
 from pws.surgery import Plan, calibrate, convert, fold, plan
 
 __all__ = [
@@ -29,6 +38,7 @@ __all__ = [
     "Plan",
     "PwsError",
     "ShapeError",
+    "StandardizedLayer",
     "calibrate",
     "clip_grad",
     "convert",

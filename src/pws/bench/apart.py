@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from pws.errors import PwsError
-from pws.told import frames_of_others, reason_with_frame
+from pws._error_messages import frames_of_others, reason_with_frame
+from pws._errors import PwsError
 
 Key = TypeVar("Key")
 # A forked process would inherit torch's thread pool in an unknown state.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from pws.mark import marked
+from pws._mark import marked
 from pws.methods import Method, build_method
 from pws.models import build_model
 from pws.optim import SGD, NonFiniteGradientError

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pws.files import written_whole
+from pws._files import written_whole
 
 
 def new_figure(width: float, height: float) -> Figure:

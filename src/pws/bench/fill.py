@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from pws._errors import PwsError, UnknownNameError, reason_of, shown
 from pws.bench.accuracy.table import StoredCell, accuracy_table, range_table, steps_table
 from pws.bench.conversion.run import conversions_summary, conversions_table
 from pws.bench.speed.report import images_table, kept_table, peak_table, ratio_table, step_table
 from pws.bench.warm_start import warm_start_table
-from pws.errors import PwsError, UnknownNameError, reason_of, shown
 from pws.training.typed import check_each, typed
 
 MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)

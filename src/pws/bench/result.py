@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pws.errors import PwsError
-from pws.files import write_whole
+from pws._errors import PwsError
+from pws._files import write_whole
 from pws.training.summary import versions
 from pws.training.typed import check_each
 

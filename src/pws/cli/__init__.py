@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from pws._error_messages import frames_of_others, message_of
+from pws._errors import PwsError, UnknownNameError, reason_of
 from pws.cli.output import guarded_output
-from pws.errors import PwsError, UnknownNameError, reason_of
-from pws.told import frames_of_others, message_of
 
 COMMANDS: Final = {
     "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",

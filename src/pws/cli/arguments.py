@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.training.check import PROCESSES
 from pws.training.typed import PARSER_ERRORS, parser_says
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from pws._errors import UnknownNameError
 from pws.bench.cost import run_cost
 from pws.bench.experiments import run_centred, run_depth, run_shift
 from pws.bench.forecasts import run_forecast
@@ -16,7 +17,6 @@ from pws.bench.result import check_own
 from pws.bench.warm_start import run_warm_start
 from pws.cli import accuracy, conversion, speed, tables
 from pws.cli.arguments import check_folder, command_parser, parse
-from pws.errors import UnknownNameError
 from pws.training.quiet import quiet_lightning
 
 Bench = Callable[[Path, bool, Callable[[str], None]], dict[str, Any]]

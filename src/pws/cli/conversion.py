@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
+from pws._errors import PwsError, shown
+from pws._files import write_whole
 from pws.bench.conversion.models import SPECS
 from pws.bench.conversion.run import conversions_table, run_conversions
 from pws.cli.arguments import check_folder, check_jobs, command_parser, parse
-from pws.errors import PwsError, shown
-from pws.files import write_whole
 
 
 def run(arguments: list[str]) -> int:

@@ -12,11 +12,11 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from torch import nn
 
+from pws._errors import PwsError, one_line
+from pws._files import write_folder
 from pws.cli.arguments import add_input_shape, check_folder, check_sizes, command_parser, parse
-from pws.errors import PwsError, one_line
-from pws.files import write_folder
 from pws.surgery import plan
-from pws.surgery.plan import Form, Plan
+from pws.surgery._plan import Form, Plan
 from pws.surgery.plan_file import plan_text
 from pws.training.checkpoints import misfits
 from pws.training.datasets import DATASETS

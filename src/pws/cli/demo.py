@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from pws._errors import PwsError
+from pws._files import write_whole, written_whole
 from pws.cli.arguments import add_force, check_free, command_parser, parse
 from pws.demo import LEARNING_RATES, Cell, Outcome, all_cells, draw, run_cell, sentences
-from pws.errors import PwsError
-from pws.files import write_whole, written_whole
 from pws.optim.bound import STEP_BOUND
 from pws.training.quiet import quiet_lightning
 

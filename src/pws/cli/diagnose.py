@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from pws._errors import PwsError
 from pws.cli.arguments import add_force, add_input_shape, check_free, check_sizes, command_parser, parse
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.diagnosis.report import require_plotly
-from pws.errors import PwsError
 from pws.training.quiet import quiet_lightning
 from pws.training.subject import RANDOM, Subject, subject_of_model, subject_of_run
 

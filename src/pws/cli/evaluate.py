@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pws.cli.arguments import command_parser, parse
-from pws.training.evaluate import Evaluation, evaluate
+from pws.training._evaluate import Evaluation, evaluate
 from pws.training.module import NonFiniteLossError
 from pws.training.quiet import quiet_lightning
 

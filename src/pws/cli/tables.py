@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pws._errors import PwsError, one_line
+from pws._files import write_whole
 from pws.bench.fill import fill_tables
 from pws.cli.arguments import command_parser, parse
-from pws.errors import PwsError, one_line
-from pws.files import write_whole
 
 
 def run(arguments: list[str]) -> int:

@@ -6,9 +6,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from pws._errors import PwsError
 from pws.cli.arguments import check_word
 from pws.diagnosis import CollapseWarning
-from pws.errors import PwsError
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
 from pws.training.quiet import quiet_lightning

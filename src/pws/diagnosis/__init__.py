@@ -1,9 +1,9 @@
 """What is wrong with a network, layer by layer."""
 
+from pws.diagnosis._diagnose import diagnose
+from pws.diagnosis._forecast import Forecast, forecast
 from pws.diagnosis.average_gradient import average_gradient_ratio
-from pws.diagnosis.diagnose import diagnose
 from pws.diagnosis.diagnosis import Diagnosis, Settings
-from pws.diagnosis.forecast import Forecast, forecast
 from pws.diagnosis.layer import Filters, LayerDiagnosis, Signal
 from pws.diagnosis.monitor import CollapseWarning, Monitor
 from pws.diagnosis.non_finite import first_non_finite

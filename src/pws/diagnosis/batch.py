@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 
 Loss = Callable[..., Any]
 Forward = Callable[[Any, Any], Any]

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pws._errors import PwsError
 from pws.diagnosis.layer import Filters, LayerDiagnosis
 from pws.diagnosis.verdict import Verdict, verdict_of
-from pws.errors import PwsError
 
 if TYPE_CHECKING:
     from rich.table import Table

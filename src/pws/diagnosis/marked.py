@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pws.errors import PwsError
-from pws.mark import Mark, adopt, filters_of, mark_of
+from pws._errors import PwsError
+from pws._mark import Mark, adopt, filters_of, mark_of
+from pws._standardize import constants
 from pws.optim.base import ROUNDING
 from pws.optim.sharding import is_sharded
-from pws.standardize import constants
 
 
 def marked_weights(model: nn.Module) -> dict[nn.Parameter, nn.Module]:

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from pws._errors import PwsError
 from pws.diagnosis.diagnosis import Diagnosis
-from pws.errors import PwsError
 
 LOGGED = (
     *("transmission", "transmission_product", "shift_share", "centred", "shift", "covariance", "gradient_transmission"),

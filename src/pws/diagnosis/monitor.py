@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pws._errors import PwsError, one_line
+from pws.diagnosis._diagnose import bare, diagnosis_of
 from pws.diagnosis.batch import REJECTIONS, count_bad, tensors_in, total
-from pws.diagnosis.diagnose import bare, diagnosis_of
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.look_again import look_again
 from pws.diagnosis.marked import check_optimizer
@@ -25,7 +26,6 @@ from pws.diagnosis.preserve import random_state
 from pws.diagnosis.record import is_finite
 from pws.diagnosis.recorder import Recorder
 from pws.diagnosis.verdict import FACTOR, Verdict, collapse_verdict, non_finite_after
-from pws.errors import PwsError, one_line
 
 Log = Callable[[dict[str, float], int], None]
 

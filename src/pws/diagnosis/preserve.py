@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pws.autocast import fresh_casts
+from pws._autocast import fresh_casts
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from pws.errors import PwsError, UnknownNameError
+from pws._errors import PwsError, UnknownNameError
 from pws.kernels.layer import Layer
 
 

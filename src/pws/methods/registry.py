@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, Final
 
-from pws.errors import PwsError, UnknownNameError
+from pws._errors import PwsError, UnknownNameError
 from pws.methods import outputs, weights
 from pws.methods.method import Method
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 
 
 def timm_layer(method: str, module: str, name: str) -> Any:

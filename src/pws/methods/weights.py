@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
 
 import pws
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.methods.method import Method, kaiming, plain_conv
 from pws.methods.outputs import one_group
 from pws.methods.timm_layers import timm_layer

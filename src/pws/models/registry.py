@@ -9,7 +9,7 @@ from typing import Final
 
 from torch import nn
 
-from pws.errors import PwsError, UnknownNameError
+from pws._errors import PwsError, UnknownNameError
 from pws.methods import Method
 from pws.models.allconv import AllConv
 from pws.models.resnet import Design, ResNet

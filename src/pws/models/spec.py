@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from pws.errors import PwsError, UnknownNameError, nearest, reason_of
-from pws.told import frames_of_others, note_code_of_others
+from pws._error_messages import frames_of_others, note_code_of_others
+from pws._errors import PwsError, UnknownNameError, nearest, reason_of
 
 
 def model_of(spec: str, *, num_classes: int | None = None, in_channels: int | None = None) -> nn.Module:

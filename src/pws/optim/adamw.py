@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.kernels import AdamWRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import ahead_of, factors_of

@@ -1,6 +1,6 @@
 """What the optimizers of `pws.optim` share: which parameters are kernels, and the latents `w` and `alpha` in their state.
 
-The model's parameter is the kernel, always. `w` and `alpha` are made from it at the first step (`pws.mark.adopt`), and anew
+The model's parameter is the kernel, always. `w` and `alpha` are made from it at the first step (`pws._mark.adopt`), and anew
 whenever somebody else has written to it since: a loaded checkpoint, a broadcast, an initialization.
 """
 
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pws.errors import PwsError
+from pws._errors import PwsError
+from pws._mark import Mark, adopt, kernel_of
+from pws._param_groups import Group, Member, param_groups
+from pws._standardize import constants, swap_channels
 from pws.kernels import Layer
-from pws.mark import Mark, adopt, kernel_of
 from pws.optim.in_backward import REFUSAL, StepInBackward
 from pws.optim.layout import centre, filters, filters_shape, same_layout
 from pws.optim.moving import Moving
 from pws.optim.scaler import notice_scaled_gradients
 from pws.optim.sharding import check_sharding, complete_gradient, like, local, versions
-from pws.param_groups import Group, Member, param_groups
-from pws.standardize import constants, swap_channels
 
 Groups = Iterable[dict[str, Any]]
 Peaks = tuple[float, float, float]

@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import Tensor, distributed
 from torch.autograd import Variable
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 
 REFUSAL: Final = (
     "step_in_backward=True moves each layer in the backward pass, before all gradients are there, but {}. Make the optimizer "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pws._param_groups import Member
+from pws._standardize import swap_channels
 from pws.optim.sharding import local
-from pws.param_groups import Member
-from pws.standardize import swap_channels
 
 
 def filters(tensor: Tensor | None, member: Member) -> Tensor:

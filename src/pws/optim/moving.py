@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.kernels import Layer, Step, chosen, steps_of
 from pws.optim.bound import ahead_of, by_layer, factors_of
 from pws.optim.layout import is_dense, same_layout

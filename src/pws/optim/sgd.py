@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.kernels import SGDRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import STEP_BOUND, factors_of, peak_lr

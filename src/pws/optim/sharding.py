@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 
 
 def is_sharded(tensor: Tensor) -> bool:

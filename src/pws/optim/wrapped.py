@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pws.errors import PwsError, one_line
+from pws._errors import PwsError, one_line
 from pws.kernels.reference import ReferenceStep, rows, write_kernel
 from pws.optim.adamw import TAKEN_BOUND
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.surgery.copying import copy_of
 from pws.surgery.norms import norm_eps
 from pws.surgery.stand_ins import Affine, layer_before

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pws.errors import PwsError, one_line
+from pws._errors import PwsError, one_line
 from pws.optim.sharding import is_sharded
 
 

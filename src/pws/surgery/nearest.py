@@ -24,7 +24,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from pws.mark import filters_of
+from pws._mark import filters_of
 from pws.surgery.standardized import own_filters, set_filters
 
 RIDGE: Final = 0.01

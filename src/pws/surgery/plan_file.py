@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from pws.errors import PwsError, one_line
+from pws._errors import PwsError, one_line
 
 _LEFT_OUT: Final = ("model", "example", "progress", "forward")
 

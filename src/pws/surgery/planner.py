@@ -8,14 +8,14 @@ from typing import Any, Final
 
 from torch import nn
 
+from pws._errors import ShapeError
+from pws._gain import variance_preserving_gain
+from pws._layers import StandardizedLayer
+from pws._mark import mark_of
+from pws._standardize import check_fan_in
 from pws.diagnosis.batch import Forward
-from pws.errors import ShapeError
-from pws.gain import variance_preserving_gain
-from pws.layers import StandardizedLayer
-from pws.mark import mark_of
-from pws.standardize import check_fan_in
+from pws.surgery._plan import Form, Plan, Step
 from pws.surgery.norms import affine_of, channels_of, has_own_forward, is_frozen
-from pws.surgery.plan import Form, Plan, Step
 from pws.surgery.standardized import own_filters, own_weight, parent_of, varies
 from pws.surgery.value import COMPUTED, INPUT, OUTPUT, Trace, Value
 from pws.surgery.warm_start import Progress

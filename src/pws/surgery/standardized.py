@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from pws.errors import PwsError
-from pws.layers import (
+from pws._errors import PwsError
+from pws._layers import (
     Conv1d,
     Conv2d,
     Conv3d,
@@ -19,8 +19,8 @@ from pws.layers import (
     Linear,
     StandardizedLayer,
 )
-from pws.mark import Mark, adopt, filters_of, mark, mark_of
-from pws.standardize import standardize
+from pws._mark import Mark, adopt, filters_of, mark, mark_of
+from pws._standardize import standardize
 
 PARENTS: Final[dict[type[nn.Module], type[StandardizedLayer]]] = {
     nn.Conv1d: Conv1d,

@@ -8,7 +8,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from pws.gain import ACTIVATIONS
+from pws._gain import ACTIVATIONS
 
 INPUT: Final = "<input>"
 """The source of the model's input; layers and norms are sources by their names (that of the model itself is empty)."""

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pws.autocast import fresh_casts
-from pws.errors import PwsError
+from pws._autocast import fresh_casts
+from pws._errors import PwsError
 from pws.surgery.nearest import nearest_filters
 from pws.surgery.norms import Affine, affine_of
 from pws.surgery.running import branches_run, evaluated, hooked, input_of

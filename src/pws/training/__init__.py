@@ -1,7 +1,7 @@
 """Training on Lightning's engine: recipes, data, runs. Needs the extra `train`."""
 
+from pws.training._evaluate import Evaluation, evaluate
 from pws.training.callbacks import ClipGrad
-from pws.training.evaluate import Evaluation, evaluate
 from pws.training.monitor import MonitorCallback
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.recipe_file import load_recipe, shipped_recipes

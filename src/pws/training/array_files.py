@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pws.errors import PwsError, one_line, shown
+from pws._errors import PwsError, one_line, shown
 from pws.training.memory import check_memory
 
 UNFOLDED: Final = 2

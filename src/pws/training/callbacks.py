@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
-from pws.clip_grad import clip_grad
+from pws._clip_grad import clip_grad
 from pws.optim.bound import STEP_BOUND
 
 

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from torch import nn
 
-from pws.errors import PwsError, shown
-from pws.layers import StandardizedLayer
-from pws.mark import marked
+from pws._errors import PwsError, shown
+from pws._layers import StandardizedLayer
+from pws._mark import marked
 from pws.models import ResNet
 from pws.training.recipe import ModelConfig, Recipe
 

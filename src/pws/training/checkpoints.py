@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from pws.errors import PwsError, one_line
-from pws.files import written_whole
+from pws._errors import PwsError, one_line
+from pws._files import written_whole
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import RESULT, differing
 

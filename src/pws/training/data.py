@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.training.datasets import Images, Splits, load_splits
 from pws.training.recipe import DataConfig
 

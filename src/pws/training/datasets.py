@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from pws.errors import PwsError, UnknownNameError, one_line
+from pws._errors import PwsError, UnknownNameError, one_line
 from pws.training.array_files import read_idx, read_npz
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig

@@ -12,8 +12,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from pws.errors import PwsError, UnknownNameError, reason_of
-from pws.files import write_whole
+from pws._errors import PwsError, UnknownNameError, reason_of
+from pws._files import write_whole
 from pws.surgery import fold
 from pws.training.subject import subject_of_run
 

@@ -7,7 +7,7 @@ import resource
 from pathlib import Path
 from typing import Final
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 
 GROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
 

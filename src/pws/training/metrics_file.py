@@ -13,8 +13,8 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from pws.errors import PwsError
-from pws.files import write_whole
+from pws._errors import PwsError
+from pws._files import write_whole
 
 Row = Mapping[str, Any]
 

@@ -16,10 +16,10 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from pws import calibrate
+from pws._errors import PwsError
+from pws._mark import marked
 from pws.diagnosis import first_non_finite
 from pws.diagnosis.preserve import random_state
-from pws.errors import PwsError
-from pws.mark import marked
 from pws.methods import Method
 from pws.models import ResNet
 from pws.optim import NonFiniteGradientError

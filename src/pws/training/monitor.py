@@ -14,11 +14,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pws._errors import PwsError
+from pws._files import write_whole
 from pws.diagnosis import Monitor
 from pws.diagnosis.monitor import check_every
 from pws.diagnosis.report import require_plotly
-from pws.errors import PwsError
-from pws.files import write_whole
 from pws.optim import SGD
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pws import param_groups
-from pws.errors import PwsError
-from pws.mark import marked
+from pws._errors import PwsError
+from pws._mark import marked
 from pws.methods import Method
 from pws.optim import SGD, AdamW, Wrapped
 from pws.optim.adamw import TAKEN_BOUND

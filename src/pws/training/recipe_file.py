@@ -11,7 +11,7 @@ from typing import Any, Final, get_type_hints
 
 from jsonargparse import ArgumentParser
 
-from pws.errors import PwsError, UnknownNameError, nearest, shown
+from pws._errors import PwsError, UnknownNameError, nearest, shown
 from pws.training.check import check_recipe
 from pws.training.recipe import Recipe
 from pws.training.typed import PARSER_ERRORS, parser_says, read_yaml

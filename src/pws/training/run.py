@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from pws import convert
-from pws.errors import PwsError, memory_ran_out, one_line
-from pws.files import write_whole
+from pws._errors import PwsError, memory_ran_out, one_line
+from pws._files import write_whole
 from pws.methods import Method, build_method
 from pws.models import build_model, model_of
 from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process

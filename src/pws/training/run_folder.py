@@ -15,8 +15,8 @@ from typing import Any, Final
 import yaml
 from torch import nn
 
-from pws.errors import PwsError
-from pws.files import remove_partials, write_whole
+from pws._errors import PwsError
+from pws._files import remove_partials, write_whole
 from pws.training.callbacks import is_first_process
 from pws.training.checkpoints import (
     BEFORE,

@@ -14,7 +14,7 @@ from typing import Any, Final
 import yaml
 from jsonargparse import ArgumentParser
 
-from pws.errors import PwsError, UnknownNameError, one_line, shown
+from pws._errors import PwsError, UnknownNameError, one_line, shown
 
 LARGEST: Final = 1_000_000
 """Characters of a YAML file, and values in it once its aliases are written out: ten aliases of ten make a gigabyte."""

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from pws.errors import PwsError, UnknownNameError, shown
+from pws._errors import PwsError, UnknownNameError, shown
 from pws.training.check import AT_LEAST_ONE, POSITIVE, check_recipe, check_rules
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import recipe_of, settings_in

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pws._files import write_whole
 from pws.bench.accuracy.pictures import draw_curves, draw_heat, draw_lines
 from pws.bench.accuracy.table import accuracy_table, range_table, steps_table
-from pws.files import write_whole
 
 
 def write_report(result: Mapping[str, Any], stem: Path) -> list[Path]:

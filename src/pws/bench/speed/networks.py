@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pws
-from pws.errors import UnknownNameError
-from pws.mark import marked
+from pws._errors import UnknownNameError
+from pws._mark import marked
 from pws.methods import METHODS, Method, build_method
 from pws.models import MODELS, build_model, model_of
 from pws.surgery.standardized import to_layers

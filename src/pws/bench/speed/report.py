@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pws._files import write_whole
 from pws.bench.speed.pictures import draw_cases, draw_scaling, quartiles
-from pws.files import write_whole
 
 Stored = Mapping[str, Any]
 MIB = 2**20

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import pws
+from pws._errors import PwsError
+from pws._mark import Mark, adopt, mark_of
 from pws.bench.speed.networks import LR, MOMENTUM, network
-from pws.errors import PwsError
-from pws.mark import Mark, adopt, mark_of
 
 STREAMS: Final = {"copy": 2, "torch SGD": 8, "torch SGD, fused": 5, "pws SGD": 8}
 """How often each reads or writes all weights. torch's SGD as it comes takes three operators, with momentum and without decay.

@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from pws._errors import PwsError, UnknownNameError, shown
 from pws.bench.speed.networks import check_row
-from pws.errors import PwsError, UnknownNameError, shown
 from pws.training.check import AT_LEAST_ONE, POSITIVE, SIDE, WIDTH, check_rules
 from pws.training.typed import read_yaml, typed
 

@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
+from pws._errors import PwsError
+from pws._files import write_whole, written_whole
 from pws.diagnosis.diagnosis import Diagnosis
-from pws.errors import PwsError
-from pws.files import write_whole, written_whole
 
 
 def require_plotly() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from pws.autocast import fresh_casts
+from pws._autocast import fresh_casts
+from pws._errors import PwsError, one_line
+from pws._layers import StandardizedLayer
+from pws._mark import filters_of
 from pws.diagnosis.batch import REJECTIONS, Batch, Forward, batch_of, check_finite
-from pws.errors import PwsError, one_line
-from pws.layers import StandardizedLayer
-from pws.mark import filters_of
 from pws.optim.sharding import replicated, reshard, whole
 from pws.surgery.branches import branch_ends
 from pws.surgery.running import branches_run, evaluated, hooked, input_of, removed_after

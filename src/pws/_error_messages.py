@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-from pws.errors import PwsError, memory_ran_out, one_line, reason_of
+from pws._errors import PwsError, memory_ran_out, one_line, reason_of
 
 FRAMES: Final = 2
 """Of the user's code, the innermost: where his function was entered and where it failed is mostly all there is."""

@@ -19,11 +19,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from pws._errors import PwsError
+from pws.diagnosis._diagnose import bare, check_model, loss_of, outputs_of
 from pws.diagnosis.batch import Batch, Forward, Loss, batch_of, check_finite, tensors_in
-from pws.diagnosis.diagnose import bare, check_model, loss_of, outputs_of
 from pws.diagnosis.last_layers import outputs_of_last_layers
 from pws.diagnosis.preserve import preserved
-from pws.errors import PwsError
 from pws.surgery.standardized import to_layers
 
 FEEDBACK: Final = 0.5

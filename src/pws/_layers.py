@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
 
-from pws.gain import resolve_gain
-from pws.standardize import check_fan_in, check_gamma, scaled, swap_channels
+from pws._gain import resolve_gain
+from pws._standardize import check_fan_in, check_gamma, scaled, swap_channels
 
 Size = int | tuple[int, ...]
 Device = torch.device | str | int | None

@@ -10,11 +10,11 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
+from pws._errors import PwsError
+from pws._files import write_whole
 from pws.diagnosis.batch import Forward, example_of
-from pws.errors import PwsError
-from pws.files import write_whole
+from pws.surgery._calibrate import Setting
 from pws.surgery.branches import branch_ends
-from pws.surgery.calibrate import Setting
 from pws.surgery.copying import copy_of
 from pws.surgery.norms import affine_of, is_trained, norm_eps, scale_and_shift
 from pws.surgery.plan_file import plan_text, read_plan

@@ -12,8 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from pws.errors import PwsError, ShapeError
-from pws.gain import resolve_gain
+from pws._errors import PwsError, ShapeError
+from pws._gain import resolve_gain
 
 LARGE: Final = 1e12
 """Entries up to this have squares, and sums of squares, far from the end of float32."""

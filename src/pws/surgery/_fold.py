@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from pws.errors import PwsError
-from pws.layers import StandardizedLayer
-from pws.mark import unmark
+from pws._errors import PwsError
+from pws._layers import StandardizedLayer
+from pws._mark import unmark
 from pws.surgery.as_before import as_before
 from pws.surgery.copying import copy_of
 from pws.surgery.standardized import PARENTS, ReadsKernel, is_computed, own_weight, plain_class

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from pws._errors import PwsError, UnknownNameError
+from pws._standardize import check_gamma
 from pws.diagnosis.batch import Forward, example_of
-from pws.errors import PwsError, UnknownNameError
-from pws.standardize import check_gamma
+from pws.surgery._plan import FORMS, Form, Plan
 from pws.surgery.norms import NORMS, is_trained
-from pws.surgery.plan import FORMS, Form, Plan
 from pws.surgery.planner import Keep, Planner
 from pws.surgery.trace import trace
 from pws.surgery.warm_start import Progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData
 from pws.training.module import Classifier

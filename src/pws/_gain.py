@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pws.errors import PwsError, UnknownNameError
+from pws._errors import PwsError, UnknownNameError
 
 PAPER_GAIN: Final = 2.0**0.5
 """The published constant, `c = sqrt(2 / fan_in)`: Kaiming's gain for ReLU. It loses a third of the variance a layer."""

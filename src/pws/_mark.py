@@ -15,10 +15,10 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pws.autocast import fresh_casts
-from pws.errors import PwsError
-from pws.gain import resolve_gain
-from pws.standardize import check_fan_in, check_gamma, swap_channels, wide_kernel
+from pws._autocast import fresh_casts
+from pws._errors import PwsError
+from pws._gain import resolve_gain
+from pws._standardize import check_fan_in, check_gamma, swap_channels, wide_kernel
 
 LAYERS: Final = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),

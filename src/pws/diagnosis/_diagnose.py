@@ -10,13 +10,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from pws._errors import PwsError, one_line
 from pws.diagnosis.batch import REJECTIONS, Batch, Forward, Loss, batch_of, check_finite
 from pws.diagnosis.diagnosis import Diagnosis, Settings
 from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
 from pws.diagnosis.marked import check_optimizer
 from pws.diagnosis.preserve import preserved
 from pws.diagnosis.recorder import Recorder
-from pws.errors import PwsError, one_line
 from pws.optim.sharding import is_sharded
 
 LAYER_KINDS = (

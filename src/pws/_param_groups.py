@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from pws.errors import PwsError
-from pws.layers import StandardizedLayer
-from pws.mark import TRANSPOSED, Mark, mark_of
+from pws._errors import PwsError
+from pws._layers import StandardizedLayer
+from pws._mark import TRANSPOSED, Mark, mark_of
 
 
 @dataclass(frozen=True)

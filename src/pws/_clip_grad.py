@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pws.errors import PwsError
+from pws._errors import PwsError
 from pws.optim.bound import STEP_BOUND, by_layer, peak_lr
 from pws.optim.moving import norms_of
 from pws.optim.scaler import notice_scaled_gradients
