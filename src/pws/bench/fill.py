@@ -21,7 +21,7 @@ from pws.bench.accuracy.table import StoredCell, accuracy_table, range_table, st
 from pws.bench.conversion.run import conversions_summary, conversions_table
 from pws.bench.speed.report import images_table, kept_table, peak_table, ratio_table, step_table
 from pws.bench.warm_start import warm_start_table
-from pws.training.typed import check_each, typed
+from pws.training.parsing import check_entries, parse_as
 
 MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 Result = dict[str, Any]
@@ -80,10 +80,10 @@ def _result(path: Path, command: str, rows: str | None) -> Result:
         raise PwsError(f"{path} holds no result; got {shown(result)}. Make it again with `{command}`.")
     if rows is None:
         return result
-    chosen, known = [row.strip() for row in rows.split(";")], typed(list[str], result.get("rows"), f"{path}, rows")
+    chosen, known = [row.strip() for row in rows.split(";")], parse_as(list[str], result.get("rows"), f"{path}, rows")
     for row in chosen:
         if row not in known:
             raise PwsError(f"{path} has no row {row!r}; it has: {'; '.join(known)}.")
     cells = result.get("cells", [])
-    check_each(StoredCell, cells, f"{path}, cells")
+    check_entries(StoredCell, cells, f"{path}, cells")
     return {**result, "rows": chosen, "cells": [cell for cell in cells if cell["row"] in chosen]}

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from pws._errors import PwsError, UnknownNameError, shown
-from pws.training.check import AT_LEAST_ONE, POSITIVE, check_recipe, check_rules
+from pws.training.parsing import parse_as
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import recipe_of, settings_in
-from pws.training.typed import read_yaml, typed
+from pws.training.rules import AT_LEAST_ONE, POSITIVE, check_rules
+from pws.training.yaml_file import read_yaml
 
 QUICK_STEPS: Final = 4
 MOST_CELLS: Final = 10_000
@@ -96,7 +97,7 @@ def load_grid(name: str, *, quick: bool = False) -> Grid:
     if not path.is_file():
         raise UnknownNameError("grid (no such file or shipped grid)", name, shipped_grids())
     content = read_yaml(path, "grid", KEYS)
-    file: GridFile = typed(GridFile, content, str(path))
+    file: GridFile = parse_as(GridFile, content, str(path))
     check_rules(RULES, file, f"{path}: ")
     for key in ("columns", "rows", "seeds"):
         if not content.get(key, [0]):
@@ -124,7 +125,7 @@ def _cells(
     chosen: list[tuple[str, str, dict[str, Any]]] = []
     for row, own in content["rows"].items():
         own = dict(own or {})
-        seeds = typed(list[int], own.pop("seeds", file.seeds), f"{path}, row {row!r}, seeds")
+        seeds = parse_as(list[int], own.pop("seeds", file.seeds), f"{path}, row {row!r}, seeds")
         own = _settings(path, f"row {row!r}", own)
         if not seeds or len(seeds) * len(columns) + len(chosen) > MOST_CELLS:
             raise PwsError(f"{path}: seeds must be a list of at least one, and cells at most {MOST_CELLS:,}.")
@@ -136,14 +137,7 @@ def _cells(
 
 def _settings(path: Path, where: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted settings, each of which a recipe takes."""
-    try:
-        settings = settings_in(content, f"{path}, {where}")
-        recipe_of(settings)
-    except UnknownNameError:
-        raise
-    except PwsError as error:
-        raise PwsError(f"{path}, {where}: {error}") from error
-    return settings
+    return settings_in(content, f"{path}, {where}")
 
 
 def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -174,7 +168,6 @@ def _quick(settings: dict[str, Any]) -> dict[str, Any]:
 def _cell(path: Path, row: str, column: str, settings: dict[str, Any]) -> Cell:
     try:
         recipe = recipe_of(settings)
-        check_recipe(recipe)
     except PwsError as error:
         raise PwsError(f"{path}, row {row!r}, column {column!r}: {error}") from error
     return Cell(row, column, replace(recipe, name="cell"), settings)
