@@ -10,6 +10,7 @@ from typing import Final
 from pws._error_messages import frames_of_others, message_of
 from pws._errors import PwsError, UnknownNameError, reason_of
 from pws.cli.output import guarded_output
+from pws.cli.process import process_as_found
 
 COMMANDS: Final = {
     "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",
@@ -40,7 +41,7 @@ USAGE: Final = "\n".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with guarded_output() as output:
+    with process_as_found(), guarded_output() as output:
         code = _checked(arguments)
         output.flush()
         if output.error is not None and not isinstance(

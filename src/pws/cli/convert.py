@@ -85,7 +85,8 @@ def _convert(parsed: Any, loaded: ModelAndData) -> tuple[Plan, str, nn.Module]:
             form=parsed.form,
             progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
         )
-        table, converted = str(made), made.apply()
+        converted = made.apply()
+        table = str(made)  # states the error of the fit
     for warning in caught:
         console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
     return made, table, converted

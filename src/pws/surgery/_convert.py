@@ -52,7 +52,7 @@ def plan(
         warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: each
             layer is fitted to its outputs on the example, which should then be some hundred real images. Layers on the input
             and depthwise ones stay plain and take over their norms: centred filters would lose the mean of what they see. The
-            plan states the error that is left; a short fine-tuning takes most of it away.
+            plan states the error that is left once `fit` or `apply` was called; a short fine-tuning takes most of it away.
         form: "optimizer": the layers stay what they are and are marked (`pws.mark`), for an optimizer of `pws.optim`. "layers":
             they become pws layers, which any optimizer trains.
         progress: called with the number of layers fitted and of all; the fit of a large model takes minutes.
