@@ -12,9 +12,10 @@ from torch.nn.parameter import is_lazy
 
 from pws._errors import PwsError, one_line
 from pws.diagnosis.batch import REJECTIONS, Batch, Forward, Loss, batch_of, check_finite
-from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.diagnosis import Diagnosis
 from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
 from pws.diagnosis.marked import check_optimizer
+from pws.diagnosis.measurement import Measurement, Settings
 from pws.diagnosis.preserve import preserved
 from pws.diagnosis.recorder import Recorder
 from pws.optim.sharding import is_sharded
@@ -109,7 +110,7 @@ def diagnosis_of(
     held = [(name, module) for name, module in recorder.model.named_modules() if isinstance(module, LAYER_KINDS)]
     # The output projection of torch's attention is run inside an operation of its own, unseen.
     unused = [n for n, module in held if n not in ran and not isinstance(module, NonDynamicallyQuantizableLinear)]
-    return Diagnosis(
+    measurement = Measurement(
         layers=tuple(layers),
         model=type(recorder.model).__name__,
         loss=None if loss is None else float(loss.detach()),
@@ -117,6 +118,7 @@ def diagnosis_of(
         settings=settings,
         step=step,
     )
+    return Diagnosis.of(measurement)
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from pws._errors import PwsError, one_line
 from pws.diagnosis._diagnose import bare, diagnosis_of
 from pws.diagnosis.batch import REJECTIONS, count_bad, tensors_in, total
-from pws.diagnosis.diagnosis import Diagnosis, Settings
+from pws.diagnosis.diagnosis import Diagnosis
 from pws.diagnosis.look_again import look_again
 from pws.diagnosis.marked import check_optimizer
-from pws.diagnosis.measurements import append_csv, metrics_of, new_file
+from pws.diagnosis.measurement import Settings
+from pws.diagnosis.metrics import append_csv, metrics_of, new_file
 from pws.diagnosis.preserve import random_state
 from pws.diagnosis.record import is_finite
 from pws.diagnosis.recorder import Recorder
-from pws.diagnosis.verdict import FACTOR, Verdict, collapse_verdict, non_finite_after
+from pws.diagnosis.verdicts import Verdict, collapse_verdict, has_collapsed
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -273,10 +274,8 @@ class Monitor:
 
     def _keep_unhealthy(self, diagnosis: Diagnosis) -> None:
         if self.first_unhealthy is None:
-            explanation = collapse_verdict(self.history)
-            if explanation.cause == "healthy":
-                explanation = non_finite_after(diagnosis)
-            self.first_unhealthy = self.history[-1] = replace(diagnosis, explanation=explanation)
+            verdict = collapse_verdict(self.history)
+            self.first_unhealthy = self.history[-1] = replace(diagnosis, verdict=verdict)
             warnings.warn(f"step {diagnosis.step}: {self.verdict}", CollapseWarning, stacklevel=1)
 
     def _diagnosis(self, recorder: Recorder) -> Diagnosis:
@@ -290,14 +289,7 @@ class Monitor:
         variance has fallen to a thousandth of what it started with, or risen a millionfold."""
         if diagnosis.verdict.cause.startswith("non-finite"):
             return diagnosis.verdict.cause != "non-finite gradient" or self._scale <= 1
-        started = {layer.name: layer for layer in self.history[0].layers}
-        return any(
-            layer.shift_share >= self.shift_bound > started[layer.name].shift_share
-            or layer.output.variance < started[layer.name].output.variance / FACTOR
-            or layer.output.variance > max(started[layer.name].output.variance, 1.0) * FACTOR**2
-            for layer in diagnosis.layers
-            if layer.name in started and layer.counts and started[layer.name].counts
-        )
+        return has_collapsed(diagnosis, self.history[0], self.shift_bound)
 
     def _finished(self) -> bool:
         """Whether the network is non-finite: there is nothing more to learn, unless a GradScaler skips the step."""
