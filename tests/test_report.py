@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from playwright.sync_api import Browser, Page, sync_playwright
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from pws._errors import PwsError
 from pws.diagnosis import Diagnosis, diagnose
 from pws.diagnosis.report.axis import Axis, log_axis, split
+from pws.diagnosis.report.chart_matplotlib import light_colours
 from pws.diagnosis.report.number_format import number, percent, short
 from pws.methods import build_method
 from pws.models import build_model
@@ -465,6 +467,17 @@ def test_picture(tmp_path: Path, make: Any) -> None:
     half, middle = image.shape[0] // 2, image.shape[1] // 2
     for part in (image[:half, :middle], image[:half, middle:], image[half:, :middle], image[half:, middle:]):
         assert (part[..., :3].mean(-1) < 0.6).sum() > 500
+
+
+def test_the_picture_has_the_pages_colours_and_they_stand_out(pages: Pages, report: Path) -> None:
+    colours = {
+        name: f"rgb{tuple(round(255 * part) for part in to_rgb(value))}" for name, value in light_colours().items()
+    }
+    with pages.at(report) as page:
+        assert page.evaluate(COLOURS)["text"] == colours["ink"]
+    assert contrast(colours["ink"], "rgb(255, 255, 255)") >= 4.5
+    for name in ("input", "output", "centred", "shift"):
+        assert contrast(colours[name], "rgb(255, 255, 255)") >= 4.5
 
 
 @pytest.mark.parametrize(("write", "library"), [(Diagnosis.html, "plotly"), (Diagnosis.png, "matplotlib")])

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
-from pws.diagnosis.report.axis import NAMES, Kind, power
+from pws.diagnosis.report.axis import Kind, power
 from pws.diagnosis.report.chart import FEW, Chart, Look, Plot
 
 END_SYMBOLS: dict[Kind, str] = {"zero": "v", "infinite": "^", "undefined": "x"}
@@ -30,15 +30,15 @@ def save_picture(charts: Sequence[Chart], heading: str, path: Path) -> None:
     """Write a PNG of four charts over layers."""
     figure = Figure(figsize=(14, 9), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
     FigureCanvasAgg(figure)
-    colours = _light_colours()
+    colours = light_colours()
     for axes, chart in zip(figure.subplots(2, 2).flat, charts, strict=True):
         _draw(axes, chart, colours)
-    wrapped = "\n".join(textwrap.wrap(heading, 120, max_lines=3))
-    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=13, color=colours["ink"], parse_math=False)
+    wrapped = "\n".join(textwrap.wrap(heading, 145, max_lines=4))
+    figure.suptitle(wrapped, x=0.01, ha="left", fontsize=12, color=colours["ink"], parse_math=False)
     figure.savefig(path, dpi=120, format="png")
 
 
-def _light_colours() -> dict[str, str]:
+def light_colours() -> dict[str, str]:
     """The colours of the page in its light theme, by name."""
     css = files("pws.diagnosis.report").joinpath("page.css").read_text(encoding="utf-8")
     return dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", css[: css.index("}")]))
@@ -59,7 +59,7 @@ def _draw(axes: Axes, chart: Chart, colours: dict[str, str]) -> None:
         axes.axhline(height, color=colours["ink"], ls="--", lw=1.2, label=name)
     _value_axis(axes, plot, colours)
     _layer_names(axes, chart)
-    rows = _legend(axes)
+    rows = _legend(axes, plot)
     axes.set_title(chart.title, pad=8 + 17 * rows, **title)
 
 
@@ -115,14 +115,13 @@ def _layer_names(axes: Axes, chart: Chart) -> None:
     axes.set_xlim(-0.7, len(chart.names) - 0.3)
 
 
-def _legend(axes: Axes) -> int:
-    """Put the legend above the axes, marks at an axis's end last; returns its number of rows."""
-    entries = sorted(
-        zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1].endswith((*NAMES.values(),))
-    )
-    handles, names = zip(*entries, strict=True)
+def _legend(axes: Axes, plot: Plot) -> int:
+    """Put the legend above the axes, first the series in their order, last the marks at an end; returns its rows."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    order = [series.name for series in plot.series]
+    names = sorted(handles, key=lambda name: order.index(name) if name in order else len(order))
     axes.legend(
-        handles,
+        [handles[name] for name in names],
         names,
         fontsize=9,
         frameon=False,
@@ -131,4 +130,4 @@ def _legend(axes: Axes) -> int:
         bbox_to_anchor=(-0.01, 1),
         borderaxespad=0.2,
     )
-    return -(-len(entries) // LEGEND_COLUMNS)
+    return -(-len(names) // LEGEND_COLUMNS)

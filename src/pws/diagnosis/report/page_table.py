@@ -41,8 +41,11 @@ def table_section(measurement: Measurement) -> str:
             row.append(remark_on(layer))
     head = "".join(f'<th scope="col"{_class(name)}>{escape(name)}</th>' for name in ("layer", *columns))
     body = "\n".join(_row(layer.name, columns, row) for layer, row in zip(measurement.layers, rows, strict=True))
-    caption = f"All {len(rows)} layers in execution order. –: not measured. ∞: no step can shift it."
-    return f"<table>\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    caption = (
+        f"All {len(rows)} layers in execution order. – was not measured; ∞ means that no step can shift the layer."
+    )
+    caption = f"<caption><span>{caption}</span></caption>"
+    return f"<table>\n{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 def _row(name: str, columns: list[str], cells: list[str]) -> str:
