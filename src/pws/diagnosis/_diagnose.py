@@ -13,11 +13,12 @@ from torch.nn.parameter import is_lazy
 from pws._errors import PwsError, one_line
 from pws.diagnosis.batch import REJECTIONS, Batch, Forward, Loss, batch_of, check_finite
 from pws.diagnosis.diagnosis import Diagnosis
-from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
-from pws.diagnosis.marked import check_optimizer
+from pws.diagnosis.layer import LayerDiagnosis
+from pws.diagnosis.layer_statistics import layer_diagnosis
 from pws.diagnosis.measurement import Measurement, Settings
 from pws.diagnosis.preserve import preserved
-from pws.diagnosis.recorder import Recorder
+from pws.diagnosis.recording.marked import check_optimizer
+from pws.diagnosis.recording.recorder import Recorder
 from pws.optim.sharding import is_sharded
 
 LAYER_KINDS = (
@@ -98,7 +99,7 @@ def diagnose(
 def diagnosis_of(
     recorder: Recorder, loss: Tensor | None, settings: Settings, *, step: int | None = None, loss_scale: float = 1.0
 ) -> Diagnosis:
-    """What a recorder has seen, as numbers."""
+    """Turn what a recorder has seen into a diagnosis."""
     layers: list[LayerDiagnosis] = []
     for record in recorder.layers.values():
         change = None if record.step_map is None else record.step_map.kernel_change(recorder.steps)
