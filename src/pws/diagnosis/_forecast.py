@@ -1,10 +1,10 @@
-"""At which learning rate will training diverge? The one-step critical rate made to speak of training.
+"""`pws.forecast`: at which learning rate will training diverge?
 
-Three things make the one-step formula fall short (docs/theory.md has the numbers). At initialization the gradient is small
-by cancellation: the forecast looks at the network after a few warm-up steps too. Gradients that agree over a batch are the
-dangerous ones: it takes the worst case of the paper's `E[delta] E[xbar]`, an output gradient that is the same for every
-sample. And what happens next depends on the whole network (depth multiplies, norms divide): it takes that step and looks at
-the gradient that answers.
+The critical learning rate of one step falls short in three ways (docs/theory.md has the numbers), and the forecast answers
+each. At initialization the gradient is small by cancellation: the forecast looks at the network after a few warm-up steps.
+Gradients that agree over a batch are the dangerous ones: it takes the worst case of the paper's `E[delta] E[xbar]`, an output
+gradient that is the same for every sample. What happens next depends on the whole network, for depth multiplies and norms
+divide: it takes that step and looks at the gradient that answers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Forecast:
     diverging_lr: float
     """The median of `by_pair`."""
     by_pair: tuple[float, ...]
-    """From each pair of batches; how far they are apart says how far to trust them."""
+    """The rate from each pair of batches. Their spread says how far to trust them."""
     passes: int
-    """Forward and backward passes that it took."""
+    """The number of forward and backward passes that it took."""
 
 
 def forecast(
@@ -46,30 +46,31 @@ def forecast(
     forward: Forward | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Forecast:
-    """The learning rate at which SGD with momentum 0.9 is expected to diverge, to within a factor of about 3.
+    """Forecast the learning rate at which SGD with momentum 0.9 diverges, to within a factor of about 3.
 
         eta* = median over probes of the smallest eta, over both signs of k, with   eta |g(theta - eta k)| >= |theta| / 2
 
-    On a copy of the model, whose marked layers are made layers that compute their kernel: 12 steps of Adam alternate two
-    batches; after 4, 8 and 12 of them, `k` is the gradient for an output gradient that is the same for each sample of the first
-    batch: plus and minus the main direction of the actual ones (their first right singular vector), with the same energy. `g`
-    is the gradient on the second batch after a step along `k`: it grows with eta to the power of the depth in a plain network,
-    and shrinks behind norms. Where the model returns losses alone, `k` starts at the outputs of the last layers with a weight.
+    It works on a copy of the model, whose marked layers become layers that compute their kernel. 12 steps of Adam alternate two
+    batches, and a probe follows after 4, 8 and 12 of them. `k` is the gradient on the first batch for an output gradient that
+    is the same for each sample: plus and minus the main direction of the actual ones (their first right singular vector), with
+    the same energy. `g` is the gradient on the second batch after a step along `k`. In a plain network it grows with eta to the
+    power of the depth; behind norms it shrinks. If the model returns losses alone, `k` starts at the outputs of the last layers
+    with a weight.
 
-    The model is left exactly as it was. Chosen on 18 networks of 4 to 18 layers on Fashion-MNIST and tried on six others
-    (benchmarks/forecast.json): a forecast, no bound.
+    The model is left exactly as it was. The settings were chosen on 18 networks of 4 to 18 layers on Fashion-MNIST and tried on
+    six others (benchmarks/forecast.json). This is a forecast, not a bound.
 
     Args:
         model: the network before training.
-        batches: two training batches, of the size that will be trained with, each as `pws.diagnose` takes it; or four, six ...:
-            the median over the pairs is steadier.
+        batches: two training batches of the size to train with, each as `pws.diagnose` takes it. With more pairs (four, six ...
+            batches) the median over the pairs is steadier.
         loss: as `pws.diagnose` takes it.
         forward: as `pws.diagnose` takes it.
-        progress: called with the number of passes done; a pair takes about 60.
+        progress: called with the number of passes done; each pair takes about 60.
 
     Raises:
-        PwsError: there are fewer than two batches or an odd number, or no output of the model gets a gradient; or
-            the loss of a batch is not finite.
+        PwsError: there are fewer than two batches or an odd number. Or no output of the model gets a gradient. Or the loss of a
+            batch is not finite.
     """
     if not isinstance(batches, tuple | list) or len(batches) < 2 or len(batches) % 2:
         raise PwsError(

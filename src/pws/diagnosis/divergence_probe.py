@@ -20,7 +20,7 @@ FEEDBACK: Final = 0.5
 PROBES: Final = (4, 8, 12)
 """After how many warm-up steps the network is looked at."""
 WARM_UP_LR: Final = 3e-3
-"""Adam's: it leaves the plateau of the start whatever the size of the gradient."""
+"""The rate of Adam, which leaves the plateau of the start whatever the size of the gradient."""
 PRECISION: Final = 1.15
 """The factor to which each rate is found."""
 
@@ -36,7 +36,7 @@ class DivergenceProbe:
         self.passes = 0
 
     def diverging_lr(self) -> float:
-        """The median over the probes, at each the lower rate of the two kicks."""
+        """Return the median over the probes, of the lower rate of the two kicks at each."""
         self.check()
         adam = torch.optim.Adam(self.parameters, lr=WARM_UP_LR)
         found: list[float] = []
@@ -127,7 +127,10 @@ def norm(tensors: Sequence[Tensor]) -> float:
 
 
 def crossing(f: Callable[[float], float], ceiling: float = math.inf) -> float:
-    """Where the increasing `f` passes 1, to within PRECISION; infinity if that is above `ceiling` (or 1e4), 0 if below 1e-7."""
+    """Find where the increasing `f` passes 1, to within PRECISION.
+
+    The result is infinity if that is above `ceiling` (or 1e4), and 0 if it is below 1e-7.
+    """
     if ceiling <= 0:
         return math.inf
     high = ceiling if math.isfinite(ceiling) else 0.1
@@ -147,7 +150,7 @@ def crossing(f: Callable[[float], float], ceiling: float = math.inf) -> float:
 
 
 def outputs_of_last_layers(run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The loss that `run` computes, and the outputs of the layers behind which it meets no other."""
+    """The loss that `run` computes, and the outputs of the last layers with a weight: no other follows them."""
     outputs: list[Tensor] = []
 
     def keep(call: Call) -> Tensor:

@@ -18,7 +18,7 @@ class HealthHistory:
     """The diagnoses of a training in order, with the last healthy and the first unhealthy one.
 
     Args:
-        shift_bound: the shift share at which a layer that started below it counts as taken over.
+        shift_bound: a layer is taken over when its shift share starts below this bound and reaches it.
     """
 
     def __init__(self, shift_bound: float) -> None:

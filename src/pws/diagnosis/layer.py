@@ -48,7 +48,7 @@ class LayerDiagnosis:
 
     name: str
     kind: str
-    """The layer's class; `Conv2d, pws` for one of PWS, whether marked or a layer that computes its kernel."""
+    """The layer's class; `Conv2d, pws` if it is marked or computes a standardized kernel."""
     operation: str
     kernel_shape: tuple[int, ...]
     fan_in: int

@@ -32,4 +32,6 @@ class MeasuredSteps:
 def check_every(every: Any) -> None:
     """Raise `PwsError` unless `every` is a number of steps."""
     if not isinstance(every, Integral) or every < 1:
-        raise PwsError(f"every is the number of steps between measurements: a whole number, at least 1; got {every!r}. Usual: 50.")
+        raise PwsError(
+            f"every is the number of steps between measurements: a whole number, at least 1; got {every!r}. Usual: 50."
+        )

@@ -41,34 +41,37 @@ class Monitor(HealthHistory):
                 optimizer.step()
         print(monitor.verdict)
 
-    A training step is a forward pass of `model` in training mode; with several passes a step, set `monitor.clock` to a function
-    that tells the step's number. The first step, those 1, 2, 4, 8 ... later and every `every`-th are measured from the
-    training's own forward and backward pass (the first pass of the step): nothing runs twice, and the result of training
-    is unchanged to the bit (a compiled model runs uncompiled in the measured steps). Gradients that the model or the loss takes
-    are part of the forward pass. Of the other steps only the outputs are looked at; if these are not finite, the forward pass
-    runs again, with the random numbers that it had. When they (or the loss) go non-finite, or the shift share of a layer
-    crosses `shift_bound`, or a layer's variance is lost or explodes, the last healthy and the first unhealthy diagnosis are
-    kept and a `CollapseWarning` says so.
+    The first step, those 1, 2, 4, 8 ... later and every `every`-th are measured, from the training's own forward and backward
+    pass. Nothing runs twice, and the result of training is unchanged to the bit. A compiled model runs uncompiled in these
+    steps. Of the other steps only the outputs are checked; if one is not finite, the forward pass runs again with the same
+    random numbers. Gradients that the model or the loss takes are part of the forward pass.
+
+    A step is unhealthy if an output or the loss is not finite, if the shift share of a layer crosses `shift_bound`, or if a
+    layer's variance is lost or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and gives a
+    `CollapseWarning`.
+
+    A training step is one forward pass of `model` in training mode. If a step has several, set `monitor.clock` to a function
+    that returns the number of the step; the first pass of a step is measured.
 
     Under a `torch.amp.GradScaler` write `scaler.scale(monitor.observe(loss)).backward()`: the monitor reads the scale from the
     gradient of the loss. If you observe the scaled loss, or none, set `monitor.loss_scale = scaler.get_scale()` in each step.
-    Gradients that overflow are then no collapse: the scaler skips the step and lowers the scale. A verdict on a step that was
-    skipped is taken back at the next healthy measurement.
+    Gradients that overflow are then no collapse, for the scaler skips the step and lowers the scale. A verdict on a skipped
+    step is taken back at the next healthy measurement.
 
     Args:
         model: what is trained, as it is called (compiled and parallel wrappers too).
-        every: steps between measurements.
-        lr: the learning rate that verdicts judge by.
-        momentum: SGD's.
-        optimizer: that of a model with marked layers (`pws.mark`). It holds `w`, whose size decides how far a step moves the
-            kernel; without it, the size is assumed that an optimizer starts with.
-        shift_bound: the shift share at which a layer that started below it counts as taken over.
-        csv_path: a new file to write the measurements to, a row a layer and step.
+        every: the number of steps between measurements.
+        lr: the learning rate that verdicts judge.
+        momentum: the momentum of SGD.
+        optimizer: the optimizer of a model with marked layers (`pws.mark`). It holds `w`, whose size decides how far a step
+            moves the kernel. Without it, the size is taken that an optimizer starts with.
+        shift_bound: a layer is taken over when its shift share starts below this bound and reaches it.
+        csv_path: a new file for the measurements, one row per layer and step.
         log: called with (metrics, step) at each measurement: a Lightning logger's `log_metrics`, or one line around
             TensorBoard's `add_scalar`.
 
     Raises:
-        PwsError: `every` is below 1, or `shift_bound` not between 0 and 1; or the optimizer is one of torch's own and the
+        PwsError: `every` is below 1, or `shift_bound` is not between 0 and 1. Or the optimizer is one of torch's own and the
             model has marked layers.
     """
 
@@ -128,8 +131,10 @@ class Monitor(HealthHistory):
         self._handles.clear()
 
     def observe(self, loss: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Tell the loss of the step, before its backward pass; returns it, a dict of losses as their sum. Optional: the outputs
-        are looked at anyway."""
+        """Take note of the step's loss before its backward pass, and return it; a dict of losses is summed.
+
+        This is optional, for the outputs are checked anyway.
+        """
         value: Tensor = total(loss)
         self._loss = value.detach()
         if self._recorder is not None and value.requires_grad and value.numel() == 1:

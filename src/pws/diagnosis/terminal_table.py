@@ -14,15 +14,15 @@ from pws.diagnosis.verdicts import Verdict
 
 COLUMNS = ("layer", "Var out", "out/in", "shift", "n ratio", "E part", "crit. LR")
 CAPTION = escape(
-    "out/in: variance transmission. shift: share of Var out due to the filters' means. n ratio: average-gradient ratio times "
-    "n, 1 if a filter's gradients were independent. E part: its share due to N E[delta] E[xbar]. crit. LR: where one step "
-    "moves the filters' means so far that they double Var out; in brackets where a norm follows, which takes it back, and "
-    "for gates."
+    "out/in: variance transmission. shift: share of Var out that the filters' means make. n ratio: average-gradient ratio "
+    "times n; 1 if the gradients of a filter are independent. E part: its share due to N E[delta] E[xbar]. crit. LR: there, "
+    "one step moves the filters' means so far that they double Var out. In brackets: no risk, for a norm follows or the layer "
+    "is a gate."
 )
 
 
 def terminal_table_of(measurement: Measurement, verdict: Verdict) -> Table:
-    """One row per layer, in execution order; fits 80 columns."""
+    """Lay out one row per layer, in execution order, within 80 columns."""
     lr = measurement.settings.lr
     table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left", padding=(0, 1, 0, 0))
     columns = [*COLUMNS, *([] if lr is None else [f"at LR {lr:g}"])]

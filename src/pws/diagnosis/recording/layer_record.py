@@ -86,7 +86,7 @@ def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
     inputs = centre(x, dim)[0]
     outputs = centre(y, dim)[0]
     of_patch, centred_patch = centre(patch, dim)
-    # n m, shaped like the output with one entry a channel, and the patch average of each filter's group.
+    # n m, shaped like the output with one entry per channel, and the patch average of each filter's group.
     nm_O = filters.sum(1)
     per_group = nm_O.numel() // call.groups
     nm = nm_O.view([-1 if d == dim % y.dim() else 1 for d in range(y.dim())])

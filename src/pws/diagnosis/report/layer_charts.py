@@ -54,7 +54,7 @@ def variance(measurement: Measurement) -> Chart:
 
 
 def gradient(measurement: Measurement) -> Chart:
-    """The same for the backward pass."""
+    """The variance of each layer's output gradient."""
     layers = measurement.layers
     values = [None if layer.gradient is None else layer.gradient.variance for layer in layers]
     return _over_layers(
