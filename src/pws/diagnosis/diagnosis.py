@@ -61,13 +61,13 @@ class Diagnosis(Measurement):
 
         Args:
             path: the file; missing folders are made.
-            history: the diagnoses that a `Monitor` took during training, for a figure over the steps.
+            history: the diagnoses that a `Monitor` took during training, for a chart over the steps.
             title: of the page; by default it names the model.
         """
         return write_report(Path(path), self, self.verdict, history, title)
 
     def png(self, path: str | Path) -> Path:
-        """Write the main figures as a static picture. Needs the extra `report`."""
+        """Write the main charts as a static picture. Needs the extra `report`."""
         return write_picture(Path(path), self, self.verdict)
 
 
