@@ -230,6 +230,8 @@ def test_a_verdict_is_told_by_word_and_sign(pages: Pages, broken_report: Path, p
 
 
 RIGHT_EDGE = "Math.max(...[...document.querySelectorAll('.main-svg')].map((s) => s.getBoundingClientRect().right))"
+HIDDEN_NAMES = """() => [...document.querySelectorAll("#fig-variance .xtick text")]
+    .filter((text) => text.getBoundingClientRect().width === 0).map((text) => text.textContent)"""
 RANGE = "document.querySelector('#fig-variance .plot').layout.xaxis.range"
 COLOURS = """() => { const style = getComputedStyle;
   const plot = document.querySelector("#fig-variance");
@@ -276,6 +278,8 @@ def test_narrow(pages: Pages, deep_report: Path, options: dict[str, bool]) -> No
         settle(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert page.evaluate(RIGHT_EDGE) <= 360
+        assert page.locator("#fig-variance .xtick text").count() > 8
+        assert page.evaluate(HIDDEN_NAMES) == []
         assert page.evaluate(
             "(() => { const s = document.querySelector('.scroll'); return s.scrollWidth > s.clientWidth })()"
         )
