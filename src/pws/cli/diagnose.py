@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> int:
         action="store_true",
         help="also forecast the learning rate at which training diverges (some 180 more passes; needs real images)",
     )
-    parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main figure")
+    parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main charts")
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parsed = parse(parser, arguments)

@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from pws import convert
 from pws._errors import PwsError, memory_ran_out, one_line
 from pws._files import write_whole
 from pws.methods import Method, build_method
 from pws.models import build_model, model_of
+from pws.surgery import convert
 from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process
 from pws.training.check import check_calibration, check_recipe
 from pws.training.checkpoints import CheckpointFiles

@@ -5,19 +5,19 @@ Shape letters: O filters (output channels), K entries of a filter, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pws.diagnosis.moments import Moments, batched, centre, channel_sums
-from pws.diagnosis.operation import Call, Layout, split_channels
+from pws.diagnosis.recording.moments import Moments, batched, centre, channel_sums, is_finite, wide
+from pws.diagnosis.recording.step_map import StepMap
+from pws.diagnosis.recording.weighted_operation import Call, Layout, split_channels
 
 
 @dataclass
 class Backward:
-    """Of a call's output gradient delta, filled in by its backward pass."""
+    """The statistics of a call's output gradient delta."""
 
     delta: Moments
     delta_patch: Tensor
@@ -33,15 +33,16 @@ class CallRecord:
     """Which input channels were zero everywhere, `(C,)`."""
     output: Moments
     centred: Moments
-    """Of `z = y - n m xbar`, beta left in: a constant."""
+    """The moments of `z = y - n m xbar`, beta left in: a constant."""
     shift: Moments
-    """Of `n m xbar`."""
+    """The moments of `n m xbar`."""
     covariance: Tensor
     """`Cov(z, n m xbar)`."""
     patch: Moments
-    """Of `xbar`, that of its group repeated for each filter."""
+    """The moments of `xbar`, that of its group repeated for each filter."""
     finite: bool
     backward: Backward | None = None
+    """Filled in by the backward pass."""
     input_gradient_squares: float | None = None
     """The sum of squares of the gradient by the input, through this layer alone."""
     kernel_gradient: Tensor | None = None
@@ -78,49 +79,6 @@ class LayerRecord:
         return all(call.finite for call in self.calls)
 
 
-class StepMap:
-    """From a step on the trained parameters to the change of a kernel: the Jacobian of `kernel(parameters)`.
-
-    By two backward passes through the kernel's own small graph, so that any way to compute a kernel is served.
-    """
-
-    def __init__(self, kernel: Tensor, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self._direct = next((i for i, p in enumerate(parameters) if p is kernel), None)
-        if self._direct is None:
-            self._probe = torch.zeros_like(kernel, requires_grad=True)
-            found = torch.autograd.grad(kernel, parameters, self._probe, create_graph=True, allow_unused=True)
-            self._images = [(i, image) for i, image in enumerate(found) if image is not None]
-
-    def uses(self) -> list[nn.Parameter]:
-        """The parameters that the kernel hangs on."""
-        if self._direct is not None:
-            return [self.parameters[self._direct]]
-        return [self.parameters[i] for i, _ in self._images]
-
-    def kernel_change(self, change: dict[nn.Parameter, Tensor]) -> Tensor | None:
-        """What a first-order `change` of the parameters does to the kernel; None if it changes none of them, or that can't be
-        told."""
-        if self._direct is not None:
-            return change.get(self.parameters[self._direct])
-        pairs = [(image, change[self.parameters[i]]) for i, image in self._images if self.parameters[i] in change]
-        pairs = [(image, tangent) for image, tangent in pairs if image.requires_grad]
-        if not pairs:
-            return None
-        images, tangents = zip(*pairs, strict=True)
-        try:
-            (result,) = torch.autograd.grad(images, self._probe, tangents, retain_graph=True)
-        except RuntimeError:  # a backward pass that can't be differentiated (once_differentiable)
-            return None
-        assert isinstance(result, Tensor)
-        return result
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
     """The statistics of a call's input and output; `patch` is its patch average."""
     dim, filters = call.channel_dim, call.filters(wide(call.kernel))
@@ -128,7 +86,7 @@ def record_forward(call: Call, output: Tensor, patch: Tensor) -> CallRecord:
     inputs = centre(x, dim)[0]
     outputs = centre(y, dim)[0]
     of_patch, centred_patch = centre(patch, dim)
-    # n m, shaped like the output with one entry a channel, and the patch average of each filter's group.
+    # n m, shaped like the output with one entry per channel, and the patch average of each filter's group.
     nm_O = filters.sum(1)
     per_group = nm_O.numel() // call.groups
     nm = nm_O.view([-1 if d == dim % y.dim() else 1 for d in range(y.dim())])
@@ -161,13 +119,3 @@ def record_backward(record: CallRecord, layout: Layout, patch: Tensor, delta: Te
         delta=centre(delta, dim)[0],
         delta_patch=channel_sums(grouped.flatten(dim - 1, dim), dim).flatten(),
     )
-
-
-def is_finite(signal: Tensor) -> bool:
-    """Whether every entry is; looked at one by one only where their sum is not."""
-    return bool(torch.isfinite(signal.sum())) or bool(torch.isfinite(signal).all())
-
-
-def sum_of_squares(tensors: Iterable[Tensor]) -> float:
-    """Of all entries of all tensors."""
-    return float(sum(torch.linalg.vector_norm(wide(t), dtype=torch.float64).square() for t in tensors))

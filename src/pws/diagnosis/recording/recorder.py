@@ -10,20 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.gates import Gates
-from pws.diagnosis.kernel_again import kernel_again
-from pws.diagnosis.marked import kernel_step, marked_weights
-from pws.diagnosis.moments import batched
-from pws.diagnosis.operation import Call, Operations
-from pws.diagnosis.record import (
-    CallRecord,
-    LayerRecord,
-    StepMap,
-    record_backward,
-    record_forward,
-    sum_of_squares,
-    wide,
-)
+from pws.diagnosis.recording.backward_pass import BackwardPass
+from pws.diagnosis.recording.computed_kernel import recomputed_kernel
+from pws.diagnosis.recording.gates import Gates
+from pws.diagnosis.recording.layer_record import CallRecord, LayerRecord, record_backward, record_forward
+from pws.diagnosis.recording.marked import kernel_step, marked_weights
+from pws.diagnosis.recording.moments import batched, sum_of_squares, wide
+from pws.diagnosis.recording.step_map import StepMap
+from pws.diagnosis.recording.weighted_operation import Call, Operations
 from pws.surgery.standardized import is_standardized
 
 
@@ -63,14 +57,7 @@ class Recorder:
         self._handles: list[Any] = []
         self._gates = Gates()
         self._followed: set[nn.Parameter] = set()
-        self.on_backward_end: Callable[[], None] | None = None
-        """Called once, when the training's backward pass through the recorded graph has ended, before whatever follows it. It
-        brings gradients to parameters; others are part of the model or its loss: forces, gradient penalties."""
-        self._pass: int | None = None
-        """The backward pass that the records tell of, by the engine's number."""
-        self._trains = False
-        """Whether it has brought a parameter its gradient."""
-        self._in_forward = False
+        self.backward = BackwardPass(on_begin=self.forget_backward)
 
     @contextmanager
     def forward(self, *, running: tuple[Any, Any] | None = None) -> Iterator[None]:
@@ -79,10 +66,10 @@ class Recorder:
         `running` are the arguments of the model itself, if its forward pass has begun already.
         """
         handles = []
-        self._in_forward = True
-        if self.on_backward_end is not None:
+        self.backward.in_forward = True
+        if self.backward.on_end is not None:
             trained = [p for p in self.model.parameters() if p.requires_grad and p.is_leaf]
-            self._handles += [p.register_post_accumulate_grad_hook(self._accumulated) for p in trained]
+            self._handles += [p.register_post_accumulate_grad_hook(self.backward.accumulated) for p in trained]
         if running is not None:
             self._enter(self.model, *running)
         for module in self._names:
@@ -98,7 +85,7 @@ class Recorder:
             for handle in handles:
                 handle.remove()
             self._stack.clear()
-            self._in_forward = False
+            self.backward.in_forward = False
             for key in self._gates.found():
                 self.layers[key].gate = True
         self._map_computed_kernels()
@@ -115,7 +102,7 @@ class Recorder:
     def forget_backward(self) -> None:
         """Forget what a backward pass has told."""
         self.steps.clear()
-        self._trains = False
+        self.backward.trains = False
         for layer in self.layers.values():
             for call in layer.calls:
                 call.backward = call.input_gradient_squares = call.kernel_gradient = call.radial = None
@@ -189,7 +176,7 @@ class Recorder:
         hang on activations.
         """
         for (name, ordinal), running in self._computed.items():
-            kernel = kernel_again(running.module, running.args, running.kwargs, ordinal)
+            kernel = recomputed_kernel(running.module, running.args, running.kwargs, ordinal)
             if kernel is not None:
                 self._map(self.layers[name, ordinal], kernel)
         self._computed.clear()
@@ -210,37 +197,7 @@ class Recorder:
                 gradient.detach() if layer is None else kernel_step(layer, gradient, self.optimizer).to(gradient.dtype)
             )
 
-        return self._hook(keep, trains=True)
-
-    def _hook(self, hook: Callable[[Tensor], None], *, trains: bool = False) -> Callable[[Tensor], None]:
-        """A hook for a tensor's gradient; the first one of a backward pass forgets the pass before."""
-
-        def run(gradient: Tensor) -> None:
-            self._begin_pass()
-            # With a graph of its own it is a gradient that a loss is made of.
-            self._trains |= trains and not torch.is_grad_enabled()
-            with torch.no_grad():
-                hook(gradient)
-
-        return run
-
-    def _accumulated(self, _: Tensor) -> None:
-        self._begin_pass()
-        self._trains = True
-
-    def _begin_pass(self) -> None:
-        number = torch._C._current_graph_task_id()
-        if number != self._pass:
-            self._pass = number
-            self.forget_backward()
-            if self.on_backward_end is not None:
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
-
-    def _end_pass(self) -> None:
-        """The engine calls this when everything else of a backward pass is done."""
-        if self._trains and not self._in_forward and self.on_backward_end is not None:
-            end, self.on_backward_end = self.on_backward_end, None
-            end()
+        return self.backward.hook(keep, trains=True)
 
     def _watch(self, record: CallRecord, call: Call, output: Tensor, patch: Tensor) -> None:
         # A hook that held a tensor of the graph would keep the graph alive with itself, for ever.
@@ -262,7 +219,7 @@ class Recorder:
         hooks = [(output, of_output), (call.input, of_input), (call.kernel, of_kernel)]
         for tensor, hook in hooks:
             if tensor.requires_grad and torch.is_grad_enabled():
-                tensor.register_hook(self._hook(hook))
+                tensor.register_hook(self.backward.hook(hook))
 
 
 def output_dtype(call: Call) -> torch.dtype:

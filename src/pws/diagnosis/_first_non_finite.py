@@ -1,4 +1,4 @@
-"""Which layer's output went non-finite first."""
+"""The first layer whose output holds NaN or infinity."""
 
 from __future__ import annotations
 

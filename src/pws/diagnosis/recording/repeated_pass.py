@@ -1,4 +1,4 @@
-"""The forward pass of a training step once more, to see which layer did what."""
+"""The forward pass of a training step once more, recorded to see which layer did what."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from pws.diagnosis.preserve import preserved
-from pws.diagnosis.recorder import Recorder
+from pws.diagnosis.recording.recorder import Recorder
 
 
-def look_again(
+def record_again(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, rewind: Callable[[], None], args: Any, kwargs: Any
 ) -> Recorder:
-    """What a pass of `model` did, from another one with the random numbers that `rewind` gives back; the model and the random
-    generators are left as they are now."""
+    """Repeat a forward pass of `model` with the random numbers that `rewind` gives back, and record it.
+
+    The model and the random generators are left as they are now.
+    """
     recorder = Recorder(model, optimizer)
     # The other processes do not run this pass: a synchronized norm would wait for them for ever.
     synchronized = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one or two signals with C channels over `count` positions; float64 tensors `(C,)`.
+    """The moments of a signal with C channels over `count` positions; float64 tensors `(C,)`.
 
-    Biased: `variance = E[(a - E[a])^2]`, `covariance = E[(a - E[a]) (b - E[b])]`.
+    The variance is biased: `E[(a - E[a])^2]`.
     """
 
     count: int
@@ -56,7 +57,7 @@ def positions(signal: Tensor, channel_dim: int) -> list[int]:
 
 
 def batched(signal: Tensor) -> Tensor:
-    """With a dimension of positions: a linear layer's single sample comes without any."""
+    """Return the signal with a dimension of positions: a linear layer's single sample comes without any."""
     return signal if signal.dim() > 1 else signal[None]
 
 
@@ -82,3 +83,18 @@ def centre(signal: Tensor, channel_dim: int) -> tuple[Moments, Tensor]:
         squares = centred.double().square()  # those that left the range of float32
         variance = channel_sums(squares, channel_dim).flatten() / count
     return Moments(count, mean.flatten(), variance), centred
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 at least, without its graph."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def is_finite(signal: Tensor) -> bool:
+    """Whether every entry is; looked at one by one only where their sum is not."""
+    return bool(torch.isfinite(signal.sum())) or bool(torch.isfinite(signal).all())
+
+
+def sum_of_squares(tensors: Iterable[Tensor]) -> float:
+    """The sum over all entries of all tensors."""
+    return float(sum(torch.linalg.vector_norm(wide(t), dtype=torch.float64).square() for t in tensors))

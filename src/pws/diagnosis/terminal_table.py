@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from pws.diagnosis.diagnosis import Diagnosis
-    from pws.diagnosis.layer import LayerDiagnosis
+from pws.diagnosis.layer import LayerDiagnosis
+from pws.diagnosis.measurement import Measurement
+from pws.diagnosis.verdicts import Verdict
 
 COLUMNS = ("layer", "Var out", "out/in", "shift", "n ratio", "E part", "crit. LR")
 CAPTION = escape(
-    "out/in: variance transmission. shift: share of Var out due to the filters' means. n ratio: average-gradient ratio times "
-    "n, 1 if a filter's gradients were independent. E part: its share due to N E[delta] E[xbar]. crit. LR: where one step "
-    "moves the filters' means so far that they double Var out; in brackets where a norm follows, which takes it back, and "
-    "for gates."
+    "out/in: variance transmission. shift: share of Var out that the filters' means make. n ratio: average-gradient ratio "
+    "times n; 1 if the gradients of a filter are independent. E part: its share due to N E[delta] E[xbar]. crit. LR: there, "
+    "one step moves the filters' means so far that they double Var out. In brackets: no risk, for a norm follows or the layer "
+    "is a gate."
 )
 
 
-def table_of(diagnosis: Diagnosis) -> Table:
-    """One row a layer, in execution order; fits 80 columns."""
-    lr = diagnosis.settings.lr
+def terminal_table_of(measurement: Measurement, verdict: Verdict) -> Table:
+    """Lay out one row per layer, in execution order, within 80 columns."""
+    lr = measurement.settings.lr
     table = Table(box=box.SIMPLE_HEAD, caption=CAPTION, caption_justify="left", padding=(0, 1, 0, 0))
     columns = [*COLUMNS, *([] if lr is None else [f"at LR {lr:g}"])]
     for name in columns:
         table.add_column(name, justify="left" if name == "layer" else "right", no_wrap=name != "layer", overflow="fold")
-    worst = diagnosis.verdict.layer if diagnosis.verdict.cause != "healthy" else None
-    for layer, share in zip(diagnosis.layers, diagnosis.predicted_shift_shares(), strict=True):
+    worst = verdict.layer if verdict.cause != "healthy" else None
+    for layer, share in zip(measurement.layers, measurement.predicted_shift_shares(), strict=True):
         cells = [*row_of(layer), *([] if lr is None else [percent(share)])]
         table.add_row(*cells, style="bold red" if layer.name == worst else None)
     return table

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pws.diagnosis.batch import REJECTIONS
-from pws.diagnosis.operation import Call, Operations
 from pws.diagnosis.preserve import preserved
+from pws.diagnosis.recording.weighted_operation import Call, Operations
 
 
 class _Reached(BaseException):
@@ -19,7 +19,7 @@ class _Reached(BaseException):
         self.kernel = kernel
 
 
-def kernel_again(module: nn.Module, args: Any, kwargs: Any, ordinal: int) -> Tensor | None:
+def recomputed_kernel(module: nn.Module, args: Any, kwargs: Any, ordinal: int) -> Tensor | None:
     """The kernel of the operation that `module` calls as its `ordinal`-th, with a graph from the parameters alone.
 
     The module runs up to there once more, on detached inputs, and is left as it was. None if it does not get there.

@@ -1,4 +1,4 @@
-"""Where values go that an axis cannot show: zeros, infinities and NaN at its ends, marked as what they are."""
+"""An axis, and where values go that it cannot show: zeros, infinities and NaN stand at its ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 Kind = Literal["value", "zero", "infinite", "undefined"]
 NAMES: dict[Kind, str] = {"zero": "0", "infinite": "infinite", "undefined": "not a number"}
-"""The words of a legend for the marks that are no values."""
+"""What a legend says of values that have no place on an axis, in its order."""
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,10 @@ class Call:
         return self.layout.filters(kernel)
 
     def patch_average(self) -> Tensor:
-        """`xbar`: at each position of the output, the average of the entries that a filter meets there, a channel a group.
+        """`xbar`: at each position of the output, the average of the entries that a filter meets there, one channel per group.
 
-        The layer's own operation with the constant kernel 1 / n, so that stride, padding, dilation and transposition
-        are right; over the sum of each group's channels, which is the same and cheaper.
+        It is the layer's own operation with the constant kernel 1 / n, so stride, padding, dilation and transposition are
+        right. It runs on the sum of each group's channels, which is the same and cheaper.
         """
         x = self.input.to(torch.promote_types(self.input.dtype, torch.float32))
         groups, channels = self.groups, self.channel_dim

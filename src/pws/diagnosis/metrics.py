@@ -1,4 +1,4 @@
-"""The numbers of a diagnosis that are followed over training: for loggers, and rows of a CSV file."""
+"""The numbers that are followed over training: metrics for loggers, and rows of a CSV file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pws._errors import PwsError
-from pws.diagnosis.diagnosis import Diagnosis
+from pws.diagnosis.measurement import Measurement
 
 LOGGED = (
     *("transmission", "transmission_product", "shift_share", "centred", "shift", "covariance", "gradient_transmission"),
     *("average_gradient", "average_gradient_ratio", "update_ratio", "critical_lr"),
 )
-"""The numbers of a layer that are followed over training, beside the variances."""
+"""What is followed of each layer, besides the variances."""
 
 
 def layer_metrics(layer: Any) -> dict[str, float]:
@@ -26,27 +26,27 @@ def layer_metrics(layer: Any) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def metrics_of(diagnosis: Diagnosis) -> dict[str, float]:
+def metrics_of(measurement: Measurement) -> dict[str, float]:
     """`monitor/NUMBER/LAYER` for each layer, and the network's critical learning rate and largest shift share."""
-    found = {f"monitor/{k}/{layer.name}": v for layer in diagnosis.layers for k, v in layer_metrics(layer).items()}
-    shares = [layer.shift_share for layer in diagnosis.layers if math.isfinite(layer.shift_share)]
+    found = {f"monitor/{k}/{layer.name}": v for layer in measurement.layers for k, v in layer_metrics(layer).items()}
+    shares = [layer.shift_share for layer in measurement.layers if math.isfinite(layer.shift_share)]
     if shares:
         found["monitor/largest_shift_share"] = max(shares)
-    if math.isfinite(diagnosis.critical_lr):
-        found["monitor/critical_lr"] = diagnosis.critical_lr
+    if math.isfinite(measurement.critical_lr):
+        found["monitor/critical_lr"] = measurement.critical_lr
     return found
 
 
-def append_csv(diagnosis: Diagnosis, path: Path) -> None:
-    """A row a layer; the header first in a new file."""
+def append_csv(measurement: Measurement, path: Path) -> None:
+    """Append one row per layer; a new file begins with the header."""
     columns = ["step", "layer", "loss", "input_variance", "output_variance", "gradient_variance", *LOGGED]
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
-        for layer in diagnosis.layers:
-            row = {"step": diagnosis.step, "layer": layer.name, "loss": diagnosis.loss}
+        for layer in measurement.layers:
+            row = {"step": measurement.step, "layer": layer.name, "loss": measurement.loss}
             writer.writerow({**row, **layer_metrics(layer)})
 
 

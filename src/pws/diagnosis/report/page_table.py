@@ -1,13 +1,14 @@
-"""The table of all layers, in HTML."""
+"""The page's table of all layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from html import escape
 
-from pws.diagnosis.diagnosis import Diagnosis
 from pws.diagnosis.layer import LayerDiagnosis
-from pws.diagnosis.report.words import lr_words, note_of, number, percent, shape
+from pws.diagnosis.measurement import Measurement
+from pws.diagnosis.report.number_format import number, percent, shape
+from pws.diagnosis.report.remarks import judged_steps, remark_on
 
 COLUMNS: dict[str, Callable[[LayerDiagnosis], str]] = {
     "kind": lambda layer: layer.kind,
@@ -26,22 +27,25 @@ COLUMNS: dict[str, Callable[[LayerDiagnosis], str]] = {
 TEXT = ("kind", "kernel", "note")
 
 
-def listing(diagnosis: Diagnosis) -> str:
-    """A row a layer in execution order; the forecast stands there if a learning rate was given, notes if there are any."""
+def table_section(measurement: Measurement) -> str:
+    """One row per layer, with the predicted share if a learning rate was given, and notes if there are any."""
     columns = [*COLUMNS]
-    rows = [[column(layer) for column in COLUMNS.values()] for layer in diagnosis.layers]
-    if diagnosis.settings.lr is not None:
-        columns.append(f"share after {lr_words(diagnosis)}")
-        for row, share in zip(rows, diagnosis.predicted_shift_shares(), strict=True):
+    rows = [[column(layer) for column in COLUMNS.values()] for layer in measurement.layers]
+    if measurement.settings.lr is not None:
+        columns.append(f"share after {judged_steps(measurement)}")
+        for row, share in zip(rows, measurement.predicted_shift_shares(), strict=True):
             row.append(percent(share))
-    if any(note_of(layer) for layer in diagnosis.layers):
+    if any(remark_on(layer) for layer in measurement.layers):
         columns.append("note")
-        for row, layer in zip(rows, diagnosis.layers, strict=True):
-            row.append(note_of(layer))
+        for row, layer in zip(rows, measurement.layers, strict=True):
+            row.append(remark_on(layer))
     head = "".join(f'<th scope="col"{_class(name)}>{escape(name)}</th>' for name in ("layer", *columns))
-    body = "\n".join(_row(layer.name, columns, row) for layer, row in zip(diagnosis.layers, rows, strict=True))
-    caption = f"All {len(rows)} layers in execution order. – not measured; ∞ infinite: no step can shift it."
-    return f"<table>\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    body = "\n".join(_row(layer.name, columns, row) for layer, row in zip(measurement.layers, rows, strict=True))
+    caption = (
+        f"All {len(rows)} layers in execution order. – was not measured; ∞ means that no step can shift the layer."
+    )
+    caption = f"<caption><span>{caption}</span></caption>"
+    return f"<table>\n{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 def _row(name: str, columns: list[str], cells: list[str]) -> str:

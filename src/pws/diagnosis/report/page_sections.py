@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
-from pws.diagnosis.diagnosis import Diagnosis
-from pws.diagnosis.report.words import listed, notes, number
+from pws.diagnosis.measurement import Measurement
+from pws.diagnosis.report.number_format import listed, number
+from pws.diagnosis.report.remarks import layers_by_note
+from pws.diagnosis.verdicts import Verdict
 
 SIGNS = {
     True: '<circle cx="12" cy="12" r="10"/><path d="M7.5 12.5l3 3 6-6.5"/>',
@@ -17,7 +19,7 @@ GLOSSARY = {
     "Fan-in, n": (
         "The number of weights in a filter; a filter is the part of a layer's weight that makes one output channel."
     ),
-    "Variance": "Of a layer's input or output, over the batch and all positions, as a mean over the channels.",
+    "Variance": "The variance of a layer's input or output over the batch and all positions, as a mean over the channels.",
     "Variance transmission": (
         "Var(out) / Var(in) of a layer. A deep network needs it near 1, or the signal dies or explodes."
     ),
@@ -38,8 +40,8 @@ GLOSSARY = {
         " independent, 0 if the layer is standardized."
     ),
     "Critical learning rate (LR)": (
-        "Where one step of plain SGD moves the filters' means so far that they add as much variance as the output "
-        "has. Of a network: the smallest of the layers that no norm follows, gates left out."
+        "The learning rate at which one step of plain SGD moves the filters' means so far that they add as much variance as "
+        "the output has. For a network it is the smallest of the layers that no norm follows, without the gates."
     ),
     "Standardized layer": (
         "One that convolves with a kernel whose mean is taken away and whose variance is fixed, as in Parametric "
@@ -48,9 +50,8 @@ GLOSSARY = {
 }
 
 
-def verdict(diagnosis: Diagnosis) -> str:
+def verdict_section(found: Verdict) -> str:
     """The verdict in a box, told by a sign and a word and not by colour alone."""
-    found = diagnosis.verdict
     healthy = found.cause == "healthy"
     layer = "" if healthy or found.layer is None else f" in <code>{escape(found.layer)}</code>"
     remedy = f'<p class="remedy">{escape(found.remedy)}</p>' if found.remedy else ""
@@ -62,32 +63,34 @@ def verdict(diagnosis: Diagnosis) -> str:
     )
 
 
-def facts(diagnosis: Diagnosis) -> str:
+def facts_section(measurement: Measurement) -> str:
     """What was diagnosed."""
-    rows = "".join(f"<div><dt>{escape(word)}</dt><dd>{escape(value)}</dd></div>" for word, value in _facts(diagnosis))
+    rows = "".join(
+        f"<div><dt>{escape(word)}</dt><dd>{escape(value)}</dd></div>" for word, value in _fact_rows(measurement)
+    )
     return f'<dl class="facts">{rows}</dl>'
 
 
-def _facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
-    s = diagnosis.settings
-    found = [("Model", diagnosis.model), ("Layers", str(len(diagnosis.layers))), ("Loss", number(diagnosis.loss))]
-    if diagnosis.step is not None:
-        found.append(("Training step", f"{diagnosis.step:,}"))
-    found += [("Batch positions", _positions(diagnosis)), ("Mode", "training" if s.training else "evaluation")]
+def _fact_rows(measurement: Measurement) -> list[tuple[str, str]]:
+    s = measurement.settings
+    found = [("Model", measurement.model), ("Layers", str(len(measurement.layers))), ("Loss", number(measurement.loss))]
+    if measurement.step is not None:
+        found.append(("Training step", f"{measurement.step:,}"))
+    found += [("Batch positions", _positions(measurement)), ("Mode", "training" if s.training else "evaluation")]
     if s.lr is not None:
         found += [("LR judged", f"{s.lr:g}"), ("Momentum", f"{s.momentum:g}"), ("Steps ahead", str(s.steps))]
-    if diagnosis.unused:
-        found.append(("Did not run", listed(diagnosis.unused)))
-    return [*found, *(("Note", f"{note}: {listed(names)}") for note, names in notes(diagnosis).items())]
+    if measurement.unused:
+        found.append(("Did not run", listed(measurement.unused)))
+    return [*found, *(("Note", f"{note}: {listed(names)}") for note, names in layers_by_note(measurement).items())]
 
 
-def _positions(diagnosis: Diagnosis) -> str:
-    counts = [layer.positions for layer in diagnosis.layers] or [0]
+def _positions(measurement: Measurement) -> str:
+    counts = [layer.positions for layer in measurement.layers] or [0]
     low, high = min(counts), max(counts)
-    return f"{low:,} to {high:,} a channel" if low < high else f"{low:,} a channel"
+    return f"{low:,} to {high:,} per channel" if low < high else f"{low:,} per channel"
 
 
-def glossary() -> str:
+def glossary_section() -> str:
     """The words of the page."""
     rows = "\n".join(f"<dt>{escape(word)}</dt><dd>{escape(meaning)}</dd>" for word, meaning in GLOSSARY.items())
     return f'<section aria-labelledby="words">\n<h2 id="words">Words</h2>\n<dl class="glossary">\n{rows}\n</dl>\n</section>'
