@@ -95,3 +95,9 @@ def test_the_update_to_weight_ratio_at_a_rate() -> None:
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     assert told == pytest.approx(float(0.25 * model[1].weight.grad.norm() / model[1].weight.norm()), rel=1e-5)
     assert diagnose(model, batch, nn.functional.cross_entropy).to_dict()["layers"][0]["update_to_weight"] is None
+
+
+def test_a_diagnosis_prints_as_a_sentence() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3))
+    found = pws.diagnose(model, (torch.randn(8, 4), torch.arange(8) % 3), torch.nn.functional.cross_entropy)
+    assert repr(found) == str(found) == f"Diagnosis of Sequential, 2 layers. {found.verdict}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Diagnosis(Measurement):
     """A network on one batch, layer by layer in execution order, and what is wrong with it."""
 
@@ -29,6 +29,9 @@ class Diagnosis(Measurement):
         """Draw the verdict from what was measured."""
         measured = {field.name: getattr(measurement, field.name) for field in fields(Measurement)}
         return cls(**measured, verdict=verdict_of(measurement))
+
+    def __repr__(self) -> str:
+        return f"Diagnosis of {self.model}, {len(self.layers)} layers. {self.verdict}"
 
     def to_dict(self, *, filters: bool = False) -> dict[str, Any]:
         """Return everything as plain values for JSON.
