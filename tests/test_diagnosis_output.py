@@ -98,6 +98,5 @@ def test_the_update_to_weight_ratio_at_a_rate() -> None:
 
 
 def test_a_diagnosis_prints_as_a_sentence() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3))
-    found = pws.diagnose(model, (torch.randn(8, 4), torch.arange(8) % 3), torch.nn.functional.cross_entropy)
-    assert repr(found) == str(found) == f"Diagnosis of Sequential, 2 layers. {found.verdict}"
+    found = diagnose(small_net(), images(), cross_entropy)
+    assert repr(found) == str(found) == f"Diagnosis of Sequential, 3 layers. {found.verdict}"
