@@ -1,6 +1,7 @@
 """Other ways to hold PWS at large learning rates, in the cells of the grid `ablation`.
 
-What else was tried for the bound on the step, and other forms of alpha.
+What else was tried for the bound on the step, and other forms of alpha. In the layer form: its weights and its alpha are
+parameters, with gradients of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks.accuracy.shipped import shipped_grid
 from pws.bench.cell import CellResult, train_cell
 from pws.bench.grid import Cell, Grid
 from pws.methods import Method, build_method
+from pws.surgery.standardized import to_layers
 
 
 def weights_of(optimizer: Optimizer) -> list[tuple[nn.Parameter, Tensor, float]]:
@@ -97,22 +99,28 @@ class Bounded(nn.Module):
         return (alpha / 2).logit()
 
 
-def with_alpha(form: Callable[[], nn.Module]) -> Method:
-    """PWS with another form of alpha."""
+def in_layer_form(change: Callable[[nn.Module], nn.Module]) -> Method:
+    """PWS whose layers are pws layers, each given to `change`."""
     method = build_method("pws")
 
+    def changed(layer: nn.Module) -> nn.Module:
+        to_layers(layer)
+        return change(layer)
+
     def conv(*sizes: Any, **settings: Any) -> nn.Module:
-        return parametrize.register_parametrization(method.conv(*sizes, **settings), "alpha", form())
+        return changed(method.conv(*sizes, **settings))
 
-    def head(*sizes: int) -> nn.Module:
-        return parametrize.register_parametrization(method.head(*sizes), "alpha", form())
+    return replace(method, conv=conv, head=lambda *sizes: changed(method.head(*sizes)))
 
-    return replace(method, conv=conv, head=head)
+
+def with_alpha(form: Callable[[], nn.Module]) -> Method:
+    """PWS with another form of alpha."""
+    return in_layer_form(lambda layer: parametrize.register_parametrization(layer, "alpha", form()))
 
 
 def with_rule(rule: Any) -> Method:
     """PWS with another rule for the gradients in place of the bound."""
-    return replace(build_method("pws"), gradients=rule, step_bound=None)
+    return replace(in_layer_form(lambda layer: layer), gradients=rule, step_bound=None)
 
 
 ROWS: Final[dict[str, Callable[[], Method]]] = {
