@@ -19,10 +19,10 @@ COMMANDS: Final = {
     "cost": ("theory.cost", "what a diagnosis and a monitor cost, in training steps (two minutes)"),
     "accuracy": (
         "accuracy.command",
-        "a grid of methods, learning rates and batch sizes (each less than an hour on two cores)",
+        "a grid of methods, learning rates and batch sizes (5 to 75 minutes on two cores)",
     ),
     "speed": ("speed.command", "a suite of methods side by side, time and memory (minutes to half an hour)"),
-    "convert": ("convert.command", "161 models of torchvision and timm converted and checked (an hour)"),
+    "convert": ("convert.command", "161 models of torchvision and timm converted and checked (half an hour)"),
     "warm-start": ("convert.warm_start", "trained networks converted, then fine-tuned (a quarter of an hour)"),
     "tables": ("tables", "the tables of README.md and docs filled from the result files (seconds)"),
 }

@@ -23,7 +23,7 @@ class StoredModel:
     removed: int
     kept_norms: int
     losses: list[float]
-    """Of the first and the last step."""
+    """The losses of the first and the last step."""
     fold_difference: float | None
     failures: list[str]
     not_run: str | None

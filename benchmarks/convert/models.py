@@ -119,12 +119,12 @@ SIZES: Final = {
     "timm:eca_botnext26ts_256": 256,
     "timm:halonet26t": 256,
 }
-"""Pixels a side where 64 is too few, or another size than the model's own is refused."""
+"""Pixels per side where 64 is too few, or another size than the model's own is refused."""
 VIDEO: Final = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
 SPECS: Final = (*(f"torchvision:{name}" for name in TORCHVISION), *(f"timm:{name}" for name in TIMM))
 
 
 def shape_of(spec: str) -> tuple[int, ...]:
-    """Of the example: four images, or four clips of 16 frames."""
+    """The shape of the example: four images, or four clips of 16 frames."""
     side = SIZES.get(spec, 64)
     return (4, 3, 16, side, side) if spec.partition(":")[2] in VIDEO else (4, 3, side, side)

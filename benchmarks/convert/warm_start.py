@@ -26,7 +26,7 @@ FINE_LR: Final = 0.01
 EXAMPLES: Final = (64, 1024)
 """Training images that the conversion fits the layers on."""
 STATES: Final = ("before", *(f"fitted on {images}" for images in EXAMPLES), "after an epoch", "bn, an epoch more")
-"""Of a network, each with its accuracy."""
+"""The states of a network, each with its accuracy."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def step_alone(model: str, width: float, rounds: int) -> dict[str, Any]:
 
 
 def ways_of(taken: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Of each way the streams, the median of its seconds, and the quartiles of its ratio to a copy in the same round."""
+    """Each way's streams, the median of its seconds, and the quartiles of its ratio to a copy in the same round."""
     return {
         name: {
             "streams": STREAMS[name],

@@ -36,7 +36,7 @@ class Case:
     optimizer: str = "sgd"
     """torch's SGD of the rows without a step of their own, as it comes or fused; that of pws is the same beside both."""
     width: float = 1.0
-    """Of our networks."""
+    """The factor of all numbers of channels, for the networks of pws."""
     compile: bool = False
     autocast: bool = False
     """To bfloat16."""
@@ -61,7 +61,7 @@ class Suite:
     rows: tuple[str, ...]
     cases: tuple[Case, ...]
     seconds: float
-    """Of timing a case, beside warming up."""
+    """How long a case is timed, beside warming up."""
     processes: int
     """For each row, one after the other: what a heap looks like is settled when a process starts, and makes a difference of
     some percent."""

@@ -24,7 +24,7 @@ WIDTH: Final = 0.25
 BATCH_SIZE: Final = 64
 SMOOTHED_OVER: Final = 10
 MOST_POINTS: Final = 60
-"""Of a loss curve in a result file."""
+"""The most points of a loss curve in a result file, beside the first `SMOOTHED_OVER`, where it moves most."""
 Curve = list[tuple[int, float]]
 """Step and value."""
 
@@ -36,7 +36,7 @@ class WatchedRun:
     method: str
     lr: float
     losses: list[float | None]
-    """Of each step; None where not finite."""
+    """The loss of each step; None where not finite."""
     diagnoses: list[Diagnosis]
     verdict: str
     collapsed_at: int | None
@@ -63,11 +63,13 @@ class WatchedRun:
         }
 
     def loss_curve(self) -> Curve:
-        """Running means of the losses, of at most `MOST_POINTS` steps."""
+        """Running means of the losses: the first ones, then at most `MOST_POINTS` at equal distances."""
         losses = self.finite
         means = [fmean(losses[max(0, i + 1 - SMOOTHED_OVER) : i + 1]) for i in range(len(losses))]
         every = max(1, math.ceil(len(means) / MOST_POINTS))
-        return [(step, rounded(mean, 4)) for step, mean in enumerate(means) if (len(means) - 1 - step) % every == 0]
+        last = len(means) - 1
+        kept = [step for step in range(len(means)) if step < SMOOTHED_OVER or (last - step) % every == 0]
+        return [(step, rounded(means[step], 4)) for step in kept]
 
 
 def train_all(chosen: Sequence[tuple[str, float]], steps: int, every: int, quick: bool, say: Say) -> list[WatchedRun]:

@@ -27,14 +27,14 @@ class CellResult:
     """How a cell ended."""
 
     accuracy: float | None
-    """On all test images, in [0, 1]; None if the loss went non-finite."""
+    """The share of all test images, in [0, 1]; None if the loss went non-finite."""
     train_loss: float | None
     """Mean of the last tenth of the steps."""
     non_finite_step: int | None
     non_finite_layer: str | None
     steps: int
     seconds: float
-    """Of training, the evaluations left out."""
+    """The time of training, without the evaluations."""
     commit: str
     curve: list[tuple[int, float]] = field(default_factory=list)
     """Steps done, accuracy on the first test images."""

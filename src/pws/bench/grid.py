@@ -62,7 +62,7 @@ class Grid:
     evaluations: int
     """How often the accuracy is taken during a run."""
     evaluation_images: int
-    """On how many of the first test images."""
+    """How many of the first test images it is taken on."""
 
     @property
     def name(self) -> str:

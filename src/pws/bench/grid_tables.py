@@ -21,7 +21,7 @@ class StoredCell:
     column: str
     seed: int
     accuracy: float | None
-    """On all test images, in [0, 1]; None if the loss went non-finite."""
+    """The share of all test images, in [0, 1]; None if the loss went non-finite."""
     non_finite_step: int | None
     steps_to_target: int | None
     """The step at which the accuracy on the first test images reached the target; None if it did not."""
@@ -32,9 +32,9 @@ class SeedSummary:
     """The seeds of one row and column."""
 
     accuracies: tuple[float, ...]
-    """Of the seeds that ended, in [0, 1]."""
+    """Those of the seeds that ended, in [0, 1]."""
     non_finite_steps: tuple[int, ...]
-    """Of the seeds that did not."""
+    """Those of the seeds that did not end."""
     steps_to_target: float | None
     """Median over the seeds; None if half of them or more never got there."""
 

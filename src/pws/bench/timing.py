@@ -23,7 +23,7 @@ class Timing:
     """The rounds of one row."""
 
     seconds: tuple[float, ...]
-    """Of a step, in each round."""
+    """The time of a step, in each round."""
     kept: int
     """`StepMemory.kept`."""
     peak: int
@@ -35,9 +35,9 @@ class Cost:
     """What a row costs beside another one: what result files hold."""
 
     ratio: Quartiles
-    """Of the ratios to the other row's time in the same round."""
+    """The quartiles of the ratios to the other row's time in the same round."""
     seconds: float
-    """Of a step, the median."""
+    """The median time of a step."""
     rounds: int
     kept: int
     peak: int
@@ -93,7 +93,7 @@ def costs(timings: Mapping[str, Timing], beside: str) -> dict[str, Cost]:
 
 
 def quartiles(seconds: tuple[float, ...], others: tuple[float, ...]) -> Quartiles:
-    """Of the ratios, round by round."""
+    """The quartiles of the ratios, round by round."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(seconds, others, strict=True)], n=4)
     return rounded(low), rounded(middle), rounded(high)
 

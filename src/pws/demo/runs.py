@@ -41,7 +41,7 @@ class DemoResult:
     """How a run ended."""
 
     accuracy: float | None
-    """On the test images, in [0, 1]; None if the loss went non-finite."""
+    """The share of the test images, in [0, 1]; None if the loss went non-finite."""
     collapse_step: int | None = None
     """Where the loss went non-finite, or from where on it stayed at that of a guess; None if the network trained."""
     non_finite_layer: str | None = None
