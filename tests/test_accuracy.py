@@ -182,7 +182,7 @@ def test_a_grid_that_is_wrong_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))])
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.relative_to(DOCS)}" for path in sorted(DOCS.rglob("*.md")))])
 def test_the_documents_tables_are_those_of_the_result_files(document: str) -> None:
     root = Path(__file__).parents[1]
     text = (root / document).read_text()
@@ -191,7 +191,7 @@ def test_the_documents_tables_are_those_of_the_result_files(document: str) -> No
 
 def test_the_documents_have_tables() -> None:
     assert len(MARKED.findall((DOCS.parent / "README.md").read_text())) >= 2
-    assert len(MARKED.findall((DOCS / "methods.md").read_text())) >= 6
+    assert len(MARKED.findall((DOCS / "explanation" / "methods.md").read_text())) >= 6
 
 
 def test_tables_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
