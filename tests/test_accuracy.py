@@ -182,7 +182,9 @@ def test_a_grid_that_is_wrong_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{path.relative_to(DOCS)}" for path in sorted(DOCS.rglob("*.md")))])
+@pytest.mark.parametrize(
+    "document", ["README.md", *(f"docs/{path.relative_to(DOCS)}" for path in sorted(DOCS.rglob("*.md")))]
+)
 def test_the_documents_tables_are_those_of_the_result_files(document: str) -> None:
     root = Path(__file__).parents[1]
     text = (root / document).read_text()

@@ -11,11 +11,12 @@ from typing import Any, Final, TypeVar
 
 Key = TypeVar("Key")
 
+# The beginnings of the names of the graph's nodes.
 PRODUCTS: Final = ("Mul", "Bmm", "Mm", "Baddbmm", "Addcmul")
-BOUNDED: Final = ("Sigmoid", "Hardsigmoid", "Softmax", "SafeSoftmax", "Tanh", "Hardtanh")
+BOUNDED: Final = ("Sigmoid", "Hardsigmoid", "Softmax", "SafeSoftmax", "Tanh", "Hardtanh", "Clamp")
 SIGNED: Final = ("Tanh", "Hardtanh")
-ATTENTION: Final = "ScaledDotProduct"
-"""The beginnings of the names of the graph's nodes."""
+SIGNAL_OF: Final = {"ScaledDotProduct": (2,), "Div": (0,), "Lerp": (0, 1)}
+"""Which inputs carry the signal: the values of attention, a numerator, the two ends of a mixture. The others scale it."""
 PLAIN, IN_PRODUCT, GATED = range(3)
 """How far a way back has come: no product yet, in a factor of one, behind a bounded function of that factor."""
 
@@ -66,8 +67,9 @@ class Gates:
 def _back(node: Any, way: int) -> list[tuple[Any, int]]:
     """The nodes before a node, and how far the way to each has come."""
     name, before = node.name(), [following for following, _ in node.next_functions]
-    if name.startswith(ATTENTION):
-        return [(following, way if i == 2 else GATED) for i, following in enumerate(before)]
+    carrying = next((inputs for start, inputs in SIGNAL_OF.items() if name.startswith(start)), None)
+    if carrying is not None:
+        return [(following, way if i in carrying else GATED) for i, following in enumerate(before)]
     if way == IN_PRODUCT and name.startswith(BOUNDED):
         way = GATED
     factors = [following for following in before if following is not None and "AccumulateGrad" not in following.name()]

@@ -35,10 +35,10 @@ def plan(
     """What converting `model` to PWS would do, found by running a copy of it once on `example`.
 
     A layer is standardized if its output goes into a norm that is taken out, whatever stands between them (an activation, an
-    addition, a concatenation), or if it takes such a norm's output (pre-activation networks, heads). Where no norm is behind
-    it, it predicts, and its weights keep their scale. A gate, which only scales another tensor (squeeze and excitation), stays
-    plain. A norm stays if that was asked for, if it did not run, if its forward is not torch's, or if what it normalizes was
-    not made by layers that can be standardized. A norm of the input becomes a fixed scale and shift.
+    addition, a concatenation), or if it takes such a norm's output (pre-activation networks). A layer behind which no norm is
+    predicts, and stays plain. So does a gate, which only scales another tensor (squeeze and excitation). A norm stays if that
+    was asked for, if it did not run, if its forward is not torch's, or if what it normalizes was not made by layers that can be
+    standardized. A norm of the input becomes a fixed scale and shift.
 
     Args:
         model: any module. It is left alone.

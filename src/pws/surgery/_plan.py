@@ -58,8 +58,6 @@ class Plan:
     """Each norm that is taken out right behind a layer, to the layer."""
     fixed: frozenset[str]
     """Norms of the input, whose scale and shift no training changes."""
-    predicting: frozenset[str]
-    """Layers to standardize behind which no norm is: their weights keep their scale."""
     in_place: frozenset[str]
     """Activations that write over the input or output of a norm that is taken out."""
     aliased: frozenset[str]
@@ -183,7 +181,7 @@ class Plan:
     def _calibrated(self) -> nn.Module:
         model = self._own_model
         result = self._converted(model)
-        names = {m: n for n, m in result.named_modules() if is_standardized(m) and n not in self.predicting}
+        names = {m: n for n, m in result.named_modules() if is_standardized(m)}
         setting = Setting(names, 1.0, False, None)
         untrained = {n: norm for n in self.fixed if not is_trained(norm := model.get_submodule(n))}
         setting.affines = {_affine_in(result.get_submodule(n)): norm_eps(norm) for n, norm in untrained.items()}
@@ -207,7 +205,6 @@ class Plan:
                 gamma=self.gamma,
                 relative_gamma=self.relative_gamma,
                 bias=name in self.biases,
-                keeps_scale=name in self.predicting,
             )
         for name in self.named("absorb"):
             add_bias(modules[name])
