@@ -12,13 +12,13 @@ from pws._errors import PwsError, UnknownNameError, reason_of
 from pws.cli.output import guarded_output
 
 COMMANDS: Final = {
-    "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",
+    "demo": "see networks collapse at a large learning rate, and train there with PWS and BatchNorm; takes a minute",
     "train": "train a recipe: pws train fashion-mnist-allconv-pws --optim.lr 0.5",
-    "diagnose": "why a network collapses, layer by layer: pws diagnose runs/NAME --out report.html",
-    "export": "a run's network, folded, for other programs: pws export runs/NAME --format onnx",
-    "convert": "take BatchNorm out of any model: pws convert --model timm:resnet18 --out converted",
+    "diagnose": "explain layer by layer why a network collapses: pws diagnose runs/NAME --out report.html",
+    "export": "write a run's network for other programs: pws export runs/NAME --format onnx",
+    "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
     "bench": "the measurements behind the theory, each a result file and a picture: pws bench shift",
-    "evaluate": "top-1, top-5, loss and accuracy by class of a run: pws evaluate runs/NAME",
+    "evaluate": "measure the accuracy of a run on the test images: pws evaluate runs/NAME",
 }
 GOES_ON: Final = {
     "train": "; `pws train runs/NAME --resume` goes on",
@@ -26,7 +26,7 @@ GOES_ON: Final = {
 }
 USAGE: Final = "\n".join(
     [
-        "usage: pws COMMAND [options]     (pws COMMAND --help tells a command's options)",
+        "usage: pws COMMAND [options]     (pws COMMAND --help lists a command's options)",
         "",
         "Parametric Weights Standardization: train convolutional networks without BatchNorm.",
         "",

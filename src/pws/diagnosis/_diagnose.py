@@ -38,9 +38,9 @@ def diagnose(
 ) -> Diagnosis:
     """Explain a model on a batch: variance transmission, average gradients, critical learning rates, and a verdict.
 
-    One forward and one backward pass in the model's present mode (diagnose training in training mode: BatchNorm then uses
-    the batch), under whatever autocast is active. The model, its gradients, buffers (BatchNorm's running statistics)
-    and every random generator are left exactly as they were, also after an error.
+    It runs one forward and one backward pass in the model's present mode, under whatever autocast is active. Diagnose training
+    in training mode: BatchNorm then uses the batch. The model, its gradients, buffers (BatchNorm's running statistics) and
+    every random generator are left exactly as they were, also after an error.
 
     Args:
         model: any module; its layers are found by the operations they call (convolutions, transposed convolutions, linear
@@ -54,13 +54,14 @@ def diagnose(
         lr: the learning rate to judge; without it the verdict names the smallest critical one.
         momentum: SGD's, for the forecast.
         steps: how many steps ahead the shift share is predicted.
-        optimizer: that of a model with marked layers (`pws.mark`), after some training. It holds `w`, whose size decides how
-            far a step moves the kernel; without it, the size is assumed that an optimizer starts with. Other models need none.
+        optimizer: the optimizer of a model with marked layers (`pws.mark`), after some training. It holds `w`, whose size
+            decides how far a step moves the kernel. Without it, `w` has the size that an optimizer starts with. Other models
+            need none.
 
     Raises:
-        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized; its weights are split
-            over processes; the batch holds NaN or infinity that reach a layer or the loss; the loss is not a scalar or does not
-            depend on the model's parameters; the optimizer is one of torch's own and the model has marked layers.
+        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized. Its weights are split
+            over processes. The batch holds NaN or infinity that reach a layer or the loss. The loss is not a scalar or does not
+            depend on the model's parameters. The optimizer is one of torch's own, and the model has marked layers.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))

@@ -54,31 +54,33 @@ class Diagnosis:
 
     @property
     def finite_kernels(self) -> bool:
-        """Whether every weight is."""
+        """Tell whether every weight is finite."""
         return all(layer.finite_kernel for layer in self.layers)
 
     @property
     def finite_loss(self) -> bool:
-        """Whether every layer's output is, and the loss."""
+        """Tell whether the loss and every layer's output are finite."""
         return all(layer.finite for layer in self.layers) and (self.loss is None or math.isfinite(self.loss))
 
     @property
     def finite(self) -> bool:
-        """Whether everything is, the gradients too."""
+        """Tell whether everything is finite, the gradients too."""
         gradients = [layer.gradient for layer in self.layers if layer.gradient is not None]
         return self.finite_loss and all(math.isfinite(gradient.second_moment) for gradient in gradients)
 
     @property
     def critical_layer(self) -> LayerDiagnosis | None:
-        """The layer with the smallest critical learning rate, of those that count; None if none has a finite one."""
+        """The layer that counts and has the smallest critical learning rate; None if none has a finite one."""
         free = [layer for layer in self.layers if layer.counts]
         rated = [layer for layer in free if layer.critical_lr is not None and math.isfinite(layer.critical_lr)]
         return min(rated, key=lambda layer: layer.critical_lr or math.inf) if rated else None
 
     @property
     def critical_lr(self) -> float:
-        """The network's: the smallest of the layers' that count; infinity if no step can shift those, NaN without a
-        backward pass."""
+        """The network's critical learning rate: the smallest of the layers that count.
+
+        Infinity if no step can shift those, NaN without a backward pass.
+        """
         if all(layer.critical_lr is None for layer in self.layers):
             return math.nan
         layer = self.critical_layer
@@ -97,7 +99,7 @@ class Diagnosis:
         ]
 
     def to_dict(self, *, filters: bool = False) -> dict[str, Any]:
-        """Everything as plain values for JSON, numbers that are not finite as None; `filters` adds each filter's."""
+        """Everything as plain values for JSON. Numbers that are not finite are None; `filters` adds those of each filter."""
         return {
             "model": self.model,
             "step": self.step,
@@ -125,7 +127,7 @@ class Diagnosis:
         Args:
             path: the file; folders above it are made.
             history: the diagnoses a `Monitor` took during training, for a figure over the steps.
-            title: the page's; by default it names the model.
+            title: the title of the page; by default it names the model.
         """
         from pws.diagnosis.report import write_report
 

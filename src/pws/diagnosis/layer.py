@@ -29,7 +29,7 @@ class Signal:
 
 @dataclass(frozen=True, eq=False)
 class Filters:
-    """What there is to say of each filter: float64 tensors `(out_channels,)`; those of the backward pass may be None."""
+    """The numbers of each filter: float64 tensors `(out_channels,)`. Those of the backward pass may be None."""
 
     mean: Tensor
     """`m`."""
@@ -61,7 +61,7 @@ class LayerDiagnosis:
     groups: int
     calls: int
     positions: int
-    """Outputs of a channel: batch times space, over all calls."""
+    """Outputs per channel: batch times space, over all calls."""
     finite: bool
     """Whether every output was finite."""
     finite_kernel: bool
@@ -75,7 +75,7 @@ class LayerDiagnosis:
     transmission: float
     """`Var(output) / Var(input)`."""
     transmission_product: float
-    """Of this and all layers before it, in execution order."""
+    """The product of the transmissions of this and all layers before it, in execution order."""
     centred: float
     """`Var(z)`: what the centred filters make of the output's variance."""
     shift: float
@@ -84,7 +84,7 @@ class LayerDiagnosis:
     """`2 n m Cov(z, xbar)`; `centred + shift + covariance` is the output's variance."""
 
     gradient: Signal | None
-    """Of the output gradient `delta = dL/dy`."""
+    """The output gradient `delta = dL/dy`."""
     gradient_transmission: float | None
     """`E[(dL/dx)^2] / E[delta^2]`, through this layer alone."""
     average_gradient: float | None
@@ -100,7 +100,7 @@ class LayerDiagnosis:
     the variance explode, whatever its step: it is left out of the network's critical learning rate."""
     gate: bool
     """Whether it only scales what other layers make (squeeze and excitation, the queries and keys of attention). Its variance
-    is not that of the signal which goes through the network, so no verdict is drawn from it."""
+    is not that of the network's signal, so no verdict depends on it."""
     update_ratio: float | None
     """Norm of the kernel's change by a gradient step at learning rate 1, over the kernel's norm."""
     critical_lr: float | None
@@ -111,7 +111,7 @@ class LayerDiagnosis:
 
     @property
     def counts(self) -> bool:
-        """Whether its variance decides over the network's: it is no gate, and no norm takes its scale back."""
+        """Tell whether its variance decides over the network's: it is no gate, and no norm takes its scale back."""
         return not (self.gate or self.normalized)
 
     @property

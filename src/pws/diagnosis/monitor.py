@@ -45,14 +45,19 @@ class Monitor:
                 optimizer.step()
         print(monitor.verdict)
 
-    A training step is a forward pass of `model` in training mode; with several passes a step, set `monitor.clock` to a function
-    that tells the step's number. The first step, those 1, 2, 4, 8 ... later and every `every`-th are measured from the
-    training's own forward and backward pass (the first pass of the step): nothing runs twice, and the result of training
-    is unchanged to the bit (a compiled model runs uncompiled in the measured steps). Gradients that the model or the loss takes
-    are part of the forward pass. Of the other steps only the outputs are looked at; if these are not finite, the forward pass
-    runs again, with the random numbers that it had. When they (or the loss) go non-finite, or the shift share of a layer
-    crosses `shift_bound`, or a layer's variance is lost or explodes, the last healthy and the first unhealthy diagnosis are
-    kept and a `CollapseWarning` says so.
+    A training step is a forward pass of `model` in training mode. With several passes per step, set `monitor.clock` to a
+    function that tells the step's number.
+
+    The monitor measures the first step, those 1, 2, 4, 8 ... later, and every `every`-th. It reads the training's own forward
+    and backward pass (the first pass of the step). Nothing runs twice, and the result of training is unchanged to the bit. A
+    compiled model runs uncompiled in the measured steps. Gradients that the model or the loss takes are part of the forward
+    pass.
+
+    In the other steps it only looks at the outputs. If these are not finite, the forward pass runs again, with the random
+    numbers that it had.
+
+    A collapse is an output or a loss that is not finite, a shift share that crosses `shift_bound`, or a variance that vanishes
+    or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and gives a `CollapseWarning`.
 
     Under a `torch.amp.GradScaler` write `scaler.scale(monitor.observe(loss)).backward()`: the monitor reads the scale from the
     gradient of the loss. If you observe the scaled loss, or none, set `monitor.loss_scale = scaler.get_scale()` in each step.
@@ -64,10 +69,10 @@ class Monitor:
         every: steps between measurements.
         lr: the learning rate that verdicts judge by.
         momentum: SGD's.
-        optimizer: that of a model with marked layers (`pws.mark`). It holds `w`, whose size decides how far a step moves the
-            kernel; without it, the size is assumed that an optimizer starts with.
+        optimizer: the optimizer of a model with marked layers (`pws.mark`). It holds `w`, whose size decides how far a step
+            moves the kernel. Without it, `w` has the size that an optimizer starts with.
         shift_bound: the shift share at which a layer that started below it counts as taken over.
-        csv_path: a new file to write the measurements to, a row a layer and step.
+        csv_path: a new file for the measurements, one row per layer and step.
         log: called with (metrics, step) at each measurement: a Lightning logger's `log_metrics`, or one line around
             TensorBoard's `add_scalar`.
 
@@ -142,7 +147,7 @@ class Monitor:
 
     @property
     def verdict(self) -> Verdict | None:
-        """Of the collapse, if there was one, else of the last measurement; None before the first."""
+        """The verdict on the collapse, if there was one, else on the last measurement; None before the first."""
         shown = self.shown
         return None if shown is None else shown.verdict
 
@@ -152,8 +157,9 @@ class Monitor:
         return self.first_unhealthy or (self.history[-1] if self.history else None)
 
     def observe(self, loss: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Tell the loss of the step, before its backward pass; returns it, a dict of losses as their sum. Optional: the outputs
-        are looked at anyway."""
+        """Tell the loss of the step before its backward pass; returns it, and the sum of a dict of losses.
+
+        This is optional: the monitor looks at the outputs anyway."""
         value: Tensor = total(loss)
         self._loss = value.detach()
         if self._recorder is not None and value.requires_grad and value.numel() == 1:
