@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pws._errors import PwsError, UnknownNameError
 
 PAPER_GAIN: Final = 2.0**0.5
-"""The published constant, `c = sqrt(2 / fan_in)`: Kaiming's gain for ReLU. It loses a third of the variance a layer."""
+"""The published constant, `c = sqrt(2 / fan_in)`: Kaiming's gain for ReLU. It loses a third of the variance per layer."""
 
 ACTIVATIONS: Final = (
     *("celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid"),

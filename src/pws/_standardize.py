@@ -31,7 +31,7 @@ def standardize(
     gamma: float = 1e-3,
     relative_gamma: bool = False,
 ) -> Tensor:
-    """The kernel that convolves: every filter centred, divided by its deviation, scaled by alpha.
+    """Make the kernel that convolves: every filter centred, divided by its deviation, scaled by alpha.
 
         kernel_o = gain / sqrt(n) * alpha_o * (w_o - m_o) / sqrt(v_o + gamma)
 
@@ -39,7 +39,7 @@ def standardize(
     The gradient of the weight has zero mean in every filter, so no step can shift a filter.
 
     Args:
-        weight: `(out_channels, ...)`, at least two entries a filter.
+        weight: `(out_channels, ...)`, at least two entries per filter.
         alpha: `(out_channels,)`, the scale of each filter; 1 if left out.
         gain: `c * sqrt(n)`, a number or the name of the activation in front of the layer, whose gain then preserves
             variance (`pws.variance_preserving_gain`).
@@ -52,7 +52,7 @@ def standardize(
         Statistics are taken in float32 (float64 for a float64 weight) whatever the weight's dtype.
 
     Raises:
-        ShapeError: a filter has fewer than two entries, or alpha does not hold one number a filter.
+        ShapeError: a filter has fewer than two entries, or alpha does not hold one number per filter.
         PwsError: gamma is negative, gain is not positive, the weight is of integers or alpha of complex numbers, or the two are
             on different devices.
 

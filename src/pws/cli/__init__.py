@@ -12,13 +12,13 @@ from pws._errors import PwsError, UnknownNameError
 from pws.cli.exit_code import exit_code_of
 
 COMMANDS: Final = {
-    "demo": "no normalization collapses at a large learning rate, PWS and BatchNorm train: see it in a minute",
+    "demo": "see networks collapse at a large learning rate, and train there with PWS and BatchNorm; takes a minute",
     "train": "train a recipe: pws train fashion-mnist-allconv-pws --optim.lr 0.5",
-    "diagnose": "why a network collapses, layer by layer: pws diagnose runs/NAME --out report.html",
-    "export": "a run's network, folded, for other programs: pws export runs/NAME --format onnx",
-    "convert": "take BatchNorm out of any model: pws convert --model timm:resnet18 --out converted",
-    "bench": "what your model costs, and methods side by side on your data: pws bench speed --model timm:resnet18",
-    "evaluate": "top-1, top-5, loss and accuracy by class of a run: pws evaluate runs/NAME",
+    "diagnose": "explain layer by layer why a network collapses: pws diagnose runs/NAME --out report.html",
+    "export": "write a run's network for other programs: pws export runs/NAME --format onnx",
+    "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
+    "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
+    "evaluate": "measure the accuracy of a run on the test images: pws evaluate runs/NAME",
 }
 GOES_ON: Final = {
     "train": "; `pws train runs/NAME --resume` goes on",
@@ -26,7 +26,7 @@ GOES_ON: Final = {
 }
 USAGE: Final = "\n".join(
     [
-        "usage: pws COMMAND [options]     (pws COMMAND --help tells a command's options)",
+        "usage: pws COMMAND [options]     (pws COMMAND --help lists a command's options)",
         "",
         "Parametric Weights Standardization: train convolutional networks without BatchNorm.",
         "",

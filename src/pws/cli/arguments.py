@@ -40,13 +40,13 @@ def add_input_shape(parser: ArgumentParser) -> None:
         "--input-shape",
         type=int,
         nargs="+",
-        help="sizes of one random sample in place of --image-size: '3 128' (a sequence), '3 16 112 112' (a clip), '20'",
+        help="sizes of one random sample, in place of --image-size: '3 128' (a sequence), '3 16 112 112' (a clip), '20'",
     )
 
 
 def add_force(parser: ArgumentParser) -> None:
     """Add the flag that lets a command replace files."""
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
 def check_free(*files: Path, force: bool) -> None:

@@ -38,11 +38,11 @@ class AdamW(StandardizingOptimizer):
     Args:
         params: the model; or groups from `pws.param_groups`.
         lr: learning rate.
-        betas: of the averages of the gradient and of its square.
+        betas: decay rates of the averages of the gradient and of its square.
         eps: added to the root.
-        weight_decay: of the weights; alpha, biases and norm parameters have none.
+        weight_decay: decay of the weights; alpha, biases and norm parameters have none.
         step_bound: the longest step of a layer, as it is taken; None for none.
-        step_in_backward: as `pws.optim.SGD`.
+        step_in_backward: as in `pws.optim.SGD`.
 
     Raises:
         PwsError: a setting can't be, or `params` do not tell which weights are standardized.

@@ -24,7 +24,7 @@ Groups = dict[Tensor, dict[str, Any]]
 
 
 class NonFiniteGradientError(PwsError):
-    """A gradient holds NaN or infinity; what it belongs to was not moved."""
+    """A gradient holds NaN or infinity; the step moved nothing that it belongs to."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from pws.training.module import NonFiniteLossError
 
 
 class MonitorCallback(Callback):
-    """Watches a LightningModule's network in training and logs the measurements to the trainer's loggers.
+    """Watch a LightningModule's network in training, and log the measurements to the trainer's loggers.
 
     Args:
         every: optimizer steps between measurements (also at steps 0, 1, 2, 4, 8 ...).
