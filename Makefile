@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install lint types docs wheel oldest lock
+.PHONY: demo test test-slow test-all check install lint types docs wheel oldest lock
 
 install: .venv/installed
 
@@ -18,8 +18,14 @@ install: .venv/installed
 demo: install
 	$(BIN)/pws demo --force
 
+# What a user's trust needs. The benches and the demonstration are tested by `make test-slow`.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 lint: install
 	$(BIN)/ruff check .
@@ -56,7 +62,7 @@ build/oldest-env/installed: requirements.lock pyproject.toml
 		$(OLDEST) --editable '.[train,kernels]' pytest hypothesis
 	touch $@
 
-check: lint types test docs wheel oldest
+check: lint types test-all docs wheel oldest
 
 # Resolve the newest versions of everything again; needs `pip install uv`.
 lock:

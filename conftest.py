@@ -1,9 +1,24 @@
-"""What every test shares: a fixed seed and one thread."""
+"""What every test shares: a fixed seed, one thread, and what it needs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from needs import NEEDS, missing, need
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"needs(name): of {', '.join(NEEDS)}; see needs.py")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        need(*marker.args)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name, count in missing.items():
+        terminalreporter.write_line(f"{count} skipped, {name} is missing: {NEEDS[name][1]}", yellow=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,7 +26,7 @@ from pws._files import write_whole
 from pws.bench.grid_tables import StoredCell, accuracy_table, range_table, steps_table
 from pws.bench.result_file import Result
 from pws.cli.arguments import command_parser, parse
-from pws.training.typed import check_each
+from pws.training.parsing import check_entries
 
 MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
@@ -124,6 +124,6 @@ def _result(path: Path, command: str, rows: str | None) -> Result:
         if row not in known:
             raise PwsError(f"{path} has no row {row!r}; it has: {'; '.join(known)}.")
     cells = result.get("cells", [])
-    check_each(StoredCell, cells, f"{path}, cells")
+    check_entries(StoredCell, cells, f"{path}, cells")
     kept = {row: known[row] for row in chosen} if isinstance(known, dict) else chosen
     return {**result, "rows": kept, "cells": [cell for cell in cells if cell["row"] in chosen]}

@@ -12,8 +12,9 @@ from wrong_files import RESULTS, TEXTS, WRONG, changed
 
 from pws._errors import PwsError
 from pws.cli import main
+from pws.training.parsing import parse_as
 from pws.training.recipe_file import load_recipe
-from pws.training.typed import read_yaml, typed
+from pws.training.yaml_file import read_yaml
 
 GRID: dict[str, Any] = {
     "settings": {"model": {"name": "allconv", "width": 0.08}, "data": {"name": "digits"}, "trainer": {"max_steps": 2}},
@@ -123,12 +124,12 @@ def test_what_the_reader_gives(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("a: 1e-3\nb: {c: [1, null, yes]}\nname: ünïcode\n", encoding="utf-8")
     assert read_yaml(path, "recipe") == {"a": "1e-3", "b": {"c": [1, None, True]}, "name": "ünïcode"}
-    assert typed(float, "1e-3", "x") == 0.001
+    assert parse_as(float, "1e-3", "x") == 0.001
     given = {"rows": {"none": {"seconds": [1.0]}}}
-    assert typed(dict[str, Any], given, "x") is not given
+    assert parse_as(dict[str, Any], given, "x") is not given
     assert type(given["rows"]) is dict
     with pytest.raises(PwsError, match=r"^x: Expected a list\. Got value: 3"):
-        typed(list[int], 3, "x")
+        parse_as(list[int], 3, "x")
     path.write_text('name: "1"\nmodel: {gain: relu}\ndata: {root: "null", name: digits}\noptim: {milestones: [3, 4]}\n')
     recipe = load_recipe(path)
     assert (recipe.name, recipe.model.gain, recipe.data.root, recipe.optim.milestones) == ("1", "relu", "null", [3, 4])

@@ -15,8 +15,8 @@ from torch import nn
 from pws.cli import main
 from pws.training import train
 from pws.training.data import ImageData
+from pws.training.network import model_for
 from pws.training.recipe_file import recipe_of
-from pws.training.run import model_for
 
 LOADED = """
 from load import model, example

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from needs import need
 from playwright.sync_api import Browser, Page, sync_playwright
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,10 +37,7 @@ HOSTILE = "</script><script>alert(1)</script><b>&amp;%{x}$x$"
 
 @pytest.fixture(scope="module")
 def pages() -> Iterator[Pages]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        pytest.fail(f"the report is tested in a browser; none of {', '.join(names)} is there: apt-get install chromium")
+    found = need("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield Pages(browser)

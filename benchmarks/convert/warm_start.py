@@ -105,7 +105,7 @@ def convert_trained(trained: Trained, say: Say) -> dict[str, Any]:
         made = plan(model, example, warm_start=True)
         converted = made.apply()
         found[f"fitted on {images}"] = _accuracy(converted, data)
-        found[f"output error, {images}"] = round(made.output_error or 0.0, 4)
+        found[f"output error, {images}"] = round(made.fit(), 4)
     _fit(converted, data, "pws", FINE_LR, 1)
     found["after an epoch"] = _accuracy(converted, data)
     _fit(model, data, "bn", FINE_LR, 1)

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from benchmarks.speed.networks import WAYS, check_row
 from pws._errors import PwsError, UnknownNameError, shown
-from pws.training.check import AT_LEAST_ONE, POSITIVE, SIDE, WIDTH, check_rules
-from pws.training.typed import read_yaml, typed
+from pws.training.parsing import parse_as
+from pws.training.rules import AT_LEAST_ONE, POSITIVE, SIDE, WIDTH, check_rules
+from pws.training.yaml_file import read_yaml
 
 MOST_CASES: Final = 1000
 TASKS: Final = ("train", "inference")
@@ -106,7 +107,7 @@ def load_suite(name: str, *, quick: bool = False) -> Suite:
     if not path.is_file():
         raise UnknownNameError("suite (no such file or suite)", name, SUITES)
     content = read_yaml(path, "suite", KEYS)
-    file: SuiteFile = typed(SuiteFile, content, str(path))
+    file: SuiteFile = parse_as(SuiteFile, content, str(path))
     check_rules(RULES, file, f"{path}: ")
     if file.rows[:1] != ["none"]:
         raise PwsError(f"{path}: the first row must be none, which all ratios are to; got {shown(file.rows)}.")
@@ -132,7 +133,7 @@ def _cases(path: Path, settings: dict[str, Any]) -> Iterator[Case]:
     if prod(map(len, lists)) > MOST_CASES:
         raise PwsError(f"{path}: a case's lists must combine to at most {MOST_CASES:,} cases; got {shown(settings)}.")
     for values in product(*lists):
-        case: Case = typed(Case, dict(zip(settings, values, strict=True)), f"{path}, case {shown(settings)}")
+        case: Case = parse_as(Case, dict(zip(settings, values, strict=True)), f"{path}, case {shown(settings)}")
         check_rules(CASE_RULES, case, f"{path}, case: ")
         for kind, value, names in (
             ("task", case.task, TASKS),

@@ -18,8 +18,8 @@ from pws.methods import Method
 from pws.training.callbacks import Clock
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.network import method_for, model_for
 from pws.training.quiet import bare_trainer, real_interrupts
-from pws.training.run import method_for, model_for
 
 
 @dataclass

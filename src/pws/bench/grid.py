@@ -13,11 +13,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from pws._errors import PwsError, UnknownNameError, shown
-from pws.training.check import AT_LEAST_ONE, POSITIVE, check_recipe, check_rules
+from pws._errors import PwsError, shown
+from pws.training.parsing import parse_as
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import recipe_of, settings_in
-from pws.training.typed import read_yaml, typed
+from pws.training.rules import AT_LEAST_ONE, POSITIVE, check_rules
+from pws.training.yaml_file import read_yaml
 
 MOST_CELLS: Final = 10_000
 ONLY_COLUMN: Final = "accuracy"
@@ -83,7 +84,6 @@ class Grid:
         settings = cell_settings(self.settings, self.columns[column], row, self.rows[row], seed)
         try:
             recipe = recipe_of(settings)
-            check_recipe(recipe)
         except PwsError as error:
             raise PwsError(f"{self.path}, row {row!r}, column {column!r}: {error}") from error
         return Cell(row, column, replace(recipe, name="cell"), settings)
@@ -125,7 +125,7 @@ def load_grid(path: Path) -> Grid:
             "grids run from a checkout: python -m benchmarks accuracy NAME)."
         )
     content = read_yaml(path, "grid", KEYS)
-    file: GridFile = typed(GridFile, content, str(path))
+    file: GridFile = parse_as(GridFile, content, str(path))
     check_rules(RULES, file, f"{path}: ")
     for key in ("columns", "rows", "seeds"):
         if not content.get(key, [0]):
@@ -147,7 +147,7 @@ def _rows(
     seeds: dict[str, tuple[int, ...]] = {}
     for row, own in written.items():
         own = dict(own or {})
-        seeds[row] = tuple(typed(list[int], own.pop("seeds", file.seeds), f"{path}, row {row!r}, seeds"))
+        seeds[row] = tuple(parse_as(list[int], own.pop("seeds", file.seeds), f"{path}, row {row!r}, seeds"))
         rows[row] = _settings(path, f"row {row!r}", own)
         if not seeds[row] or sum(map(len, seeds.values())) * columns > MOST_CELLS:
             raise PwsError(f"{path}: seeds must be a list of at least one, and cells at most {MOST_CELLS:,}.")
@@ -156,14 +156,7 @@ def _rows(
 
 def _settings(path: Path, where: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted settings, each of which a recipe takes."""
-    try:
-        settings = settings_in(content, f"{path}, {where}")
-        recipe_of(settings)
-    except UnknownNameError:
-        raise
-    except PwsError as error:
-        raise PwsError(f"{path}, {where}: {error}") from error
-    return settings
+    return settings_in(content, f"{path}, {where}")
 
 
 def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, Settings]:

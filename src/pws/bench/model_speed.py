@@ -14,7 +14,7 @@ from pws.bench.timers import TimedStep
 from pws.bench.timing import costs, measure
 from pws.optim import SGD
 from pws.surgery import fold, plan
-from pws.training.subject import Subject, subject_of_model
+from pws.training.model_and_data import ModelAndData, load_model
 
 WITHOUT: Final = "without norms"
 """The row that all ratios are to."""
@@ -34,7 +34,7 @@ def compare_model(
     Raises:
         PwsError: there is no such model, it can't be converted, or it does not take these images.
     """
-    subject_of_model(spec, batch_size=batch_size, image_size=image_size)  # what is wrong is said before processes start
+    load_model(spec, batch_size=batch_size, image_size=image_size)  # what is wrong is said before processes start
     found = {}
     for task in TASKS:
         builders = {row: partial(build_step, spec, batch_size, image_size, row, task) for row in ROWS}
@@ -45,38 +45,38 @@ def compare_model(
 
 def build_step(spec: str, batch_size: int, image_size: int, row: str, task: str) -> TimedStep:
     """The step of one row: a training step of SGD with momentum, or a forward pass in eval mode, where pws is folded."""
-    subject = subject_of_model(spec, batch_size=batch_size, image_size=image_size)
-    subject.model = _variant(subject, row)
-    subject.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return _inference(subject) if task == "inference" else _training(subject, marked=row == PWS)
+    given = load_model(spec, batch_size=batch_size, image_size=image_size)
+    given.model = _variant(given, row)
+    given.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return _inference(given) if task == "inference" else _training(given, marked=row == PWS)
 
 
-def _variant(subject: Subject, row: str) -> nn.Module:
+def _variant(given: ModelAndData, row: str) -> nn.Module:
     """The model of a row. Without marks, the converted model is the model without norms."""
     if row == AS_IT_IS:
-        return subject.model
-    converted = plan(subject.model, subject.images).apply()
+        return given.model
+    converted = plan(given.model, given.images).apply()
     return converted if row == PWS else fold(converted)
 
 
-def _training(subject: Subject, *, marked: bool) -> TimedStep:
-    model = subject.model.train()
+def _training(given: ModelAndData, *, marked: bool) -> TimedStep:
+    model = given.model.train()
     own = SGD if marked else torch.optim.SGD
     optimizer = own(model if marked else model.parameters(), lr=LR, momentum=MOMENTUM)  # type: ignore[arg-type]
 
     def train() -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(subject.loss(model(subject.images)))
+        torch.autograd.backward(given.loss(model(given.images)))
         optimizer.step()
 
     return TimedStep(train, model)
 
 
-def _inference(subject: Subject) -> TimedStep:
-    model = fold(subject.model).eval()
+def _inference(given: ModelAndData) -> TimedStep:
+    model = fold(given.model).eval()
 
     def infer() -> None:
         with torch.inference_mode():
-            model(subject.images)
+            model(given.images)
 
     return TimedStep(infer, model)

@@ -12,8 +12,8 @@ import torch
 
 from pws._errors import PwsError
 from pws._files import write_whole
+from pws.training.parsing import check_entries
 from pws.training.summary import versions
-from pws.training.typed import check_each
 
 Result = dict[str, Any]
 """The content of a result file."""
@@ -84,7 +84,7 @@ def read_result(path: Path, key: str, kind: type, entry: type) -> Result | None:
             f"the results go to {path}, and are taken up from there; it holds {by}, without {key!r}. "
             "Choose another folder with --out, or move that file away."
         )
-    check_each(entry, found[key], f"{path} is damaged, move it away: {key}")
+    check_entries(entry, found[key], f"{path} is damaged, move it away: {key}")
     return found
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from pws._errors import PwsError
-from pws.training.check import PROCESSES
-from pws.training.typed import PARSER_ERRORS, parser_says
+from pws.training.parsing import PARSER_ERRORS, parser_message
+from pws.training.rules import PROCESSES
 
 
 def command_parser(command: str, description: str, example: str, program: str = "pws") -> ArgumentParser:
@@ -92,7 +92,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     try:
         parsed = parser.parse_args(arguments)
     except PARSER_ERRORS as error:
-        raise PwsError(f"{parser_says(error)} (`{parser.prog} --help` tells the options)") from error
+        raise PwsError(f"{parser_message(error)} (`{parser.prog} --help` tells the options)") from error
     for key, value in vars(parsed).items():
         check_word(key, value)
     return parsed

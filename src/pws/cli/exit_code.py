@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pws._error_messages import frames_of_others, message_of
 from pws._errors import reason_of
 from pws.cli.output import guarded_output
+from pws.cli.process import process_as_found
 
 
 def exit_code_of(work: Callable[[], int], program: str, goes_on: str = "") -> int:
@@ -18,7 +19,7 @@ def exit_code_of(work: Callable[[], int], program: str, goes_on: str = "") -> in
         program: whose name begins the line on stderr.
         goes_on: how to go on with an interrupted command, if there is a way.
     """
-    with guarded_output() as output:
+    with process_as_found(), guarded_output() as output:
         code = _checked(work, program, goes_on)
         output.flush()
         if output.error is not None and not isinstance(

@@ -16,9 +16,9 @@ from pws.training.data import ImageData
 from pws.training.guessing import GUESSING_ACCURACY, GUESSING_LOSS
 from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback
+from pws.training.network import model_for
 from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
-from pws.training.run import model_for
 
 METHOD_ORDER: Final = ("none", "wn", "gn", "bn", "pws")
 LEARNING_RATES: Final = {"small": 0.01, "large": 0.3, "very large": 1.0}

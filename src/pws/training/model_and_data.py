@@ -1,4 +1,4 @@
-"""What `pws diagnose` looks at: a network, a batch and a loss, from a run, a recipe or a model of anybody's."""
+"""A model with a batch of data and a loss, which commands look at: of a run, a recipe, or a model of anybody's."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from torch.nn import functional as F
 from pws._errors import PwsError, UnknownNameError
 from pws.diagnosis.batch import tensors_in
 from pws.models import model_of
-from pws.training.check import check_calibration, check_recipe
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData, check_shares
 from pws.training.datasets import DATASETS
 from pws.training.memory import check_memory
 from pws.training.module import Classifier
-from pws.training.recipe import DataConfig, Recipe
+from pws.training.network import check_calibration, model_for
+from pws.training.recipe import DataConfig
 from pws.training.recipe_file import find_recipe, load_recipe
-from pws.training.run import model_for
 
 FORECAST_BATCHES: Final = 6
 RANDOM: Final = "random"
@@ -32,8 +31,8 @@ RANDOM: Final = "random"
 
 
 @dataclass
-class Subject:
-    """A network with what a diagnosis needs."""
+class ModelAndData:
+    """A model, the data that go through it, and how it is trained."""
 
     title: str
     model: nn.Module
@@ -73,8 +72,8 @@ class Subject:
         return (self.images,) if self.labels is None else (self.images, self.labels)
 
 
-def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None = None) -> Subject:
-    """A run's folder, one of its checkpoint files, or a recipe, which is looked at before its first step.
+def load_run(given: str, checkpoint: str = "last", batch_size: int | None = None) -> ModelAndData:
+    """Load a run's folder, one of its checkpoint files, or a recipe, whose network is at its initialization.
 
     Args:
         given: the path, or a shipped recipe's name.
@@ -110,11 +109,11 @@ def subject_of_run(given: str, checkpoint: str = "last", batch_size: int | None 
     state = "at initialization" if weights is None else f"with {weights.name}"
     optim, title = recipe.optim, f"{recipe.name} {state}"
     if optim.name != "sgd":  # critical rates and forecasts are those of SGD
-        return Subject(title, module.model, images, labels, more=more)
-    return Subject(title, module.model, images, labels, optim.lr or None, optim.momentum, more)
+        return ModelAndData(title, module.model, images, labels, more=more)
+    return ModelAndData(title, module.model, images, labels, optim.lr or None, optim.momentum, more)
 
 
-def subject_of_model(
+def load_model(
     spec: str,
     data: str = RANDOM,
     *,
@@ -122,8 +121,8 @@ def subject_of_model(
     batch_size: int = 32,
     image_size: int | None = None,
     input_shape: list[int] | None = None,
-) -> Subject:
-    """A model from torchvision, timm or any importable factory, with random weights.
+) -> ModelAndData:
+    """Load a model from torchvision, timm or any importable factory, with random weights.
 
     Args:
         spec: torchvision:NAME, timm:NAME or package.module:factory (a function without arguments that returns a module).
@@ -143,7 +142,7 @@ def subject_of_model(
         shape = input_shape or [_channels(model) or 3, side, side]
         check_memory(4 * batch_size * prod(shape), f"a batch of {batch_size:,} inputs of shape {tuple(shape)}")
         images = torch.randn(batch_size, *shape)
-        return Subject(f"{spec} on random images", model, images, None)
+        return ModelAndData(f"{spec} on random images", model, images, None)
     if input_shape:
         raise PwsError(
             f"--input-shape is that of random samples; the data {data!r} have a shape of their own. Leave one out."
@@ -151,14 +150,13 @@ def subject_of_model(
     if data not in DATASETS:
         raise UnknownNameError("dataset", data, [RANDOM, *DATASETS])
     config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
-    check_recipe(Recipe(data=config))
     source = ImageData(replace(config, root=root) if root else config, seed=0)
     check_shares(len(source.splits.train), batch_size, world=1, accumulate=1)
     batches = list(islice(source.train_dataloader(), FORECAST_BATCHES))
     if batches[0][0].shape[1] == 1 and _channels(model) == 3:
         batches = [(images.expand(-1, 3, -1, -1), labels) for images, labels in batches]  # grey images, shown as colour
     (images, labels), *more = batches
-    return Subject(f"{spec} on {data}", model, images, labels, more=more)
+    return ModelAndData(f"{spec} on {data}", model, images, labels, more=more)
 
 
 def _channels(model: nn.Module) -> int | None:
