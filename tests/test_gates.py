@@ -29,6 +29,21 @@ class Squeeze(nn.Module):
         return x * self.gate(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
+class Divided(Squeeze):
+    """The sigmoid written out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + torch.exp(-self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))))
+
+
+class Mixed(Squeeze):
+    """How much of a fixed map goes through is said by the gate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return torch.lerp(x.roll(1, 2), x, share)
+
+
 class Channels(nn.Module):
     """ECA: a convolution along the channels."""
 
@@ -98,6 +113,9 @@ GATES: dict[str, tuple[Block, set[str]]] = {
     "hardsigmoid": (lambda c: Squeeze(c, F.hardsigmoid), {"fc1", "fc2"}),
     "1 + tanh": (lambda c: Squeeze(c, lambda t: 1 + t.tanh()), {"fc1", "fc2"}),
     "relu6": (lambda c: Squeeze(c, lambda t: F.relu6(t + 3) / 6), {"fc1", "fc2"}),
+    "clamp": (lambda c: Squeeze(c, lambda t: (t / 6 + 0.5).clamp(0, 1)), {"fc1", "fc2"}),
+    "division": (Divided, {"fc1", "fc2"}),
+    "mixture": (Mixed, {"fc1", "fc2"}),
     "channels": (Channels, {"conv"}),
     "places": (lambda c: nn.Sequential(Places(c), Doubled()), {"first", "second", "places"}),
     "attention": (Attention, {"query", "key"}),
@@ -181,6 +199,13 @@ class Swish(nn.Module):
         return x * torch.sigmoid(x)
 
 
+class Standardized(nn.Module):
+    """What is divided by its own size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean(1, keepdim=True) + 1e-3).sqrt()
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +217,16 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize(
     "activation",
-    [Swish, Scaled, lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.3)), nn.Sigmoid, nn.ReLU6, nn.SiLU, nn.Hardswish],
+    [
+        Swish,
+        Scaled,
+        Standardized,
+        lambda: nn.Sequential(nn.Tanh(), nn.Dropout(0.3)),
+        nn.Sigmoid,
+        nn.ReLU6,
+        nn.SiLU,
+        nn.Hardswish,
+    ],
 )
 def test_an_activation_is_no_gate(activation: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(768, 16), activation(), nn.Linear(16, 16), activation())

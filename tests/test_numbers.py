@@ -42,6 +42,25 @@ def test_large_filters_beside_small_ones(compiled: bool) -> None:
     assert_close(form(weight, gain=1.0), pws.standardize(weight.double(), gain=1.0), "float32")
 
 
+@pytest.mark.parametrize("way", ["eager", "compiled", "vmap"])
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize("kind", [pws.Conv2d, pws.ConvTranspose2d])
+def test_a_layer_of_large_weights(kind: type[nn.Module], scale: float, way: str) -> None:
+    layer: Any = kind(4, 6, 3)
+    with torch.no_grad():
+        layer.weight[0] *= scale
+        layer.weight[1:] *= torch.tensor([1.0, 1e-3]).repeat(3)[: len(layer.weight) - 1, None, None, None]
+    images, wide = torch.randn(2, 4, 5, 5), deepcopy(layer).double()
+    call = {
+        "eager": layer,
+        "compiled": torch.compile(deepcopy(layer), backend="aot_eager", fullgraph=True),
+        "vmap": lambda x: torch.func.vmap(lambda one: torch.func.functional_call(layer, {"weight": one}, (x,)))(
+            layer.weight[None]
+        )[0],
+    }[way]
+    assert_close(call(images), wide(images.double()), "float32")
+
+
 @pytest.mark.parametrize("fill", [0.0, 1.0, 1e-23, torch.nan, torch.inf])
 def test_a_constant_filter_without_gamma_leaves_the_others(fill: float) -> None:
     weight = torch.randn(8, 3, 3, 3)

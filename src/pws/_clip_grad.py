@@ -22,14 +22,16 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
 
         length = sqrt(sum_p (lr_p ||g_p||)^2),        g_p <- g_p min(1, bound / length)
 
-    over the parameters p of a layer (a module's own): how far a step moves the layer, before momentum and weight decay. `lr_p`
-    is the largest rate of the parameter's group, which a scheduler notes there ("initial_lr", or OneCycleLR's "max_lr");
-    where there is none, its present one. So small learning rates and large batches, with their small gradients, are hardly
-    ever clipped, and large rates as much as they need: one bound for all of them. A bound a layer, and not one for all
-    together, lets deep networks train, whose gradients differ in size from layer to layer.
+    over the parameters p of a layer (a module's own). The length is how far a step moves the layer, before momentum and weight
+    decay. `lr_p` is the largest rate of the parameter's group, which a scheduler notes there ("initial_lr", or OneCycleLR's
+    "max_lr"). Without a scheduler it is the present rate.
 
-    Under `torch.amp.GradScaler` call `scaler.unscale_(optimizer)` first, as for torch's `clip_grad_norm_`; a warning tells if
-    it was forgotten. Behind Opacus it belongs into the step: `optimizer.attach_step_hook(lambda o: pws.clip_grad(model, o))`.
+    So small learning rates and large batches, with their small gradients, are hardly ever clipped. Large rates are clipped as
+    much as they need: one bound serves all of them. One bound per layer, rather than one for the whole network, lets deep
+    networks train, whose gradients differ in size from layer to layer.
+
+    Under `torch.amp.GradScaler` call `scaler.unscale_(optimizer)` first, as for torch's `clip_grad_norm_`. A warning tells if
+    it is missing. With Opacus call it inside the step: `optimizer.attach_step_hook(lambda o: pws.clip_grad(model, o))`.
     Sharded parameters (`fully_shard`) are clipped by the length of the whole layer's step; every process calls it.
 
     Args:
@@ -42,8 +44,8 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
         The largest length before clipping, a scalar tensor; where a gradient is not finite, neither is it.
 
     Raises:
-        PwsError: the bound is not positive, the optimizer holds no parameter of the model, or it steps in the backward pass;
-            the gradients are per sample, and Opacus' optimizer has yet to make those that count.
+        PwsError: the bound is not positive, the optimizer holds no parameter of the model, or it steps in the backward pass.
+            Or the gradients are per sample, and Opacus' optimizer has yet to make those that count.
     """
     if not 0 < bound < float("inf"):
         raise PwsError(f"the bound on a step's length must be positive and finite; got {bound!r}. Usual: {STEP_BOUND}.")

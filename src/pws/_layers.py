@@ -52,7 +52,7 @@ class StandardizedLayer(nn.Module):
         )
 
     def filters(self) -> Tensor:
-        """The weight with one filter an entry of the leading dimension, `(out_channels, ...)`."""
+        """The weight with one filter per entry of the leading dimension, `(out_channels, ...)`."""
         return self.weight
 
     def kernel(self) -> Tensor:

@@ -109,7 +109,7 @@ def mark_of(layer: nn.Module) -> Mark | None:
 
 
 def marked(model: nn.Module) -> dict[str, Mark]:
-    """Name of each marked layer of a model, to its mark.
+    """List the marked layers of a model: the name of each, to its mark.
 
     Examples:
         >>> marked(nn.Sequential(mark(nn.Linear(4, 2), gain=1.0), nn.ReLU()))
@@ -119,7 +119,7 @@ def marked(model: nn.Module) -> dict[str, Mark]:
 
 
 def unmark(model: nn.Module) -> None:
-    """Take all marks of a model off: its weights are plain weights again."""
+    """Remove all marks of a model: its weights are plain weights again."""
     for module in model.modules():
         vars(module).pop("pws", None)
 

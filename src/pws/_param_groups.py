@@ -44,13 +44,15 @@ class Group(dict[str, Any]):
 def param_groups(
     model: nn.Module, *, lr: float, weight_decay: float = 0.0, scale_lr_factor: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: `pws.optim.SGD(pws.param_groups(model, lr=0.1), momentum=0.9)`, or any of `torch.optim`.
+    """Make the parameter groups for an optimizer of `pws.optim` or `torch.optim`.
+
+        pws.optim.SGD(pws.param_groups(model, lr=0.1), momentum=0.9)
 
     - "weights": everything that is not below, with `lr` and `weight_decay`;
     - "scales": alpha and bias (beta) of standardized layers, with `lr * scale_lr_factor` and no decay;
     - "no_decay": other biases, norm parameters and gains, with `lr` and no decay.
 
-    A norm parameter or gain is known by its shape, one number a channel: at most one dimension larger than 1, leading
+    A norm parameter or gain is known by its shape, one number per channel: at most one dimension larger than 1, leading
     (timm's `(out, 1, 1, 1)` gains too). LayerNorm parameters of more dimensions are known by their module. A shared
     parameter stands in one group, once; frozen parameters (`requires_grad=False`) and empty groups are left out.
 

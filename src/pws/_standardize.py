@@ -31,7 +31,7 @@ def standardize(
     gamma: float = 1e-3,
     relative_gamma: bool = False,
 ) -> Tensor:
-    """The kernel that convolves: every filter centred, divided by its deviation, scaled by alpha.
+    """Make the kernel that convolves: every filter centred, divided by its deviation, scaled by alpha.
 
         kernel_o = gain / sqrt(n) * alpha_o * (w_o - m_o) / sqrt(v_o + gamma)
 
@@ -39,7 +39,7 @@ def standardize(
     The gradient of the weight has zero mean in every filter, so no step can shift a filter.
 
     Args:
-        weight: `(out_channels, ...)`, at least two entries a filter.
+        weight: `(out_channels, ...)`, at least two entries per filter.
         alpha: `(out_channels,)`, the scale of each filter; 1 if left out.
         gain: `c * sqrt(n)`, a number or the name of the activation in front of the layer, whose gain then preserves
             variance (`pws.variance_preserving_gain`).
@@ -52,7 +52,7 @@ def standardize(
         Statistics are taken in float32 (float64 for a float64 weight) whatever the weight's dtype.
 
     Raises:
-        ShapeError: a filter has fewer than two entries, or alpha does not hold one number a filter.
+        ShapeError: a filter has fewer than two entries, or alpha does not hold one number per filter.
         PwsError: gamma is negative, gain is not positive, the weight is of integers or alpha of complex numbers, or the two are
             on different devices.
 
@@ -125,13 +125,27 @@ def _batch_normed(weight: Tensor, scale_O: Tensor, gamma: float) -> Tensor:
         kernel = _batch_normed(weight.permute(order).contiguous(), scale_O, gamma)
         return kernel.permute([order.index(dim) for dim in range(len(order))])
     rows_1OK = weight.view(1, len(weight), weight.shape[1:].numel())
-    return torch.batch_norm(rows_1OK, scale_O, None, None, None, True, 0.0, gamma, False).view(weight.shape)
+    if weight.device.type != "cpu":  # to look at a value would wait for the device
+        return torch.batch_norm(rows_1OK, scale_O, None, None, None, True, 0.0, gamma, False).view(weight.shape)
+    kernel_1OK, _, inverse_O = torch.native_batch_norm(rows_1OK, scale_O, None, None, None, True, 0.0, gamma)
+    if not _all_positive(inverse_O):  # a variance overflowed
+        rows_1OK = _within_range(weight).view(rows_1OK.shape)
+        kernel_1OK = torch.batch_norm(rows_1OK, scale_O, None, None, None, True, 0.0, gamma, False)
+    return kernel_1OK.view(weight.shape)
+
+
+def _all_positive(values: Tensor) -> bool:
+    """Whether they are; False too where they can't be looked at, inside `torch.func.vmap` or without data."""
+    try:
+        return bool((values > 0).all())
+    except RuntimeError:
+        return False
 
 
 def _composed(weight: Tensor, scale_O: Tensor, gamma: float) -> Tensor:
     """The kernel for a compiler to fuse: in the weight's own shape, so that it can be written in the layout that the
     convolution asks for. Rows in between would be copied, each way."""
-    h = torch.nn.functional.layer_norm(weight, weight.shape[1:], None, None, gamma)
+    h = torch.nn.functional.layer_norm(_within_range(weight), weight.shape[1:], None, None, gamma)
     return h * scale_O.view(-1, *[1] * (weight.dim() - 1))
 
 

@@ -14,10 +14,10 @@ from pws.training.parsing import PARSER_ERRORS, parser_message
 from pws.training.rules import PROCESSES
 
 
-def command_parser(command: str, description: str, example: str) -> ArgumentParser:
+def command_parser(command: str, description: str, example: str, program: str = "pws") -> ArgumentParser:
     """A parser whose help ends with an example."""
     return ArgumentParser(
-        prog=f"pws {command}", description=description, epilog=f"Example: {example}", exit_on_error=False
+        prog=f"{program} {command}", description=description, epilog=f"Example: {example}", exit_on_error=False
     )
 
 
@@ -40,13 +40,13 @@ def add_input_shape(parser: ArgumentParser) -> None:
         "--input-shape",
         type=int,
         nargs="+",
-        help="sizes of one random sample in place of --image-size: '3 128' (a sequence), '3 16 112 112' (a clip), '20'",
+        help="sizes of one random sample, in place of --image-size: '3 128' (a sequence), '3 16 112 112' (a clip), '20'",
     )
 
 
 def add_force(parser: ArgumentParser) -> None:
     """Add the flag that lets a command replace files."""
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
 
 
 def check_free(*files: Path, force: bool) -> None:
@@ -69,11 +69,16 @@ def check_failures(what: str, failures: Mapping[str, str], count: int) -> None:
         )
 
 
-def check_sizes(parsed: Any) -> None:
-    """Raise `PwsError` unless the sizes that were given are at least 1, and not both of --image-size and --input-shape."""
+def check_counts(parsed: Any) -> None:
+    """Raise `PwsError` unless --batch-size and --image-size, where they are given, are at least 1."""
     for flag, value in (("--batch-size", parsed.batch_size), ("--image-size", parsed.image_size)):
         if value is not None and value < 1:
             raise PwsError(f"{flag} must be at least 1; got {value}.")
+
+
+def check_sizes(parsed: Any) -> None:
+    """Raise `PwsError` unless the sizes that were given are at least 1, and not both of --image-size and --input-shape."""
+    check_counts(parsed)
     shape = parsed.input_shape
     if shape is not None and (parsed.image_size is not None or not shape or min(shape) < 1):
         raise PwsError(

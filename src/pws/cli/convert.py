@@ -95,31 +95,37 @@ def _convert(parsed: Any, loaded: ModelAndData) -> tuple[Plan, str, nn.Module]:
 def _parser() -> ArgumentParser:
     parser = command_parser(
         "convert",
-        "Take the norms out of a model: print what happens to each layer and why, and write weights.pt, load.py (how to load "
-        "them), plan.json and plan.txt. Kernels are scaled on the images of --data, so that each layer keeps the variance "
-        "that its norm saw to; with --warm-start the layers are fitted to what the trained model computes.",
+        "Remove the norms from a model. Print what happens to each layer and why, and write weights.pt, load.py (which loads "
+        "them), plan.json and plan.txt. The kernels are scaled on the images of --data, so that each layer keeps the variance "
+        "that its norm gave it. With --warm-start the layers are fitted to what the trained model computes.",
         "pws convert --model timm:resnet18 --weights resnet18.pt --warm-start --data fashion-mnist --out converted",
     )
     parser.add_argument(
         "--model", type=str, required=True, help="torchvision:NAME, timm:NAME or package.module:factory"
     )
-    parser.add_argument("--weights", type=str, help="a state dict to start from, as torch.save or safetensors wrote it")
+    parser.add_argument("--weights", type=str, help="a state dict to start from, written by torch.save or safetensors")
     parser.add_argument(
         "--data", type=str, default=RANDOM, help=f"images of the example: {RANDOM}, {', '.join(DATASETS)}"
     )
-    parser.add_argument("--batch-size", type=int, help="images of the example: 32 if left out, 256 with --warm-start")
     parser.add_argument(
-        "--image-size", type=int, help="pixels a side; 224 for random images, the data's own if left out"
+        "--batch-size", type=int, help="number of images of the example; 32 if left out, 256 with --warm-start"
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="pixels per side; if left out, the data's own, or 224 for random images"
     )
     add_input_shape(parser)
     parser.add_argument(
-        "--warm-start", action="store_true", help="keep what the trained model computes, as far as possible"
+        "--warm-start", action="store_true", help="keep what the trained model computes, as closely as possible"
     )
     parser.add_argument(
         "--keep", type=str, nargs="+", default=[], help="names or patterns of layers to leave alone: 'layer4.*'"
     )
     parser.add_argument(
-        "--norms", type=str, nargs="+", default=["batch"], help="families to take out: batch group layer instance"
+        "--norms",
+        type=str,
+        nargs="+",
+        default=["batch"],
+        help="families of norms to remove: batch group layer instance",
     )
     parser.add_argument(
         "--form",
@@ -127,7 +133,7 @@ def _parser() -> ArgumentParser:
         default="optimizer",
         help="optimizer (plain layers with marks, which an optimizer of pws.optim trains) or layers (pws layers)",
     )
-    parser.add_argument("--out", type=str, required=True, help="folder to write; it must not hold anything yet")
+    parser.add_argument("--out", type=str, required=True, help="folder to write; it must be new or empty")
     return parser
 
 

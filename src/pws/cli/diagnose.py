@@ -25,26 +25,30 @@ def run(arguments: list[str]) -> int:
     parser = command_parser(
         "diagnose",
         "Explain a network layer by layer on one training batch: variance transmission, the shift of the average gradient, "
-        "critical learning rates, and a verdict. Give a run's folder, a checkpoint of it, a recipe, or --model.",
+        "critical learning rates, and a verdict. Give a run's folder, one of its checkpoints, a recipe, or --model.",
         "pws diagnose fashion-mnist-allconv-bn --lr 3 --out report.html; pws diagnose --model timm:resnet18 --lr 0.5",
     )
     parser.add_argument("run", type=str, nargs="?", help="a run's folder, RUN/checkpoints/FILE.ckpt, or a recipe")
     parser.add_argument("--model", type=str, help="torchvision:NAME, timm:NAME or package.module:factory")
-    parser.add_argument("--checkpoint", type=str, default="last", help="of a run's folder: last, best or init")
+    parser.add_argument(
+        "--checkpoint", type=str, default="last", help="which checkpoint of a run's folder: last, best or init"
+    )
     parser.add_argument("--data", type=str, help="(--model) a dataset's name, or random, the default")
     parser.add_argument("--root", type=str, help="(--model) the dataset's folder")
-    parser.add_argument("--image-size", type=int, help="(--model) pixels a side; 224 for random images")
+    parser.add_argument("--image-size", type=int, help="(--model) pixels per side; 224 for random images")
     add_input_shape(parser)
-    parser.add_argument("--batch-size", type=int, help="images; the recipe's, or 32")
-    parser.add_argument("--lr", type=float, help="the learning rate to judge; the recipe's if left out")
-    parser.add_argument("--momentum", type=float, help="SGD's; the recipe's if left out")
-    parser.add_argument("--steps", type=int, default=1, help="steps ahead that the shift share is predicted")
+    parser.add_argument("--batch-size", type=int, help="number of images; if left out, the recipe's, or 32")
+    parser.add_argument("--lr", type=float, help="the learning rate to judge; if left out, the recipe's")
+    parser.add_argument("--momentum", type=float, help="momentum of SGD; if left out, the recipe's")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="number of steps ahead for which the shift share is predicted"
+    )
     parser.add_argument(
         "--forecast",
         action="store_true",
-        help="also forecast the learning rate at which training diverges (some 180 more passes; needs real images)",
+        help="also forecast the learning rate at which training diverges (about 180 more passes; it needs real images)",
     )
-    parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main figure")
+    parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main charts")
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parsed = parse(parser, arguments)
@@ -143,7 +147,8 @@ def _show(
         low, high = min(predicted.by_pair), max(predicted.by_pair)
         console.print(
             f"forecast: SGD with momentum 0.9 is expected to diverge around learning rate {predicted.diverging_lr:.2g} "
-            f"({low:.2g} to {high:.2g} from {len(predicted.by_pair)} pairs of batches; docs/theory.md says how sure that is)",
+            f"({low:.2g} to {high:.2g} from {len(predicted.by_pair)} pairs of batches; "
+            "docs/explanation/collapse.md says how sure that is)",
             highlight=False,
         )
     if out is not None:

@@ -20,11 +20,11 @@ def run(arguments: list[str]) -> int:
     """Parse, evaluate, print."""
     parser = command_parser(
         "evaluate",
-        "Top-1, top-5, loss and accuracy by class of a run's checkpoint on the test images.",
+        "Evaluate a run's checkpoint on the test images: top-1 and top-5 accuracy, loss, and accuracy by class.",
         "pws evaluate runs/fashion-mnist-allconv-pws --checkpoint last --json",
     )
     parser.add_argument("run", type=str, help="the run's folder")
-    parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or a file")
+    parser.add_argument("--checkpoint", type=str, default="best", help="best, last, or the path of a checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parsed = parse(parser, arguments)
     quiet_lightning()

@@ -12,14 +12,18 @@ def run(arguments: list[str]) -> int:
     """Parse, export, say how near the file's outputs are."""
     parser = command_parser(
         "export",
-        "Write a run's network, folded to plain layers, in a format that other programs load; the file is read back and its "
-        "outputs compared with the network's.",
+        "Write a run's network, folded to plain layers, in a format that other programs load. The file is read back, and its "
+        "outputs are compared with the network's.",
         "pws export runs/fashion-mnist-allconv-pws --format onnx",
     )
     parser.add_argument("run", type=str, help="the run's folder, or a checkpoint file of it")
     parser.add_argument("--format", type=str, default="onnx", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--checkpoint", type=str, default="best", help="best or last")
-    parser.add_argument("--out", type=str, help="the file; model.onnx, .pt2 or .safetensors in the run's folder")
+    parser.add_argument(
+        "--out",
+        type=str,
+        help="the file to write; if left out, model.onnx, model.pt2 or model.safetensors in the run's folder",
+    )
     parsed = parse(parser, arguments)
     written = export(parsed.run, parsed.format, Path(parsed.out) if parsed.out else None, parsed.checkpoint)
     print(f"{written.path}: logits differ from the network's by at most {written.difference:.1e}")

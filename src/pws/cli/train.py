@@ -28,16 +28,16 @@ def run(arguments: list[str]) -> int:
         "Example: pws train fashion-mnist-allconv-pws --optim.lr 0.5 --trainer.epochs 2 --name fast. "
         "Exit codes: 0 done, 2 bad input, 3 the loss went non-finite.",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run from its last whole epoch")
+    parser.add_argument("--resume", action="store_true", help="go on with the run from the end of its last whole epoch")
     parser.add_argument(
         "--monitor",
         type=int,
         nargs="?",
         const=50,
         default=None,
-        help="diagnose every so many steps (50), and leave diagnosis.html in the run's folder",
+        help="diagnose the network every STEPS steps (50 if no number is given), and write diagnosis.html to the run's folder",
     )
-    parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
+    parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder lies")
     if not arguments or arguments[0] in ("-h", "--help"):
         parser.print_help()
         return 0

@@ -12,7 +12,7 @@ class AllConv(nn.Module):
 
     Each convolution is followed by the method's norm, if it has one, and its activation. The head is the paper's 1x1
     convolution to the classes, written as the linear layer that it is behind a global average pool.
-    Images need at least 12 pixels a side.
+    Images need at least 12 pixels per side.
     """
 
     def __init__(self, method: Method, in_channels: int = 3, num_classes: int = 10, width: float = 1.0) -> None:

@@ -13,7 +13,8 @@ from pws._errors import PwsError
 from pws.kernels import AdamWRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import ahead_of, factors_of
-from pws.optim.moving import Moving, can_be_fused, gradient_of, moving
+from pws.optim.moving import Moving, can_be_fused, gradient_of
+from pws.optim.planning import moving
 from pws.optim.sharding import local
 
 TAKEN_BOUND: Final = 0.05
@@ -37,11 +38,11 @@ class AdamW(StandardizingOptimizer):
     Args:
         params: the model; or groups from `pws.param_groups`.
         lr: learning rate.
-        betas: of the averages of the gradient and of its square.
+        betas: decay rates of the averages of the gradient and of its square.
         eps: added to the root.
-        weight_decay: of the weights; alpha, biases and norm parameters have none.
+        weight_decay: decay of the weights; alpha, biases and norm parameters have none.
         step_bound: the longest step of a layer, as it is taken; None for none.
-        step_in_backward: as `pws.optim.SGD`.
+        step_in_backward: as in `pws.optim.SGD`.
 
     Raises:
         PwsError: a setting can't be, or `params` do not tell which weights are standardized.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 STEP_BOUND: Final = 0.03
-"""The longest step of a layer of PWS: about the largest that training held at every batch size (docs/methods.md)."""
+"""The longest step of a layer of PWS: about the largest that training held at every batch size (methods.md in docs)."""
 
 
 def peak_lr(group: dict[str, Any]) -> float:

@@ -12,7 +12,8 @@ from pws._errors import PwsError
 from pws.kernels import SGDRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import STEP_BOUND, factors_of, peak_lr
-from pws.optim.moving import Moving, can_be_fused, gradient_of, moving
+from pws.optim.moving import Moving, can_be_fused, gradient_of
+from pws.optim.planning import moving
 from pws.optim.sharding import local
 
 
@@ -26,8 +27,8 @@ class SGD(StandardizingOptimizer):
         w, alpha, bias <- SGD with f times these gradients; weight decay acts on w
         weight <- c alpha (w - m) r
 
-    the same as SGD on the layer form (`pws.Conv2d`) behind `pws.clip_grad`. Unmarked layers are moved as `torch.optim.SGD`
-    moves them, their gradients bounded in the same way.
+    This is the same as SGD on the layer form (`pws.Conv2d`) behind `pws.clip_grad`. Unmarked layers are moved as
+    `torch.optim.SGD` moves them, their gradients bounded in the same way.
 
     The state of a marked weight holds `w` (filters first: `(out_channels, ...)`), `alpha` `(out_channels,)` and their momentum,
     in float32 (float64 for float64 models): for half-precision models they are the master weights.
@@ -36,7 +37,7 @@ class SGD(StandardizingOptimizer):
         params: the model; or groups from `pws.param_groups`, several models' or parts' together.
         lr: learning rate.
         momentum: momentum factor.
-        weight_decay: of the weights; alpha, biases and norm parameters have none.
+        weight_decay: decay of the weights; alpha, biases and norm parameters have none.
         nesterov: Nesterov momentum.
         step_bound: the longest gradient step of a layer, before momentum; None for none.
         step_in_backward: step the layers in the backward pass, as soon as a sixteenth of all gradients is there, and free it.

@@ -16,7 +16,8 @@ from pws.kernels.reference import ReferenceStep, rows, write_kernel
 from pws.optim.adamw import TAKEN_BOUND
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer
 from pws.optim.bound import ahead_of, by_layer, factors_of
-from pws.optim.moving import moving, norms_of
+from pws.optim.moving import norms_of
+from pws.optim.planning import moving
 from pws.optim.sharding import is_sharded
 
 OURS: Final = ("params", "name", "scale_lr_factor")
@@ -38,7 +39,7 @@ class _Follower:
 
 
 class Wrapped(StandardizingOptimizer):
-    """Any `torch.optim.Optimizer`, timm's too, that moves `w`, alpha and biases; and a bound on the step that it takes.
+    """Any `torch.optim.Optimizer`, timm's too, that moves `w`, alpha and biases, with a bound on the step that it takes.
 
         Wrapped(model, torch.optim.RMSprop, lr=0.01)
         Wrapped(model, torch.optim.Muon, lr=0.02, scales=partial(torch.optim.AdamW, lr=1e-3))
@@ -54,11 +55,11 @@ class Wrapped(StandardizingOptimizer):
         params: the model; or groups from `pws.param_groups`.
         optimizer: a class, or any function of parameter groups.
         lr: learning rate; the inner optimizer's default if left out.
-        weight_decay: of the weights.
+        weight_decay: decay of the weights.
         step_bound: the longest step of a layer, as it is taken; None for none.
-        scales: makes a second optimizer for alpha, biases and all else that is no matrix, for an optimizer that takes only
-            matrices; its learning rate keeps its ratio to ours.
-        settings: of the inner optimizer.
+        scales: makes a second optimizer for alpha, biases and all else that is not a matrix. An optimizer that takes only
+            matrices needs it. Its learning rate keeps its ratio to ours.
+        settings: settings of the inner optimizer.
 
     Raises:
         PwsError: the inner optimizer refuses its settings, or `params` do not tell which weights are standardized.

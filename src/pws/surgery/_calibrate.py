@@ -45,22 +45,23 @@ def calibrate(
     only: Callable[[str, nn.Module], bool] | None = None,
     forward: Forward | None = None,
 ) -> list[Calibrated]:
-    """Scale the kernels, layer by layer in execution order, so that each layer's output has variance `target`; on request
-    shift the bias too, and keep residual streams in bounds.
+    """Scale the kernels, layer by layer in execution order, so that each layer's output has variance `target`.
+
+    On request it shifts the biases too, and keeps residual streams in bounds.
 
         kernel <- kernel * sqrt(target / Var(y - bias)),      Var biased, over all entries of the output
 
     A marked layer's weight is its kernel; a pws layer's kernel is scaled by its alpha. Call this before the optimizer is
     made: an optimizer of `pws.optim` starts from the kernels that it finds.
 
-    One forward pass over all batches joined: each layer sees inputs that come from layers already calibrated. A layer
-    called more than once is set by its first call. The result is stored in the parameters alone, so a checkpoint carries it
-    and a resumed run must not call this again. With `torch.distributed` initialized, the statistics are pooled over all
-    ranks, and every rank (all must hold the same model) sets the same scales.
+    It runs one forward pass over all batches joined, so each layer sees inputs from layers that are already calibrated. The
+    first call of a layer sets it. The result is stored in the parameters alone: a checkpoint carries it, and a resumed run
+    must not call this again. With `torch.distributed` initialized, the statistics are pooled over all ranks. Every rank must
+    hold the same model, and sets the same scales.
 
-    The model runs in eval mode without gradient (BatchNorm then uses its running statistics); then in train mode, if some
-    layers run in that alone (auxiliary heads). A warning says so if it does not take the batch there, and those layers are
-    left. Its modes, buffers and every other parameter are left as they were.
+    The model runs in eval mode without gradient, where BatchNorm uses its running statistics. If some layers run in train mode
+    alone (auxiliary heads), it then runs in train mode. If it does not take the batch there, a warning says so, and those
+    layers stay. Its modes, buffers and every other parameter are left as they were.
 
     Args:
         model: any module that holds marked layers or pws layers.
@@ -68,11 +69,11 @@ def calibrate(
             inputs, or `(inputs, targets)` (put one `(images, labels)` into a list). They are joined: choose no more samples
             than one forward pass has memory for.
         target: the output variance wanted; the paper uses 2.
-        per_channel: a factor a channel, from that channel's own variance, instead of one a layer.
+        per_channel: one factor per channel, from that channel's own variance, instead of one per layer.
         mean: shift each bias so that its channel's output has this mean (BatchNorm's is 0), and take the variance about the
-            channels' means; layers without a bias, and all biases if left out, stay.
-        share_branches: the last layers of the residual branches, which are found by following one run of the model, get
-            `target / B` for `B` additions: together they add as much variance to the stream as it started with.
+            channels' means. Layers without a bias stay, and so do all biases if this is left out.
+        share_branches: give the last layers of the residual branches `target / B` for `B` additions. Together they then add
+            as much variance to the stream as it started with. Following one run of the model finds the branches.
         forward: runs the model, `forward(model, batch)`, where a batch has another form; `batches` is one batch then.
         only: calibrate the layers for which `only(name, layer)` is true; all that are marked and all pws layers if left out.
 

@@ -32,29 +32,32 @@ def plan(
     progress: Progress | None = None,
     forward: Forward | None = None,
 ) -> Plan:
-    """What converting `model` to PWS would do, found by running a copy of it once on `example`.
+    """Plan how to remove the norms of `model`: run a copy of it once on `example`, and follow its tensors.
 
-    A layer is standardized if its output goes into a norm that is taken out, whatever stands between them (an activation, an
-    addition, a concatenation), or if it takes such a norm's output (pre-activation networks, heads). Where no norm is behind
-    it, it predicts, and its weights keep their scale. A gate, which only scales another tensor (squeeze and excitation), stays
-    plain. A norm stays if that was asked for, if it did not run, if its forward is not torch's, or if what it normalizes was
-    not made by layers that can be standardized. A norm of the input becomes a fixed scale and shift.
+    A layer is standardized if its output goes into a norm that is removed. An activation, an addition or a concatenation may
+    stand between them. A layer is standardized too if it takes such a norm's output (pre-activation networks).
+
+    A layer without a norm behind it predicts, and stays plain. So does a gate, which only scales another tensor (squeeze and
+    excitation). A norm of the input becomes a fixed scale and shift.
+
+    A norm stays if `keep` names it, if it did not run, or if its forward is not torch's. It also stays if layers that can't be
+    standardized made what it normalizes.
 
     Args:
         model: any module. It is left alone.
         example: what its forward takes: a tensor, or a tuple or dict of all arguments; or a batch as a DataLoader gives it. Any
             batch size.
-        norms: which families are taken out: "batch" (BatchNorm of all dimensions, synchronized, frozen, with activation),
-            "group", "layer" (of images), "instance".
+        norms: families to remove: "batch" (BatchNorm of all dimensions, synchronized, frozen, with activation), "group",
+            "layer" (of images), "instance".
         keep: layers and norms to leave alone: names or patterns (`layer4.*`), classes, or a predicate of name and module.
-        gamma: of the standardized layers.
-        relative_gamma: of the standardized layers.
-        warm_start: the model is trained, and what it computes is to be kept as closely as zero-mean filters allow: each
-            layer is fitted to its outputs on the example, which should then be some hundred real images. Layers on the input
-            and depthwise ones stay plain and take over their norms: centred filters would lose the mean of what they see. The
-            plan states the error that is left once `fit` or `apply` was called; a short fine-tuning takes most of it away.
-        form: "optimizer": the layers stay what they are and are marked (`pws.mark`), for an optimizer of `pws.optim`. "layers":
-            they become pws layers, which any optimizer trains.
+        gamma: gamma of the standardized layers.
+        relative_gamma: whether their gamma is relative to the fan-in.
+        warm_start: keep what a trained model computes, as closely as filters of mean zero allow. Each layer is fitted to its
+            outputs on the example, which should be some hundred real images. Layers on the input and depthwise layers stay
+            plain and take over their norms, because centred filters would lose the mean of what they see. The plan states the
+            error that is left once `fit` or `apply` was called. A short fine-tuning removes most of it.
+        form: "optimizer" keeps the layers and marks them (`pws.mark`), for an optimizer of `pws.optim`. "layers" makes pws
+            layers, which any optimizer trains.
         progress: called with the number of layers fitted and of all; the fit of a large model takes minutes.
         forward: runs the model, `forward(model, example)`, where the example has another form.
 
@@ -122,16 +125,23 @@ def convert(
     progress: Progress | None = None,
     forward: Forward | None = None,
 ) -> nn.Module:
-    """A copy of `model` that trains without its norms: `plan(model, example, ...).apply(calibrate=calibrate)`.
+    """Make a copy of `model` that trains without its norms: `plan(model, example, ...).apply(calibrate=calibrate)`.
 
-    Its layers are those of `model`, marked as standardized: train it with an optimizer of `pws.optim`, which reads the marks.
+    Its layers are those of `model`, marked as standardized. Train it with an optimizer of `pws.optim`, which reads the marks.
     With another optimizer they train as plain layers without a norm. `form="layers"` makes pws layers instead.
 
     Args:
         model: any module. It is left alone.
         example: what its forward takes; a batch of real data, if the kernels are calibrated on it.
-        calibrate: scale the kernels on the example, so that each layer keeps the variance that its norm saw to.
-        norms, keep, gamma, relative_gamma, warm_start, form, progress, forward: as of `pws.plan`.
+        calibrate: scale the kernels on the example, so that each layer keeps the variance that its norm gave it.
+        norms: families of norms to remove, as in `pws.plan`.
+        keep: layers and norms to leave alone, as in `pws.plan`.
+        gamma: gamma of the standardized layers.
+        relative_gamma: whether their gamma is relative to the fan-in.
+        warm_start: keep what a trained model computes, as in `pws.plan`.
+        form: "optimizer" or "layers", as in `pws.plan`.
+        progress: called with the number of layers fitted and of all.
+        forward: runs the model, where the example has another form.
 
     Examples:
         >>> import torch

@@ -20,22 +20,21 @@ _OURS = ("alpha", "gamma", "relative_gamma", "gain")
 
 @torch.no_grad()
 def fold(model: nn.Module, *, like: nn.Module | None = None) -> nn.Module:
-    """A copy of `model` without its marks, in which every pws layer is its parent in torch.nn, with the kernel as its weight.
+    """Make a copy of `model` without its marks, in which every pws layer is a plain layer with the kernel as its weight.
 
-    It computes the same, costs what an unnormalized network costs, and holds nothing of pws, but for the scales and copies
-    that a conversion may leave where norms were: it loads where pws is not installed. Everything else is as in `model`,
-    which is left alone: hooks, modes, which layers are shared, `requires_grad`. To train on, keep the original: no optimizer
-    standardizes a weight without a mark.
+    It computes the same, and costs what a network without normalization costs. It loads where pws is not installed, unless a
+    conversion left a scale or a copy where a norm was. Everything else is as in `model`, which is left alone: hooks, modes,
+    which layers are shared, `requires_grad`. To train on, keep the original: no optimizer standardizes a weight without a mark.
 
     Args:
-        model: with marked layers or pws layers.
-        like: the model as it was before its conversion. The result is a copy of this with the weights of `model`, in eval mode,
-            whose norms change nothing (mean 0, variance 1), so that its own loaders, exporters and `fuse()` work. A bias that
-            the conversion gave a layer goes into the norm right behind it; where none is, the layer has it.
+        model: a model with marked layers or pws layers.
+        like: the model as it was before its conversion. The result is a copy of this with the weights of `model`, in eval mode.
+            Its norms change nothing (mean 0, variance 1), so its own loaders, exporters and `fuse()` work. A bias that the
+            conversion gave a layer goes into the norm right behind it. Without such a norm, the layer has it.
 
     Raises:
-        PwsError: a pws layer's weight is computed from other parameters (pruning, weight norm), its class has a forward of its
-            own, the model can't be copied, or `like` is of another architecture.
+        PwsError: a pws layer's weight is computed from other parameters (pruning, weight norm), or its class has a forward of
+            its own. Or the model can't be copied, or `like` is of another architecture.
 
     Examples:
         >>> import pws

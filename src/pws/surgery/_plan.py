@@ -58,8 +58,6 @@ class Plan:
     """Each norm that is taken out right behind a layer, to the layer."""
     fixed: frozenset[str]
     """Norms of the input, whose scale and shift no training changes."""
-    predicting: frozenset[str]
-    """Layers to standardize behind which no norm is: their weights keep their scale."""
     in_place: frozenset[str]
     """Activations that write over the input or output of a norm that is taken out."""
     aliased: frozenset[str]
@@ -83,8 +81,9 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """A plan from a file that `save` wrote. `apply(model)` builds the converted model from the original architecture,
-        without data; then load the converted weights.
+        """Read a plan from a file that `save` wrote.
+
+        `apply(model)` builds the converted model from the original architecture, without data. Then load the converted weights.
 
         Raises:
             PwsError: the file holds no plan.
@@ -117,7 +116,7 @@ class Plan:
 
     @property
     def parameters_after(self) -> int:
-        """Of the converted model; for a plan with its model."""
+        """The number of parameters of the converted model; it needs a plan with its model."""
         changed = sum(step.parameters_after - step.parameters for step in self.steps)
         return sum(p.numel() for p in self._own_model.parameters()) + changed
 
@@ -138,20 +137,21 @@ class Plan:
         return self._own_model
 
     def apply(self, model: nn.Module | None = None, *, calibrate: bool = True) -> nn.Module:
-        """A converted copy; the model is left alone.
+        """Make the converted copy; the model is left alone.
 
-        Each layer to standardize keeps its class and gets a mark, and its weight becomes the kernel of alpha 1; an optimizer
+        Each layer to standardize keeps its class and gets a mark, and its weight becomes the kernel of alpha 1. An optimizer
         of `pws.optim` keeps it standardized. With `form="layers"` the layers become pws layers of the same kernels.
 
-        With a warm start, kernels and biases are fitted to what the model computes. This happens once, at the first
-        `apply` or `fit`: later changes of the model do not count. Else, with `calibrate`, the kernels are scaled on the
-        example, in the order of execution, so that each standardized layer's output has variance 1, and those of all residual
-        branches together as much: what the norms saw to. (`pws.calibrate` does it again on better data.) Without `calibrate`
-        neither is done: the model is to be loaded from a checkpoint.
+        With a warm start, kernels and biases are fitted to what the model computes. The fit happens once, at the first
+        `apply` or `fit`, so later changes of the model do not count.
+
+        Else, with `calibrate`, the kernels are scaled on the example, in the order of execution. Each standardized layer's
+        output then has variance 1, and those of all residual branches together too. `pws.calibrate` does it again on better
+        data. Without `calibrate` neither is done: load the weights from a checkpoint.
 
         Args:
             model: another of the same architecture, which is converted without fit or calibration: a plan from a file needs it.
-            calibrate: see above.
+            calibrate: scale the kernels on the example.
 
         Raises:
             PwsError: a layer's output does not vary on the example, or the model given is of another architecture.
@@ -199,7 +199,7 @@ class Plan:
     def _calibrated(self) -> nn.Module:
         model = self._model_with_numbers()
         result = self._converted(model)
-        names = {m: n for n, m in result.named_modules() if is_standardized(m) and n not in self.predicting}
+        names = {m: n for n, m in result.named_modules() if is_standardized(m)}
         setting = Setting(names, 1.0, False, None)
         untrained = {n: norm for n in self.fixed if not is_trained(norm := model.get_submodule(n))}
         setting.affines = {_affine_in(result.get_submodule(n)): norm_eps(norm) for n, norm in untrained.items()}
@@ -223,7 +223,6 @@ class Plan:
                 gamma=self.gamma,
                 relative_gamma=self.relative_gamma,
                 bias=name in self.biases,
-                keeps_scale=name in self.predicting,
             )
         for name in self.named("absorb"):
             add_bias(modules[name])

@@ -25,6 +25,7 @@ _ON_INPUT: Final = (
     "it sees the input, whose mean (the brightness of images) centred filters would lose",
 )
 _DEPTHWISE: Final = ("keep", "its filters see one channel each, whose mean centred filters would lose")
+_PREDICTS: Final = ("keep", "it predicts: no norm is behind it, and its outputs keep their scale")
 _IS_LAYER: Final = ("keep", "it is a pws layer")
 _IS_MARKED: Final = ("keep", "it is marked")
 _PLAIN: Final = (_ON_INPUT, _DEPTHWISE)
@@ -101,7 +102,6 @@ class Planner:
             example=example,
             pairs=pairs,
             fixed=frozenset(affine - removed),
-            predicting=frozenset(filter(self._predicts, chosen)),
             in_place=frozenset(name for name, written in self.run.in_place.items() if written & self.gone),
             aliased=frozenset((self.run.aliased | returned) & self.gone),
             selected=frozenset(n for n in self.layers if any(value.selected for value in self.inputs[n])),
@@ -239,8 +239,9 @@ class Planner:
         sources = frozenset[str]().union(*(value.sources for value in self.inputs[name]))
         if not sources & self.gone:
             return "keep", "no norm that is taken out stands beside it"
-        scale = "; it predicts, so its weights keep their scale" if self._predicts(name) else ""
-        return "standardize", f"its input came from {_list(sorted(sources & self.gone))}{scale}"
+        if self._predicts(name):
+            return _PREDICTS
+        return "standardize", f"its input came from {_list(sorted(sources & self.gone))}"
 
     def _predicts(self, name: str) -> bool:
         """Whether its output reaches no norm."""

@@ -90,20 +90,13 @@ def is_standardized(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def standardize_layer(
-    layer: nn.Module, *, gain: float, gamma: float, relative_gamma: bool, bias: bool, keeps_scale: bool
-) -> None:
-    """Mark `layer` and make its weight the kernel of alpha 1, or with `keeps_scale` take the mean out of each filter. It gets a
-    bias of 0 if it has none and `bias` is true."""
+def standardize_layer(layer: nn.Module, *, gain: float, gamma: float, relative_gamma: bool, bias: bool) -> None:
+    """Mark `layer` and make its weight the kernel of alpha 1. It gets a bias of 0 if it has none and `bias` is true."""
     mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma)
     filters = own_filters(layer)
     # Under autocast the kernel would be rounded.
     with nullcontext() if filters.is_meta else torch.autocast(filters.device.type, enabled=False):
-        if keeps_scale:
-            kernel = filters - filters.mean(tuple(range(1, filters.dim())), keepdim=True)
-        else:
-            kernel = standardize(filters, gain=gain, gamma=gamma, relative_gamma=relative_gamma)
-        set_filters(layer, kernel)
+        set_filters(layer, standardize(filters, gain=gain, gamma=gamma, relative_gamma=relative_gamma))
     if bias:
         add_bias(layer)
 

@@ -47,18 +47,18 @@ class ModelConfig:
 
     Args:
         name: allconv; preact (56 layers), preact11, 29, 101; cifar-resnet18, 34; resnet18, 34, 50, 101, 152; stack4, 8, 10,
-            16, 20, 32, 100. Or a model of others, torchvision:NAME, timm:NAME, package.module:factory, with method bn (as
-            it is) or pws (converted).
+            16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory, with method bn (as it is) or pws
+            (converted).
         method: none, bn, gn, ln, in, sn, frn, wn, ws, centred, gc, nf, skipinit, pws-paper or pws.
-        width: factor on every number of channels.
-        num_classes: what the data must have; taken from the data if left out.
+        width: factor on the number of channels of every layer.
+        num_classes: number of classes that the data must have; taken from the data if left out.
         dropout: probability with which each input of the head is left out of a training step.
         gain: (pws) gain of every layer, a number or an activation's name; "relu" if left out, 2 ** 0.5 in the paper.
         gamma: (pws, pws-paper) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
         relative_gamma: (pws) add gamma * 2 / fan_in instead.
         standardize_head: (pws) standardize the head too; true if left out.
-        calibrate: scale kernels on the first training batch, once: "initalpha" is the paper's (output variance 2, the stem
-            and the first convolution of each block), "all" gives every standardized layer output variance 1.
+        calibrate: scale kernels once, on the first training batch. "initalpha" is the paper's: output variance 2 for the stem
+            and the first convolution of each block. "all" gives every standardized layer output variance 1.
     """
 
     name: str = "allconv"
@@ -83,14 +83,14 @@ class DataConfig:
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), or
             npz (root is a file in MedMNIST's layout).
-        root: where to look for files; digits needs none.
+        root: folder of the files; digits needs none.
         download: let torchvision download what is missing (fashion-mnist, cifar10, cifar100).
-        batch_size: images a step of the optimizer, over all devices and accumulated batches together.
+        batch_size: images per step of the optimizer, over all devices and accumulated batches together.
         augment: random crop of the image padded by an eighth, and flip (not for digits); for imagenet and folder a random
             resized crop and flip.
         image_size: side in pixels that images are resized to; their own if left out, 224 for imagenet and folder.
         train_images: use only this many training images, drawn by the seed.
-        workers: loader processes.
+        workers: number of loader processes.
     """
 
     name: str = "digits"
@@ -111,9 +111,9 @@ class OptimConfig:
     """The optimizer and its schedule.
 
     Args:
-        name: sgd, adamw, rmsprop or muon (AdamW for what is no matrix). Standardized layers take the step in the form of
+        name: sgd, adamw, rmsprop or muon (AdamW for what is not a matrix). For standardized layers it is the optimizer of
             pws.optim.
-        lr: learning rate at batch_size.
+        lr: learning rate, for batches of batch_size.
         momentum: momentum of sgd, rmsprop and muon.
         nesterov: (sgd) Nesterov momentum.
         weight_decay: decay of the weights; alpha, biases and norm parameters have none.
@@ -121,11 +121,11 @@ class OptimConfig:
         schedule: constant; step (times decay at each milestone); cosine or linear, both to 0.
         milestones: (step) epochs at which the learning rate falls.
         decay: (step) factor at each milestone.
-        warmup_epochs: epochs over which the learning rate rises linearly from 0, a part of an epoch too.
+        warmup_epochs: epochs over which the learning rate rises linearly from 0; fractions too.
         clip_norm: clip the gradient to this global norm, in place of the method's own step bound.
-        step_bound: no layer's step is longer than this (in pws.optim for pws and pws-paper, by pws.clip_grad for the others);
-            "method" is the method's own (for pws 0.03 with sgd, 0.05 with others; none for other methods), null is none.
-        label_smoothing: the part of each label that is spread over all classes.
+        step_bound: no layer's step is longer than this. "method" takes the method's own bound: for pws 0.03 with sgd and 0.05
+            with others, none for other methods. null means no bound.
+        label_smoothing: part of each label that is spread over all classes.
     """
 
     name: Literal["sgd", "adamw", "rmsprop", "muon"] = "sgd"
@@ -168,12 +168,12 @@ class TrainerConfig:
         epochs: epochs to train.
         max_steps: end after this many steps of the optimizer if that is earlier; the schedule ends there too.
         accelerator: auto, cpu, gpu.
-        devices: how many devices of a node, or auto.
-        num_nodes: machines.
+        devices: number of devices per node, or auto.
+        num_nodes: number of machines.
         strategy: auto or ddp.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true.
         accumulate: split each step's batch into this many parts, one after the other.
-        early_stop: stop after this many epochs without a better validation accuracy.
+        early_stop: stop after this many epochs without a better test accuracy.
     """
 
     epochs: int = 10
@@ -201,7 +201,7 @@ class Recipe:
 
     Args:
         name: the run's folder below --runs; the recipe file's name if left out.
-        seed: of weights, order and augmentation.
+        seed: seed of the weights, the order of images and the augmentation.
         model: the network and its method.
         data: the images.
         optim: the optimizer and its schedule.
