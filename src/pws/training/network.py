@@ -7,12 +7,12 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from pws import convert
 from pws._errors import PwsError, memory_ran_out, one_line
 from pws._layers import StandardizedLayer
 from pws._mark import marked
 from pws.methods import Method, build_method
 from pws.models import ResNet, build_model, model_of
+from pws.surgery import convert
 from pws.training.data import ImageBatches
 from pws.training.datasets import Splits
 from pws.training.memory import check_memory
