@@ -10,9 +10,9 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
+from pws._batch import Forward, example_of
 from pws._errors import PwsError
 from pws._files import write_whole
-from pws.diagnosis.batch import Forward, example_of
 from pws.surgery._calibrate import Setting
 from pws.surgery.branches import branch_ends
 from pws.surgery.copying import copy_of

@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
+from pws._batch import tensors_in
 from pws._gain import ACTIVATIONS
-from pws.diagnosis.batch import tensors_in
 from pws.surgery.running import hooked, input_of, removed_after
 from pws.surgery.value import OUTPUT, UNKNOWN, Sum, Trace, Use, Value, merged
 
