@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,11 +312,16 @@ def test_targets_outside_their_range_are_refused(made: Made, target: float) -> N
 
 
 def work(rank: int, folder: str) -> None:
-    """One of two ranks: calibrate the same net on a half of the batch, of another size than the other half."""
+    """One of two ranks: calibrate the same nets on a half of the batch, of another size than the other half."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    net, images = torch.load(f"{folder}/input.pt", weights_only=False)
-    half = images[:5] if rank == 0 else images[5:]
+    made = torch.load(f"{folder}/input.pt", weights_only=False)
+    scales = {form: scales_on(net, images[:5] if rank == 0 else images[5:]) for form, (net, images) in made.items()}
+    torch.save(scales, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def scales_on(net: nn.Module, half: Tensor) -> dict[object, list[Tensor]]:
     scales: dict[object, list[Tensor]] = {}
     for per_channel in (False, True):
         copy = deepcopy(net)
@@ -328,15 +332,28 @@ def work(rank: int, folder: str) -> None:
         scales[f"sharded, {per_channel}"] = [scale_of(layer).full_tensor() for layer in standardized(sharded).values()]
     with pytest.raises(pws.PwsError, match="sharded by fully_shard"):
         pws.fold(sharded)
-    torch.save(scales, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    return scales
 
 
-def test_two_ranks_agree_to_the_bit_and_with_one_process(made: Made, tmp_path: Path) -> None:
-    net, images = (part.double() for part in made)  # float32 would round away the order of the ranks
-    torch.save((net, images), tmp_path / "input.pt")
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+Ranks = dict[str, tuple[Made, list[dict[object, list[Tensor]]]]]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Each form's net and images, and what both ranks made of them: processes take seconds to start."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("ranks")
+    # float32 would round away the order of the ranks
+    made = {form: (net.double(), images.double()) for form in FORMS for net, images in [make(form)]}
+    torch.save(made, folder / "input.pt")
+    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return {form: (made[form], [rank[form] for rank in found]) for form in FORMS}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_agree_to_the_bit_and_with_one_process(form: str, two_ranks: Ranks) -> None:
+    (net, images), ranks = two_ranks[form]
     for per_channel in (False, True):
         single = deepcopy(net)
         pws.calibrate(single, images, per_channel=per_channel)

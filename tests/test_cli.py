@@ -257,20 +257,23 @@ def test_evaluate_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is no run folder" in fail(capsys, "evaluate", str(tmp_path))
 
 
-def test_exit_codes_and_help_of_the_process(tmp_path: Path) -> None:
+def test_exit_codes_of_the_process(tmp_path: Path) -> None:
     def pws(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-m", "pws", *arguments], capture_output=True, text=True, cwd=tmp_path)
 
     top = pws()
     assert top.returncode == 0
     assert all(command in top.stdout for command in ("demo", "train", "evaluate"))
-    bad = pws("train", "nope")
+    bad = pws("trian", "nope")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.count("\n") == 1
-    shown = pws("train", "--help")
-    assert shown.returncode == 0
-    assert "Example: pws train fashion-mnist-allconv-pws" in shown.stdout
-    assert "--optim.clip_norm" in shown.stdout
+
+
+def test_help_of_train_shows_an_example_and_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Example: pws train fashion-mnist-allconv-pws" in shown
+    assert "--optim.clip_norm" in shown
 
 
 @pytest.mark.parametrize("command", ["evaluate", "demo"])

@@ -17,14 +17,38 @@ from pws.cli import main
 
 PWS = f"{sys.executable} -m pws"
 DIAGNOSE = f"{PWS} diagnose --model=pws.models.small:resnet18 --image-size=16 --batch-size=2"
+# Prints a table as commands do, without the seconds of import that they take.
+PRINTS = """
+import sys
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table
+
+from pws.cli import main
+
+def run(arguments):
+    table = Table("layer", "σ")
+    for number in range(1000):
+        table.add_row(f"conv{number}", "é")
+    Console().print(table)
+    for number in range(1000):
+        print(number, flush=True)
+    return 0
+
+command = sys.modules["pws.cli.evaluate"] = ModuleType("pws.cli.evaluate")
+command.run = run
+sys.exit(main(["evaluate"]))
+"""
+PRINT = f"{sys.executable} prints.py"
 STREAMS = {
     "full": (f"{DIAGNOSE} > /dev/full", 2, "pws: the output can't be written: No space left on device"),
     "full usage": (f"{PWS} > /dev/full", 2, "pws: the output can't be written"),
-    "closed": (f"{DIAGNOSE} >&-", 0, ""),
-    "a reader that leaves": (f"set -o pipefail; {DIAGNOSE} | head -1", 0, ""),
+    "closed": (f"{PRINT} >&-", 0, ""),
+    "a reader that leaves": (f"set -o pipefail; {PRINT} | head -1", 0, ""),
     "full errors": (f"{PWS} nonsense 2> /dev/full", 2, ""),
     "closed errors": (f"{PWS} nonsense 2>&-", 2, ""),
-    "ascii": (f"PYTHONIOENCODING=ascii {DIAGNOSE}", 0, ""),
+    "ascii": (f"PYTHONIOENCODING=ascii {PRINT}", 0, ""),
     "C": (f"LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 {DIAGNOSE}", 0, ""),
     "an error in ascii": (f"PYTHONIOENCODING=ascii {PWS} évaluer", 2, "pws: unknown command '\\xe9valuer'"),
 }
@@ -33,6 +57,7 @@ STREAMS = {
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(("command", "code", "says"), STREAMS.values(), ids=STREAMS)
 def test_streams(command: str, code: int, says: str, tmp_path: Path) -> None:
+    (tmp_path / "prints.py").write_text(PRINTS, encoding="utf-8")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith(says)
