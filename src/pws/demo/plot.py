@@ -36,20 +36,11 @@ def _results(axes: Axes, results: Results) -> None:
     rows = list(dict.fromkeys(run.row for run in results))
     rates = list(LEARNING_RATES.values())
     grid = [[0.0] * len(rates) for _ in rows]
-<<<<<<< HEAD:src/pws/demo/plot.py
     for run, result in results.items():
         row, column = rows.index(run.row), rates.index(run.lr)
         grid[row][column] = result.accuracy or 0.0
-        dark = result.collapsed or (result.accuracy or 0) > 0.8
-        axes.text(column, row, str(result), ha="center", va="center", color="white" if dark else "black")
-    axes.imshow(grid, cmap="RdYlGn", vmin=-0.1, vmax=1.25, aspect="auto")
-=======
-    for cell, outcome in results.items():
-        row, column = rows.index(cell.row), rates.index(cell.lr)
-        grid[row][column] = outcome.accuracy or 0.0
-        axes.text(column, row, str(outcome), ha="center", va="center", color=_ink(grid[row][column]))
+        axes.text(column, row, str(result), ha="center", va="center", color=_ink(grid[row][column]))
     axes.imshow(grid, cmap=GROUNDS, norm=SHADE, aspect="auto")
->>>>>>> a5a6fb813828afbfd9cff5cc20cb73100a450f56:src/pws/demo/picture.py
     axes.set_xticks(range(len(rates)), [f"{name}\n{rate:g}" for name, rate in LEARNING_RATES.items()])
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("learning rate")
