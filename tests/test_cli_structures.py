@@ -141,3 +141,10 @@ def test_a_result_file_that_is_damaged(content: Any, tmp_path: Path, capsys: pyt
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(GRID))
     if not (isinstance(content, dict) and content.get("cells") == []):  # nothing to take up
         assert "mine.json" in refused(capsys, ["bench", "accuracy", str(tmp_path / "mine.yaml"), f"--out={tmp_path}"])
+
+
+@pytest.mark.parametrize("line", ["  lr: 0.1\n", "words and [ more: words\n", "x"])
+def test_a_file_too_large_to_be_a_recipe(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "big.yaml").write_text("optim:\n" + line * (1_100_000 // len(line)))
+    assert main(["train", str(tmp_path / "big.yaml")]) == 2
+    assert "is larger than 1,000,000 characters: it is no recipe" in capsys.readouterr().err

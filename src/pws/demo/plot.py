@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from pws.demo.runs import LEARNING_RATES
@@ -14,6 +16,8 @@ from pws.demo.story import Results
 COLOURS = {"none": "#c0392b", "wn": "#e67e22", "gn": "#7f8c8d", "bn": "#2471a3", "pws": "#1e8449"}
 LINES = {"none": "o-", "wn": "s--", "gn": "o-", "bn": "o-", "pws": "o-"}
 """WN starts as the plain network and would hide it behind a solid line."""
+GROUNDS, SHADE = colormaps["RdYlGn"], Normalize(-0.1, 1.25)
+"""The colour behind an accuracy."""
 FLOOR = 0.1
 """Where the axis of the average gradients ends: PWS's zeros are drawn there."""
 
@@ -35,14 +39,19 @@ def _results(axes: Axes, results: Results) -> None:
     for run, result in results.items():
         row, column = rows.index(run.row), rates.index(run.lr)
         grid[row][column] = result.accuracy or 0.0
-        dark = result.collapsed or (result.accuracy or 0) > 0.8
-        axes.text(column, row, str(result), ha="center", va="center", color="white" if dark else "black")
-    axes.imshow(grid, cmap="RdYlGn", vmin=-0.1, vmax=1.25, aspect="auto")
+        axes.text(column, row, str(result), ha="center", va="center", color=_ink(grid[row][column]))
+    axes.imshow(grid, cmap=GROUNDS, norm=SHADE, aspect="auto")
     axes.set_xticks(range(len(rates)), [f"{name}\n{rate:g}" for name, rate in LEARNING_RATES.items()])
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xlabel("learning rate")
     axes.set_title("Test accuracy on the digits")
     axes.tick_params(length=0)
+
+
+def _ink(accuracy: float) -> str:
+    """Black or white, whichever has the higher contrast to the ground of this accuracy: at least 4.5 to 1."""
+    red, green, blue = (part**2.2 for part in GROUNDS(SHADE(accuracy))[:3])
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.18 else "white"
 
 
 def _gradients(axes: Axes, results: Results) -> None:

@@ -120,7 +120,7 @@ class Setting:
     per_channel: bool
     mean: float | None
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Of the target, for the layers that end residual branches."""
+    """The share of the target, for the layers that end residual branches."""
     done: dict[Tensor, Calibrated] = field(default_factory=dict)
     """By what is scaled: a weight of two layers is set by the first."""
     factors: dict[Tensor, tuple[nn.Module, Tensor]] = field(default_factory=dict)

@@ -168,8 +168,8 @@ class Plan:
 
     @property
     def output_error(self) -> float | None:
-        """Of a fitted warm start: root mean square of the difference of what the last layers give on the example, in units of
-        its deviation. Of few images it says too little: the fit knows them. None before the fit."""
+        """The error of a fitted warm start: root mean square of the difference of what the last layers give on the example, in
+        units of its deviation. With few images it is too small, because the fit has seen them. None before the fit."""
         return self._fit[1] if "_fit" in vars(self) else None
 
     def fit(self) -> float:

@@ -213,7 +213,7 @@ def _writes(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _activation_of(module: nn.Module) -> str | None:
-    """Of a norm-plus-activation module, such as timm's BatchNormAct2d."""
+    """Name the activation of a norm-plus-activation module, such as timm's BatchNormAct2d."""
     child = getattr(module, "act", None)
     if not isinstance(child, nn.Module) or isinstance(child, nn.Identity):
         return None

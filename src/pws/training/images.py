@@ -38,7 +38,7 @@ class Splits:
     test: Images
     classes: list[str]
     mean: Sequence[float]
-    """Of each channel's pixels; bytes count as 0 to 1."""
+    """The mean of each channel's pixels; bytes count as 0 to 1."""
     std: Sequence[float]
 
 

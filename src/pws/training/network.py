@@ -20,7 +20,7 @@ from pws.training.module import logits_of
 from pws.training.recipe import ModelConfig
 
 BYTES: Final = 12
-"""Of a parameter in training, at least: its value, its gradient, its momentum."""
+"""What a parameter takes in training at least: its value, its gradient, its momentum."""
 SMALL_WIDTH: Final = 0.125
 CONVERTED_ON: Final = 64
 """Training images that alpha is set on when a model of others is converted."""

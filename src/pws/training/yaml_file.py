@@ -28,17 +28,17 @@ def read_yaml(path: Path, what: str, known: Collection[str] = ()) -> dict[str, A
     """
     try:
         with path.open(encoding="utf-8") as file:
-            text = file.read(LARGEST)
-        content = yaml.safe_load(text)
+            text = file.read(LARGEST + 1)
+        content = None if len(text) > LARGEST else yaml.safe_load(text)
     except OSError:
         raise
     except Exception as error:  # a file may hold anything, and yaml's constructors raise errors of their own
         raise PwsError(f"{path} is not a YAML file: {one_line(error)}.") from error
+    if len(text) > LARGEST:
+        raise PwsError(f"{path} is larger than {LARGEST:,} characters: it is no {what}.")
     if not isinstance(content, dict):
         keys = f" ({', '.join(known)})" if known else ""
         raise PwsError(f"{path} must hold a {what}'s keys{keys}; got {shown(content)}.")
-    if len(text) == LARGEST:
-        raise PwsError(f"{path} is larger than {LARGEST:,} characters: it is no {what}.")
     _check_plain(content, f"{path}:")
     for key in content:
         if known and key not in known:
