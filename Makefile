@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check install lint types docs wheel lock
+.PHONY: demo test test-slow test-all check install lint types docs wheel oldest lock
 
 install: .venv/installed
 
@@ -18,8 +18,14 @@ install: .venv/installed
 demo: install
 	$(BIN)/pws demo --force
 
+# What a user's trust needs. The benches and the demonstration are tested by `make test-slow`.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+test-all: test test-slow
 
 lint: install
 	$(BIN)/ruff check .
@@ -41,7 +47,22 @@ wheel: install
 	cd build && wheel-env/bin/python -c "import pws, torch; print(pws.__file__, pws.Conv2d(3, 8, 3)(torch.ones(1, 3, 5, 5)).shape)"
 	cd build && wheel-env/bin/pws --help > /dev/null
 
-check: lint types test docs wheel
+# The oldest torch that pyproject.toml promises, everything else as in the lock: import, layers, optimizers, conversion, fold.
+OLDEST := torch==2.6.0 torchvision==0.21.0
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,public private_names standardize gain layers mark param_groups numbers \
+	optim_sgd optim_adamw optim_errors convert fold))
+
+oldest: build/oldest-env/installed
+	build/oldest-env/bin/python -m pytest $(OLDEST_TESTS)
+
+build/oldest-env/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv build/oldest-env
+	grep -vE '^(torch|torchvision|triton|sympy|nvidia-[a-z0-9-]*|cuda-[a-z]*)==' requirements.lock > build/oldest-env/constraints.txt
+	build/oldest-env/bin/pip install --quiet --disable-pip-version-check --constraint build/oldest-env/constraints.txt \
+		$(OLDEST) --editable '.[train,kernels]' pytest hypothesis
+	touch $@
+
+check: lint types test-all docs wheel oldest
 
 # Resolve the newest versions of everything again; needs `pip install uv`.
 lock:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pws import diagnose
 from pws.cli import main
-from pws.training.subject import subject_of_model, subject_of_run
+from pws.training.model_and_data import load_model, load_run
 
 TRAIN = (
     *("train", "fashion-mnist-allconv-pws", "--data.name=digits", "--data.image_size=12", "--data.train_images=128"),
@@ -129,12 +129,12 @@ def test_a_run(given: str, run_folder: Path, capsys: pytest.CaptureFixture[str])
     }.get(given, [str(run_folder), f"--checkpoint={given}"])
     found = strict(shown(capsys, *arguments, "--json"))
     name = {"folder": "last", "file": "best"}.get(given, given)
-    subject = subject_of_run(str(run_folder), name)
+    loaded = load_run(str(run_folder), name)
     if name != "init":
         stored = torch.load(run_folder / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
-        for key, value in subject.model.state_dict().items():
+        for key, value in loaded.model.state_dict().items():
             assert torch.equal(value, stored[f"model.{key}"])
-    expected = diagnose(subject.model, subject.batch, subject.loss, lr=0.1, momentum=0.9)
+    expected = diagnose(loaded.model, loaded.batch, loaded.loss, lr=0.1, momentum=0.9)
     assert found == expected.to_dict()
     assert (found["lr"], found["momentum"], found["training"]) == (0.1, 0.9, True)
     assert [layer["name"] for layer in found["layers"]][-1] == "head"
@@ -176,11 +176,11 @@ def test_a_recipe_by_name_and_by_path(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_shipped_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pws.training import subject
+    from pws.training import model_and_data
 
-    load = subject.load_recipe
+    load = model_and_data.load_recipe
     flags = ("--data.name=digits", "--data.image_size=12", "--model.width=0.05", "--data.batch_size=8")
-    monkeypatch.setattr(subject, "load_recipe", lambda path: load(path, *flags))  # its own data may not be here
+    monkeypatch.setattr(model_and_data, "load_recipe", lambda path: load(path, *flags))  # its own data may not be here
     assert "fashion-mnist-allconv-bn at initialization: batch of 8" in shown(capsys, "fashion-mnist-allconv-bn")
 
 
@@ -189,12 +189,12 @@ def test_a_shipped_recipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 def test_models_of_libraries(spec: str, data: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--model", spec, "--data", data, "--image-size=48", "--batch-size=2")
     found = strict(shown(capsys, *flags, "--json"))
-    subject = subject_of_model(spec, data, batch_size=2, image_size=48)
-    assert subject.images.shape == (2, 3, 48, 48)
+    loaded = load_model(spec, data, batch_size=2, image_size=48)
+    assert loaded.images.shape == (2, 3, 48, 48)
     if data == "digits":  # grey, shown as colour
-        assert torch.equal(subject.images[:, 0], subject.images[:, 2])
-        assert found["layers"][0]["input"]["mean"] == pytest.approx(float(subject.images.mean()), rel=1e-3)
-    assert found == diagnose(subject.model, subject.batch, subject.loss).to_dict()
+        assert torch.equal(loaded.images[:, 0], loaded.images[:, 2])
+        assert found["layers"][0]["input"]["mean"] == pytest.approx(float(loaded.images.mean()), rel=1e-3)
+    assert found == diagnose(loaded.model, loaded.batch, loaded.loss).to_dict()
     assert found["lr"] is None
     assert len(found["layers"]) > 8
     fits(shown(capsys, *flags, "--lr=0.5"), f"{spec} on {data}")

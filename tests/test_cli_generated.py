@@ -12,11 +12,12 @@ import pytest
 import timm
 import torch
 import yaml
+from changed_files import contents, damage, structure
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from small_data import write_folder, write_npz
 
-from pws.bench.accuracy import pool
+from pws.bench import pool
 from pws.cli import main, speed
 
 RECIPE: Final[dict[str, Any]] = {
@@ -31,14 +32,14 @@ GRID: Final = {
     "columns": [{"optim.lr": 0.1}, {"optim.lr": 0.2}],
     "rows": {"bn": {}, "pws": {"seeds": [1, 2]}},
 }
-SUITE: Final = {"rows": ["none", "pws"], "seconds": 0.1, "cases": [{"model": "stack4", "batch": [1, 2], "pixels": 8}]}
-CELL: Final = {"row": "bn", "column": "LR 0.1", "seed": 0, "settings": {}, "accuracy": 0.5, "non_finite_step": None}
+CELL: Final = {"row": "bn", "column": "LR 0.1", "seed": 0, "accuracy": 0.5, "non_finite_step": None}
 RESULT: Final = {
     "grid": "g",
     "target": 0.8,
-    "rows": ["bn"],
-    "columns": ["LR 0.1"],
-    "cells": [{**CELL, "curve": [[1, 0.5]]}],
+    "settings": {"data.name": "digits"},
+    "rows": {"bn": {}},
+    "columns": {"LR 0.1": {"optim.lr": 0.1}},
+    "cells": [{**CELL, "steps_to_target": 1}],
 }
 EXAMPLES: Final = 200
 # Each command with the files that it reads.
@@ -66,8 +67,7 @@ COMMANDS: Final[dict[tuple[str, ...], list[str]]] = {
     ("convert", "--model=timm:test_resnet", "--image-size=32", "--weights=weights.pt", "--out=out"): ["weights.pt"],
     ("bench", "accuracy", "grid.yaml", "--out=out"): ["grid.yaml"],
     ("bench", "accuracy", "grid.yaml", "--out=results"): ["results/grid.json"],
-    ("bench", "speed", "suite.yaml", "--out=out"): ["suite.yaml"],
-    ("bench", "tables", "page.md", "--results=results"): ["page.md", "results/grid.json"],
+    ("bench", "speed", "--model=timm:test_resnet", "--out=out"): [],
     ("demo", "--epochs=0"): [],
     ("bench", "shift", "--out=page.md"): [],
 }
@@ -95,7 +95,7 @@ FLAGS: Final = (
         "--weights",
         "--resume",
         "--monitor",
-        "--quick",
+        "--seconds",
     ),
     *("--data.batch_size", "--data.image_size", "--data.name", "--data.root", "--data.workers", "--model.method"),
     *("--model.name", "--model.width", "--model.gain", "--model.num_classes", "--optim.lr", "--optim.milestones"),
@@ -126,8 +126,6 @@ WORDS: Final = (
     "a\0b",
     "ü/\x1b[1m",
 )
-VALUES: Final[tuple[Any, ...]] = (None, True, -1, 0, 0.5, "", "x", "nan", [], {}, [[]], [None], {"x": {"y": 1}}, 10**30)
-BYTES: Final = b"\x00\xff:[]{}&*!-#x'\"\n "
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +140,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = {"name": name, "root": root, "batch_size": 4, **more}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**RECIPE, "data": data}))
     (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
-    (folder / "suite.yaml").write_text(yaml.safe_dump(SUITE))
     (folder / "results").mkdir()
     (folder / "results" / "grid.json").write_text(json.dumps(RESULT))
-    (folder / "page.md").write_text("<!-- table grid: bn -->\n<!-- end -->\n<!-- table grid steps -->\n<!-- end -->\n")
+    (folder / "page.md").write_text("a page\n")
     torch.save(timm.create_model("test_resnet").state_dict(), folder / "weights.pt")
     assert main(["train", "recipe.yaml", "--runs=.", "--name=run"]) == 0
     shutil.copytree(folder / "run", folder / "stopped")
@@ -154,54 +151,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def places(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a structure."""
-    parts = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    return [at, *(place for key, part in parts for place in places(part, (*at, key)))]
-
-
-def structure(draw: st.DrawFn, path: Path) -> None:
-    """Something else at one place of a YAML or JSON file."""
-    content = [yaml.safe_load(path.read_text())]
-    *way, last = draw(st.sampled_from(places(content)[1:]))
-    part: Any = content
-    for key in way:
-        part = part[key]
-    part[last] = draw(st.sampled_from(VALUES))
-    text = json.dumps(content[0]) if path.suffix == ".json" else yaml.safe_dump(content[0])
-    path.write_text(text)
-
-
-def damage(draw: st.DrawFn, path: Path) -> None:
-    """Bytes of a file are others, missing or more."""
-    content = bytearray(path.read_bytes())
-    at = draw(st.integers(0, max(0, len(content) - 1)))
-    match draw(st.sampled_from(("change", "cut", "insert", "empty", "gone", "folder"))):
-        case "change":
-            content[at : at + 1] = bytes([draw(st.sampled_from(BYTES))])
-        case "cut":
-            del content[at:]
-        case "insert":
-            content[at:at] = bytes(draw(st.lists(st.sampled_from(BYTES), min_size=1, max_size=5)))
-        case "empty":
-            content.clear()
-        case kind:
-            path.unlink()
-            if kind == "folder":
-                path.mkdir()
-            return
-    path.write_bytes(content)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(autouse=True)
 def _no_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a grid or a suite that happens to be right would do takes minutes."""
+    """What a grid or a model that happens to be right would do takes minutes."""
     monkeypatch.setattr(pool, "each_apart", lambda *_: iter(()))
-    monkeypatch.setattr(speed, "run_suite", lambda *_: None)
+    monkeypatch.setattr(speed, "compare_model", lambda *_: {})
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

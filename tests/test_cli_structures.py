@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from wrong_files import RESULTS, TEXTS, WRONG, changed
 
 from pws._errors import PwsError
 from pws.cli import main
+from pws.training.parsing import parse_as
 from pws.training.recipe_file import load_recipe
-from pws.training.typed import read_yaml, typed
+from pws.training.yaml_file import read_yaml
 
 GRID: dict[str, Any] = {
     "settings": {"model": {"name": "allconv", "width": 0.08}, "data": {"name": "digits"}, "trainer": {"max_steps": 2}},
@@ -20,43 +22,13 @@ GRID: dict[str, Any] = {
     "rows": {"bn": {}},
     "seeds": [0],
 }
-SUITE: dict[str, Any] = {"rows": ["none", "pws"], "cases": [{"model": "stack4", "batch": 1, "pixels": 8}]}
 RECIPE: dict[str, Any] = {"model": {"name": "allconv"}, "data": {"name": "digits"}, "optim": {"lr": 0.1}, "seed": 0}
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
-)
-TEXTS = {
-    "nothing": "",
-    "a word": "grid",
-    "a number": "3",
-    "a list": "- 1",
-    "open": "a: [",
-    "tabs": "a:\n\t- 1",
-    "bytes": b"\xff\xfe\x00",
-    "deep": "[" * 5000,
-    "bomb": BOMB,
-    "itself": "&a [*a]",
-    "itself in a mapping": "title: &a {b: *a}",
-    "no date": "title: 2024-99-99",
-    "a date": "title: 2024-01-01",
-    "a set": "title: !!set {a, b}",
-    "an object": "title: !!python/object/apply:os.system [true]",
-    "no float": "title: !!float x",
-    "no timestamp": "title: !!timestamp x",
-    "digits": f"title: {'9' * 5000}",
-    "a key that is a number": "1: 2",
-    "a key that is nothing": "null: 2",
-    "a key that is a list": "? [1]\n: 2",
-}
-# Where in a grid, a suite and a recipe each of these stands instead of what belongs there.
-WRONG: list[Any] = [5, -1, 0.5, True, "word", [], {}, [1], ["a"], [[]], [None], {"a": 1}, {"a": {"b": [1]}}, [{"a": 1}]]
+# Where in a grid and a recipe each of WRONG stands instead of what belongs there.
 PLACES: list[tuple[str, tuple[Any, ...]]] = [
     *(("accuracy", (key,)) for key in ("columns", "rows", "seeds", "target", "evaluations", "evaluation_images")),
     *(("accuracy", place) for place in (("title",), ("columns", 0), ("rows", "bn"), ("rows", "bn", "seeds"))),
     *(("accuracy", ("columns", 0, key)) for key in ("optim.lr", "data.train_images", "data.augment", "model")),
     *(("accuracy", ("settings", key)) for key in ("model", "data", "optim.lr", "config", "data.batch_size")),
-    *(("speed", (key,)) for key in ("rows", "cases", "title", "seconds", "lives")),
-    *(("speed", ("cases", 0, key)) for key in ("model", "batch", "pixels", "width", "compile", "vary", "task")),
     *(("train", (key,)) for key in ("model", "data", "optim", "trainer", "seed", "name")),
     *(("train", ("optim", key)) for key in ("lr", "milestones", "schedule", "step_bound")),
     *(("train", ("data", key)) for key in ("name", "batch_size", "image_size", "augment")),
@@ -81,7 +53,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     return said
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "speed", "train"])
+@pytest.mark.parametrize("kind", ["accuracy", "train"])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_a_text_that_is_no_such_file(
     kind: str, text: str | bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -91,16 +63,7 @@ def test_a_text_that_is_no_such_file(
     assert str(path) in refused(capsys, command(kind, path))
 
 
-def changed(content: Any, place: tuple[Any, ...], value: Any) -> Any:
-    copy = json.loads(json.dumps(content))
-    part = copy
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
-    return copy
-
-
-def fits(kind: str, place: tuple[Any, ...], value: Any) -> bool:
+def fits(place: tuple[Any, ...], value: Any) -> bool:
     """Whether the wrong value happens to be right there."""
     right: dict[tuple[Any, ...], list[Any]] = {
         ("title",): ["word"],
@@ -113,8 +76,6 @@ def fits(kind: str, place: tuple[Any, ...], value: Any) -> bool:
         ("target",): [5, 0.5],
         ("evaluations",): [5],
         ("evaluation_images",): [5],
-        ("seconds",): [5, 0.5],
-        ("lives",): [5],
         ("optim", "milestones"): [[], [1]],
         ("settings", "optim.lr"): [5, -1, 0.5],  # the columns have their own
         ("optim", "lr"): [5, 0.5],
@@ -128,14 +89,7 @@ def fits(kind: str, place: tuple[Any, ...], value: Any) -> bool:
         "data.train_images": [5],
         "data.batch_size": [5],
         "data.augment": [True],
-        "batch": [5, [1]],
-        "pixels": [5, [1]],
-        "width": [5, 0.5, [1], [None]],
-        "compile": [True, [None]],
-        "vary": [[None]],
-        "task": [[None]],
-        "model": [{}, "word", ["a"]] if kind == "speed" else [{}],
-        **{key: [{}] for key in ("data", "optim", "trainer")},
+        **{key: [{}] for key in ("model", "data", "optim", "trainer")},
     }
     allowed = right.get(place, short.get(str(place[-1]), []))
     return any(type(value) is type(item) and value == item for item in allowed)
@@ -147,11 +101,11 @@ def fits(kind: str, place: tuple[Any, ...], value: Any) -> bool:
 def test_a_value_that_does_not_belong_there(
     kind: str, place: tuple[Any, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = {"accuracy": GRID, "speed": SUITE, "train": RECIPE}[kind]
+    content = {"accuracy": GRID, "train": RECIPE}[kind]
     path = tmp_path / "mine.yaml"
     tried = 0
     for value in WRONG:
-        if not fits(kind, place, value):
+        if not fits(place, value):
             path.write_text(yaml.safe_dump(changed(content, place, value)))
             refused(capsys, command(kind, path))
             tried += 1
@@ -170,35 +124,15 @@ def test_what_the_reader_gives(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("a: 1e-3\nb: {c: [1, null, yes]}\nname: ünïcode\n", encoding="utf-8")
     assert read_yaml(path, "recipe") == {"a": "1e-3", "b": {"c": [1, None, True]}, "name": "ünïcode"}
-    assert typed(float, "1e-3", "x") == 0.001
+    assert parse_as(float, "1e-3", "x") == 0.001
     given = {"rows": {"none": {"seconds": [1.0]}}}
-    assert typed(dict[str, Any], given, "x") is not given
+    assert parse_as(dict[str, Any], given, "x") is not given
     assert type(given["rows"]) is dict
     with pytest.raises(PwsError, match=r"^x: Expected a list\. Got value: 3"):
-        typed(list[int], 3, "x")
+        parse_as(list[int], 3, "x")
     path.write_text('name: "1"\nmodel: {gain: relu}\ndata: {root: "null", name: digits}\noptim: {milestones: [3, 4]}\n')
     recipe = load_recipe(path)
     assert (recipe.name, recipe.model.gain, recipe.data.root, recipe.optim.milestones) == ("1", "relu", "null", [3, 4])
-
-
-RESULTS: dict[str, Any] = {
-    "list": [],
-    "cells of a number": {"grid": "g", "cells": 3},
-    "cells of numbers": {"grid": "g", "cells": [1]},
-    "cells of lists": {"grid": "g", "cells": [[]]},
-    "an empty cell": {"grid": "g", "cells": [{}]},
-    "a word for a curve": {
-        "grid": "g",
-        "cells": [{"row": "bn", "column": "c", "seed": 0, "settings": {}, "curve": "x"}],
-    },
-    "no rows": {"grid": "g"},
-    "rows of a number": {"grid": "g", "rows": 3, "columns": 4, "cells": []},
-    "a suite of nothing": {"suite": "s", "cases": None},
-    "a suite of numbers": {"suite": "s", "rows": ["none"], "cases": [1]},
-    "models of numbers": {"models": 3},
-    "networks of nothing": {"networks": []},
-    "something else": {"a": 1},
-}
 
 
 @pytest.mark.parametrize("content", RESULTS.values(), ids=RESULTS)
@@ -207,6 +141,3 @@ def test_a_result_file_that_is_damaged(content: Any, tmp_path: Path, capsys: pyt
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(GRID))
     if not (isinstance(content, dict) and content.get("cells") == []):  # nothing to take up
         assert "mine.json" in refused(capsys, ["bench", "accuracy", str(tmp_path / "mine.yaml"), f"--out={tmp_path}"])
-    for marker in ("mine", "mine: bn", "mine steps"):
-        (tmp_path / "page.md").write_text(f"<!-- table {marker} -->\n<!-- end -->\n")
-        assert "mine.json" in refused(capsys, ["bench", "tables", str(tmp_path / "page.md"), f"--results={tmp_path}"])

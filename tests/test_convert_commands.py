@@ -1,4 +1,4 @@
-"""`pws convert`, `pws bench convert`, and recipes with models of others."""
+"""`pws convert`, and recipes with models of others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import torch
 import torchvision
 from torch import nn
 
-from pws.bench.conversion.models import SPECS
 from pws.cli import main
 from pws.training import train
 from pws.training.data import ImageData
+from pws.training.network import model_for
 from pws.training.recipe_file import recipe_of
-from pws.training.run import model_for
 
 LOADED = """
 from load import model, example
@@ -66,16 +65,6 @@ def test_sizes_below_one_are_refused(flag: str, tmp_path: Path, capsys: pytest.C
         assert main(["convert", "--model", "timm:resnet10t", flag, value, "--out", str(tmp_path / "out")]) == 2
         assert f"{flag} must be at least 1; got {value}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["bench", "convert", "--only", "timm:mobilenetv3_small_100", "--jobs", "1", "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    assert "1 of 1 models passed all checks" in capsys.readouterr().out
-    assert "| timm:mobilenetv3_small_100 | 2.54 M | 34 | 34 | 0 |" in (tmp_path / "convert.md").read_text()
-    assert len(SPECS) == len(set(SPECS))
-    assert sum(spec.startswith("timm:") for spec in SPECS) >= 60
-    assert main(["bench", "convert", "--only", "nothing"]) == 2
 
 
 @pytest.mark.parametrize("method", ["bn", "pws"])

@@ -14,7 +14,7 @@ from torchvision import datasets as tv
 
 from pws._errors import PwsError
 from pws.training.data import ImageBatches, ImageData, TestSampler, TrainSampler
-from pws.training.datasets import DEBIAN_FASHION_MNIST, load_splits
+from pws.training.datasets import load_splits
 from pws.training.recipe import DataConfig
 
 
@@ -73,12 +73,7 @@ def test_workers_give_the_same_batches() -> None:
         assert torch.equal(la, lb)
 
 
-FASHION = pytest.mark.skipif(
-    not DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist, which .ci/run installs"
-)
-
-
-@pytest.mark.parametrize("name", ["digits", pytest.param("fashion-mnist", marks=FASHION)])
+@pytest.mark.parametrize("name", ["digits", pytest.param("fashion-mnist", marks=pytest.mark.needs("fashion-mnist"))])
 def test_normalization_and_counts(name: str) -> None:
     splits = load_splits(DataConfig(name=name), seed=0)
     assert (len(splits.train), len(splits.test)) == {"digits": (1437, 360), "fashion-mnist": (60000, 10000)}[name]
@@ -88,7 +83,7 @@ def test_normalization_and_counts(name: str) -> None:
     assert labels.bincount().numel() == len(splits.classes) == 10
 
 
-@FASHION
+@pytest.mark.needs("fashion-mnist")
 def test_fashion_mnist_labels_belong_to_images() -> None:
     # A trouser is narrow and a bag is wide: swapped or shifted labels would not keep that.
     splits = load_splits(DataConfig(name="fashion-mnist"), seed=0)

@@ -21,7 +21,7 @@ import pws.optim
 from pws._errors import PwsError
 from pws._mark import adopt, filters_of, mark, mark_of, unmark
 from pws.diagnosis import Diagnosis, LayerDiagnosis, Monitor, diagnose, forecast
-from pws.diagnosis.marked import kernel_step
+from pws.diagnosis.recording.marked import kernel_step
 
 Batch = tuple[Tensor, Tensor]
 Build = Callable[[], nn.Module]

@@ -16,7 +16,7 @@ import torch
 
 from pws.cli import main
 from pws.surgery import fold
-from pws.training.subject import subject_of_run
+from pws.training.model_and_data import load_run
 
 TRAIN = (
     *(
@@ -45,7 +45,7 @@ def test_onnx_for_any_batch_size(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "Conv" in operators
     assert not any("Norm" in operator for operator in operators)
     session = onnxruntime.InferenceSession(run / "model.onnx", providers=["CPUExecutionProvider"])
-    model = subject_of_run(str(run), "best").model.eval()
+    model = load_run(str(run), "best").model.eval()
     for size in (1, 5):
         images = torch.randn(size, 1, 16, 16)
         with torch.no_grad():
@@ -56,7 +56,7 @@ def test_onnx_for_any_batch_size(run: Path, capsys: pytest.CaptureFixture[str]) 
 def test_torch_export_loads_where_pws_is_not_installed(run: Path) -> None:
     assert main(["export", str(run), "--format", "torch-export", "--checkpoint", "last"]) == 0
     images = torch.randn(3, 1, 16, 16)
-    torch.save((images, subject_of_run(str(run), "last").model.eval()(images).detach()), run / "expected.pt")
+    torch.save((images, load_run(str(run), "last").model.eval()(images).detach()), run / "expected.pt")
     code = f"""
 import sys
 sys.modules["pws"] = None
@@ -73,7 +73,7 @@ def test_safetensors_holds_the_plain_layers_weights(run: Path, tmp_path: Path) -
 
     assert main(["export", str(run), "--format", "safetensors", "--out", str(tmp_path / "new" / "w.safetensors")]) == 0
     state = load_file(tmp_path / "new" / "w.safetensors")
-    model = subject_of_run(str(run), "best").model
+    model = load_run(str(run), "best").model
     folded = fold(model)
     assert set(state) == set(folded.state_dict()) == set(model.state_dict())
     assert not any("alpha" in name for name in state)

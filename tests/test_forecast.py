@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pws import forecast
 from pws._errors import PwsError
-from pws.diagnosis._forecast import PRECISION, crossing
+from pws.diagnosis.divergence_probe import PRECISION, crossing
 from pws.methods import build_method
 from pws.models import build_model
 

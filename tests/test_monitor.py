@@ -489,7 +489,7 @@ def test_a_shift_that_crosses_the_bound() -> None:
     assert monitor.last_healthy is monitor.history[2]
     verdict = monitor.verdict
     assert (verdict.cause, verdict.layer) == ("shift", "features.4")
-    assert "at step 4" in verdict.finding
+    assert "At step 4 their means" in verdict.finding
     shares = [d.layers[2].shift_share for d in (monitor.last_healthy, monitor.first_unhealthy)]
     assert shares[0] < 0.9 <= shares[1]
     assert len(warned) == 1

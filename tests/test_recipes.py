@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from small_data import write_folder, write_npz
 
-from pws.training import load_recipe, shipped_recipes, train
+from pws._errors import PwsError
+from pws.training import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    TrainerConfig,
+    load_recipe,
+    shipped_recipes,
+    train,
+)
 from pws.training.datasets import DATASETS
+from pws.training.recipe_file import recipe_of
 
 SMALL = (
     "--model.width=0.125",
@@ -62,3 +75,46 @@ def test_published_settings() -> None:
     allconv = load_recipe("cifar10-allconv-pws")
     assert (allconv.optim.lr, allconv.optim.weight_decay, allconv.trainer.epochs) == (0.1, 5e-4, 200)
     assert (allconv.optim.schedule, allconv.optim.milestones) == ("step", [100, 150, 180])
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: OptimConfig(lr=-1), "optim.lr must be at least 0; got -1"),
+        (lambda: OptimConfig(clip_norm=1.0, step_bound=1), "both clip the gradient"),
+        (lambda: DataConfig(batch_size=0), "data.batch_size must be at least 1"),
+        (lambda: ModelConfig(width=0), "model.width must be positive"),
+        (lambda: TrainerConfig(strategy="fsdp"), "trainer.strategy must be auto or ddp"),
+        (lambda: Recipe(name="a/b"), "name is a folder's name"),
+        (lambda: replace(Recipe(), seed=-1), "seed must be at least 0"),
+        (lambda: recipe_of({"optim.schedule": "step"}), "needs optim.milestones"),
+    ],
+)
+def test_a_recipe_made_in_python_keeps_the_same_rules(made: Callable[[], object], words: str) -> None:
+    with pytest.raises(PwsError, match=words):
+        made()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("optim: {lr: -1}", "optim.lr must be at least 0; got -1"),
+        ("optim: {lr: null}", "optim.lr must have a value"),
+        ("trainer: {precision: 32}", r"trainer.precision: Expected a str. Got value: 32 \(put it in quotes\)"),
+        ("optim: {lr: fast}", "optim.lr: Expected a float. Got value: fast"),
+        ("optim: {lrr: 1}", "unknown recipe key .* did you mean optim.lr"),
+    ],
+)
+def test_an_error_names_the_file_and_the_key(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(PwsError, match=words) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_flags_mend_what_the_file_alone_breaks(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("optim: {schedule: step, lr: 1e-3}")
+    recipe = load_recipe(path, "--optim.milestones=[3]")
+    assert (recipe.name, recipe.optim.lr, recipe.optim.milestones) == ("mine", 0.001, [3])

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,16 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from needs import need
 from playwright.sync_api import Browser, Page, sync_playwright
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pws._errors import PwsError
 from pws.diagnosis import Diagnosis, diagnose
-from pws.diagnosis.report import write_picture, write_report
-from pws.diagnosis.report.marks import Axis, log_axis, split
-from pws.diagnosis.report.words import number, percent, short
+from pws.diagnosis.report.axis import Axis, log_axis, split
+from pws.diagnosis.report.chart_matplotlib import light_colours
+from pws.diagnosis.report.number_format import number, percent, short
 from pws.methods import build_method
 from pws.models import build_model
 
@@ -36,10 +37,7 @@ HOSTILE = "</script><script>alert(1)</script><b>&amp;%{x}$x$"
 
 @pytest.fixture(scope="module")
 def pages() -> Iterator[Pages]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        pytest.fail(f"the report is tested in a browser; none of {', '.join(names)} is there: apt-get install chromium")
+    found = need("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield Pages(browser)
@@ -153,12 +151,12 @@ def broken_report(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pws_report(folder: Path) -> Path:
-    return write_report(standardized(), folder / "pws.html")
+    return standardized().html(folder / "pws.html")
 
 
 @pytest.fixture(scope="module")
 def deep_report(folder: Path) -> Path:
-    return write_report(deep(), folder / "deep.html")
+    return deep().html(folder / "deep.html")
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +227,8 @@ def test_a_verdict_is_told_by_word_and_sign(pages: Pages, broken_report: Path, p
 
 
 RIGHT_EDGE = "Math.max(...[...document.querySelectorAll('.main-svg')].map((s) => s.getBoundingClientRect().right))"
+HIDDEN_NAMES = """() => [...document.querySelectorAll("#fig-variance .xtick text")]
+    .filter((text) => text.getBoundingClientRect().width === 0).map((text) => text.textContent)"""
 RANGE = "document.querySelector('#fig-variance .plot').layout.xaxis.range"
 COLOURS = """() => { const style = getComputedStyle;
   const plot = document.querySelector("#fig-variance");
@@ -275,6 +275,8 @@ def test_narrow(pages: Pages, deep_report: Path, options: dict[str, bool]) -> No
         settle(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert page.evaluate(RIGHT_EDGE) <= 360
+        assert page.locator("#fig-variance .xtick text").count() > 8
+        assert page.evaluate(HIDDEN_NAMES) == []
         assert page.evaluate(
             "(() => { const s = document.querySelector('.scroll'); return s.scrollWidth > s.clientWidth })()"
         )
@@ -364,6 +366,8 @@ def test_zeros_and_infinities_are_drawn_as_what_they_are(pages: Pages, pws_repor
     layers = len(standardized().layers)
     with pages.at(pws_report) as page:
         ratio, rate = drawn(page, "fig-ratio"), drawn(page, "fig-critical")
+        cells = page.locator("tbody td").all_inner_texts()
+    assert cells.count("∞") == layers
     [zeros] = [trace for trace in ratio if trace["name"].startswith("0")]
     assert len(zeros["y"]) == layers
     assert 0 < zeros["y"][0] < min(layer.independent_ratio for layer in standardized().layers)
@@ -381,10 +385,10 @@ def test_without_a_backward_pass(pages: Pages, broken_report: Path) -> None:
             assert page.locator(f"#{figure} .plot").count() == 0
             assert f"the loss is {number(d.loss)}" in page.locator(f"#{figure} .missing").inner_text()
         traces = drawn(page, "fig-variance")
-        table = page.locator("table").inner_text()
+        cells = page.locator("tbody td").all_inner_texts()
     assert points(traces) == traces[0]["shown"] == 4 * len(d.layers)
     assert {trace["symbol"] for trace in traces} >= {"x-thin-open"}
-    assert {"∞", "NaN", "–"} <= set(table.split())
+    assert {"NaN", "–"} <= set(cells)
 
 
 def test_history(pages: Pages, broken_report: Path) -> None:
@@ -409,7 +413,7 @@ def test_hostile_names_are_text_and_notes_say_why_a_number_is_missing(pages: Pag
     d = dataclasses.replace(diagnose(model, batch(), F.cross_entropy), model=HOSTILE, unused=(HOSTILE,))
     note = d.layers[0].note
     assert note
-    with pages.at(write_report(d, folder / "hostile.html", history=[d], title=HOSTILE)) as page:
+    with pages.at(d.html(folder / "hostile.html", history=[d], title=HOSTILE)) as page:
         assert page.title() == page.locator("h1").inner_text() == HOSTILE
         assert page.locator("tbody th").all_inner_texts() == [HOSTILE, "head"]
         assert note in page.locator("tbody tr").first.inner_text()
@@ -466,7 +470,18 @@ def test_picture(tmp_path: Path, make: Any) -> None:
         assert (part[..., :3].mean(-1) < 0.6).sum() > 500
 
 
-@pytest.mark.parametrize(("write", "library"), [(write_report, "plotly"), (write_picture, "matplotlib")])
+def test_the_picture_has_the_pages_colours_and_they_stand_out(pages: Pages, report: Path) -> None:
+    colours = {
+        name: f"rgb{tuple(round(255 * part) for part in to_rgb(value))}" for name, value in light_colours().items()
+    }
+    with pages.at(report) as page:
+        assert page.evaluate(COLOURS)["text"] == colours["ink"]
+    assert contrast(colours["ink"], "rgb(255, 255, 255)") >= 4.5
+    for name in ("input", "output", "centred", "shift"):
+        assert contrast(colours[name], "rgb(255, 255, 255)") >= 4.5
+
+
+@pytest.mark.parametrize(("write", "library"), [(Diagnosis.html, "plotly"), (Diagnosis.png, "matplotlib")])
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write: Any, library: str) -> None:
     for name in [
         name for name in sys.modules if name.startswith("pws.diagnosis.report.") and not name.endswith("write")
@@ -479,7 +494,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         write(plain(), tmp_path / "file")
 
 
-@pytest.mark.parametrize("write", [write_report, write_picture])
+@pytest.mark.parametrize("write", [Diagnosis.html, Diagnosis.png])
 def test_a_path_that_cannot_be_written(tmp_path: Path, write: Any) -> None:
     with pytest.raises(PwsError, match="file that can be written"):
         write(standardized(), tmp_path)

@@ -27,7 +27,7 @@ from pws.training.callbacks import ClipGrad
 from pws.training.data import ImageData
 from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback
-from pws.training.run import method_for, model_for
+from pws.training.network import method_for, model_for
 
 TINY = (
     *("--data.name=digits", "--data.image_size=12", "--data.train_images=128", "--data.batch_size=32"),

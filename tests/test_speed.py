@@ -1,4 +1,4 @@
-"""`pws bench speed`: suites, what is timed, and the files. Times themselves are never asserted."""
+"""`pws bench speed`: a model with its norms, without them and with pws. Times themselves are never asserted."""
 
 from __future__ import annotations
 
@@ -11,118 +11,16 @@ import torch
 from torch import nn
 
 import pws
-from pws._errors import PwsError
-from pws.bench.speed import measure
-from pws.bench.speed.contestants import Here
-from pws.bench.speed.measure import ROUNDS, measure_rounds
-from pws.bench.speed.memory import peak_of
-from pws.bench.speed.networks import FormulaConv2d, network, optimizer_of, step_of
-from pws.bench.speed.pictures import quartiles
-from pws.bench.speed.step_alone import step_alone
-from pws.bench.speed.suite import Case, load_suite, shipped_suites
+from pws.bench import timing
+from pws.bench.model_speed import AS_IT_IS, PWS, ROWS, TASKS, WITHOUT, build_step
+from pws.bench.step_memory import peak_of
+from pws.bench.timers import TimedStep, TimerHere
+from pws.bench.timing import ROUNDS, Timing, costs, measure, ratio_text
 from pws.cli import main
 
-TINY = """
-title: tiny
-rows: [none, pws, pws in backward]
-seconds: 0.1
-lives: 1
-cases:
-  - {model: stack4, batch: 2, pixels: 16, width: 0.125, optimizer: [sgd, sgd-fused]}
-  - {model: stack4, batch: 2, pixels: 16, width: 0.125, task: inference}
-"""
-
-
-def test_the_shipped_suites() -> None:
-    assert list(shipped_suites()) == [
-        "gpu-compiled",
-        "gpu",
-        "lives",
-        "models",
-        "modes",
-        "resnet50-224",
-        "resnet50",
-        "scaling",
-        "small",
-    ]
-    assert [len(load_suite(name).cases) for name in shipped_suites()] == [3, 3, 1, 6, 3, 2, 5, 20, 4]
-    for name in shipped_suites():
-        assert 1 <= len(load_suite(name, quick=True).cases) <= 2
-
-
-@pytest.mark.parametrize("row", ["none", "bn", "gn", "wn", "nf", "formula", "pws", "pws layers"])
-@pytest.mark.parametrize("model", ["torchvision:resnet18", "timm:regnety_002"])
-def test_a_network_of_others_with_each_method(model: str, row: str) -> None:
-    built = network(model, row)
-    count = sum(isinstance(m, nn.BatchNorm2d) for m in built.modules())
-    assert (count > 0) == (row == "bn")
-    assert bool(pws.marked(built)) == (row == "pws")
-    assert any(isinstance(m, pws.Conv2d) for m in built.modules()) == (row == "pws layers")
-    assert built(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
-
-
-def test_the_formula_is_the_papers() -> None:
-    layer, ours = FormulaConv2d(4, 6, 3), pws.Conv2d(4, 6, 3, gain=pws.PAPER_GAIN)
-    ours.load_state_dict(layer.state_dict())
-    x = torch.randn(2, 4, 8, 8)
-    torch.testing.assert_close(layer(x), ours(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("row", ["pws", "pws layers", "pws in backward", "pws reference"])
-def test_each_way_of_pws_starts_as_the_same_network_and_trains(row: str) -> None:
-    model, x = network("stack4", row, 0.125), torch.randn(2, 3, 16, 16)
-    wanted = network("stack4", "pws", 0.125)(x)
-    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
-    optimizer = optimizer_of(row, model, fused=True)
-    assert isinstance(optimizer, torch.optim.SGD if row == "pws layers" else pws.optim.SGD)
-    with step_of(row):
-        model(x).square().mean().backward()
-        assert all((p.grad is None) == (row == "pws in backward") for p in model.parameters())
-        optimizer.step()
-    assert not torch.equal(model(x), wanted)
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_rows_without_a_step_of_their_own_take_torchs_sgd_as_it_comes_or_fused(fused: bool) -> None:
-    optimizer = optimizer_of("bn", network("stack4", "bn", 0.125), fused=fused)
-    assert type(optimizer) is torch.optim.SGD
-    assert bool(optimizer.defaults["fused"]) == fused
-
-
-def test_what_is_kept_for_the_backward_pass() -> None:
-    case = Case("stack4", batch=4, pixels=16, width=0.25)
-    rows = ("none", "bn", "pws", "pws layers", "pws in backward")
-    measured = measure_rounds(case, {row: Here(row) for row in rows}, 0.01, lambda _: None)
-    outputs = 0
-
-    def count(_: nn.Module, __: object, output: torch.Tensor) -> None:
-        nonlocal outputs
-        outputs += output.numel() * output.element_size()
-
-    plain = network("stack4", "none", 0.25)
-    for module in plain.modules():
-        if isinstance(module, nn.ReLU):
-            module.register_forward_hook(count)
-    images = torch.randn(4, 3, 16, 16)
-    plain(images)
-    kept = outputs + 4 * images.numel()
-    assert kept <= measured["none"].kept < 1.2 * kept  # and the features, the logits, their softmax
-    assert measured["bn"].kept == pytest.approx(measured["none"].kept + outputs, rel=0.02)  # its inputs too
-    assert measured["pws"].kept == measured["pws in backward"].kept == measured["none"].kept
-    kernels = 4 * sum(p.numel() for p in plain.parameters() if p.dim() > 1)
-    assert measured["pws layers"].kept == pytest.approx(measured["none"].kept + kernels, rel=0.1)  # and scales
-
-
-def test_the_peak_of_a_step() -> None:
-    case = Case("stack4", batch=2, pixels=8, width=0.25)  # of small images: gradients are most of it
-    measured = measure_rounds(
-        case, {row: Here(row) for row in ("none", "pws", "pws in backward")}, 0.01, lambda _: None
-    )
-    gradients = 4 * sum(p.numel() for p in network("stack4", "none", 0.25).parameters())
-    for row in ("none", "pws"):
-        assert gradients < measured[row].peak < gradients + 4 * measured[row].kept
-    assert measured["pws"].peak == pytest.approx(measured["none"].peak, rel=0.02)
-    assert measured["pws in backward"].peak < 0.9 * measured["none"].peak
+pytestmark = pytest.mark.slow
+SPEC = "pws.models.small:resnet18"
+MODEL = ("bench", "speed", f"--model={SPEC}", "--batch-size=2", "--image-size=16", "--seconds=0.1")
 
 
 def test_the_peak_is_what_is_there_at_once() -> None:
@@ -139,84 +37,98 @@ def test_the_peak_is_what_is_there_at_once() -> None:
     assert peak_of(run) == pytest.approx(4 * (3000 + 2000), rel=0.05)  # small things come with it
 
 
-def test_a_suite_goes_on_where_it_stopped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    arguments = ["bench", "speed", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path)]
-    assert main(arguments) == 0
-    first = json.loads((tmp_path / "tiny.json").read_text())
-    assert [case["case"] for case in first["cases"]] == [
-        "stack4 x 0.125, batch 2, 16 px",
-        "stack4 x 0.125, batch 2, 16 px, fused SGD",
-        "stack4 x 0.125, batch 2, 16 px, inference",
-    ]
-    assert list(first["cases"][2]["rows"]) == ["none", "pws"]
-    assert quartiles(first["cases"][0], "none") == [1, 1, 1]
-    # Processes take seconds to start; that they serve is seen by now.
-    monkeypatch.setattr(measure, "contestants_of", lambda rows: nullcontext({row: Here(row) for row in rows}))
-    (tmp_path / "tiny.json").write_text(json.dumps({**first, "cases": first["cases"][1:]}))
-    assert main(arguments) == 0
-    second = json.loads((tmp_path / "tiny.json").read_text())
-    assert second["cases"][1:] == first["cases"][1:]
-    assert second["cases"][0] != first["cases"][0]
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("[none,", "[none, gn,").replace("lives: 1", "lives: 2"))
-    assert main(arguments) == 0
-    third = json.loads((tmp_path / "tiny.json").read_text())
-    # A row that is new is measured, with all that it stands beside.
-    assert all("gn" in case["rows"] for case in third["cases"])
-    assert all(len(row["seconds"]) >= 2 * ROUNDS[0] for case in third["cases"] for row in case["rows"].values())
-    assert "3/3" in capsys.readouterr().out
-    assert "inference" in (tmp_path / "tiny.md").read_text()
-    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+def test_the_quartiles_are_those_of_ratios_in_the_same_round() -> None:
+    base, other = Timing((1.0, 2.0, 4.0, 8.0), 5, 6), Timing((1.0, 4.0, 12.0, 32.0), 7, 8)
+    found = costs({"base": base, "other": other}, "base")
+    assert found["base"].ratio == (1, 1, 1)
+    assert found["other"].ratio == (1.25, 2.5, 3.75)  # of 1, 2, 3, 4
+    assert (found["other"].seconds, found["other"].rounds) == (8, 4)
+    assert (found["other"].kept, found["other"].peak) == (7, 8)
+    assert ratio_text(found["other"].ratio) == "2.50 (1.25 to 3.75)"
 
 
-def test_the_step_alone() -> None:
-    found = step_alone("stack4", 0.125, 2)
-    assert 0 < found["deviation"] < 1e-4
-    assert found["bytes"] == 4 * sum(p.numel() for p in network("stack4", "none", 0.125).parameters())
-    assert list(found["seconds"]) == list(found["streams"]) == ["copy", "torch SGD", "torch SGD, fused", "pws SGD"]
-    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found["seconds"].values())
+@pytest.mark.parametrize("task", TASKS)
+def test_the_rows_of_a_model(task: str) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    for row in ROWS:
+        step = build_step(SPEC, 2, 16, row, task)
+        norms = sum(isinstance(module, nn.BatchNorm2d) for module in step.model.modules())
+        assert (norms > 0) == (row == AS_IT_IS)
+        assert bool(pws.marked(step.model)) == (row == PWS and task == "training step")
+        before = [parameter.detach().clone() for parameter in step.model.parameters()]
+        step.run()
+        same = all(map(torch.equal, before, step.model.parameters()))
+        assert same == (task == "inference")
+        assert step.model(images).shape == (2, 10)
 
 
-@pytest.mark.parametrize("wrong", [{"momentum": 0.89}, {"step_bound": 0.99}, {"lr": 0.0999}, {"weight_decay": 0.01}])
-def test_a_wrong_step_is_not_timed(wrong: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    right = pws.optim.SGD
-    monkeypatch.setattr(pws.optim, "SGD", lambda model, **settings: right(model, **{**settings, **wrong}))
-    with pytest.raises(PwsError, match="deviates from float64"):
-        step_alone("stack4", 0.125, 1)
+def test_without_norms_pws_starts_as_the_same_network() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        plain, ours = (build_step(SPEC, 2, 16, row, "inference").model(images) for row in (WITHOUT, PWS))
+    assert torch.equal(plain, ours)
+
+
+def test_each_row_has_a_process_of_its_own_as_often_as_it_says() -> None:
+    said: list[str] = []
+    builders = {row: Builder(row) for row in ("a", "b")}
+    found = measure("case", builders, 0.1, 2, said.append)
+    assert sum("warms up" in text for text in said) == 4
+    assert all(len(timing.seconds) >= 2 * ROUNDS[0] for timing in found.values())
+
+
+class Builder:
+    def __init__(self, row: str) -> None:
+        self.row = row
+
+    def __call__(self) -> TimedStep:
+        model = nn.Linear(2, 2)
+
+        def run() -> None:
+            model(torch.ones(1, 2))
+
+        return TimedStep(run, model)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # Processes take seconds to start; that they serve is tested above.
+    monkeypatch.setattr(
+        timing, "timers_of", lambda builders: nullcontext({row: TimerHere(build) for row, build in builders.items()})
+    )
+    assert main([*MODEL, f"--out={tmp_path}"]) == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert {task: list(rows) for task, rows in result["tasks"].items()} == {task: list(ROWS) for task in TASKS}
+    assert result["command"] == f"pws bench speed --model {SPEC} --batch-size 2 --image-size 16"
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0]
+    for rows in result["tasks"].values():
+        assert rows[WITHOUT]["ratio"] == [1, 1, 1]
+        assert all(low <= middle <= high for low, middle, high in (row["ratio"] for row in rows.values()))
+    training = result["tasks"]["training step"]
+    assert training[PWS]["kept"] == training[WITHOUT]["kept"] < training[AS_IT_IS]["kept"]
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"{row} ") == len(TASKS) for row in (AS_IT_IS, "│ pws"))
+    assert all(f"│ {task} " in printed for task in TASKS)
+    assert f"Files: {tmp_path}" in printed
+    assert main([*MODEL, f"--out={tmp_path}"]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("flags", "words"),
     [
-        ("rows: [none]", "missing: cases"),
-        ("rows: [bn]\ncases: [{model: stack4, batch: 1, pixels: 8}]", "the first row must be none"),
-        ("rows: [none, bnn]\ncases: [{model: stack4, batch: 1, pixels: 8}]", "did you mean bn"),
-        ("rows: [none]\ncases: [{model: stack4, batch: 1, pixel: 8}]", "did you mean pixels"),
-        ("rows: [none]\ncases: [{model: stack4, batch: 1}]", "missing: pixels"),
-        ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, task: trian}]", "did you mean train"),
-        ("rows: [none]\ncases: [{model: stack4, batch: 1, pixels: 8, optimizer: adam}]", "unknown optimizer"),
-        (
-            "rows: [none]\nlives: 0\ncases: [{model: stack4, batch: 1, pixels: 8}]",
-            "lives must be at least 1",
-        ),
-        (
-            "rows: [none]\nseconds: x\ncases: [{model: stack4, batch: 1, pixels: 8}]",
-            "seconds: Expected a float. Got value: x",
-        ),
-        (
-            "rows: [none]\nseconds: .nan\ncases: [{model: stack4, batch: 1, pixels: 8}]",
-            "seconds must be positive; got nan",
-        ),
-        (
-            "rows: [none]\nlives: true\ncases: [{model: stack4, batch: 1, pixels: 8}]",
-            "lives: Expected a int. Got value: True",
-        ),
-        ("rows: [", "is not a YAML file"),
+        (["--model=timm:resnet19"], "did you mean"),
+        ([f"--model={SPEC}", "--batch-size=0"], "--batch-size must be at least 1; got 0"),
+        ([f"--model={SPEC}", "--image-size=-1"], "--image-size must be at least 1; got -1"),
+        ([f"--model={SPEC}", "--seconds=0"], "--seconds must be positive"),
+        ([f"--model={SPEC}", "--seconds=nan"], "Got value: nan"),
+        ([], "model"),
+        (["resnet50"], "resnet50"),
     ],
 )
-def test_a_wrong_suite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str) -> None:
-    (tmp_path / "wrong.yaml").write_text(text)
-    assert main(["bench", "speed", str(tmp_path / "wrong.yaml")]) == 2
-    assert words in capsys.readouterr().err
+def test_bad_input(flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "speed", *flags, f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pws: ")
+    assert words in said
+    assert said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()

@@ -243,7 +243,7 @@ def test_a_plain_net_at_learning_rate_1(model: str, method: str) -> None:
     assert monitor.first_unhealthy is not None
     verdict = clean(monitor.verdict)
     assert verdict.cause == "shift"
-    step = int(re.search(r"at step (\d+) their means", verdict.finding).group(1))
+    step = int(re.search(r"At step (\d+) their means", verdict.finding).group(1))
     told = {d.step: {layer.name: layer for layer in d.layers} for d in monitor.history}
     now, then = told[step][verdict.layer], told[0][verdict.layer]
     assert now.shift_share > then.shift_share + 0.3

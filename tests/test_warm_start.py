@@ -14,6 +14,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import pws
+from pws._errors import PwsError
 from pws._mark import filters_of
 from pws.cli import main
 from pws.surgery.nearest import nearest_filters
@@ -53,7 +54,7 @@ def test_a_warm_start_is_exact_where_filters_have_no_mean() -> None:
     ):
         model = trained(build(), example, centred=True)
         plan = pws.plan(model, example, warm_start=True)
-        assert plan.output_error < 1e-4
+        assert plan.fit() < 1e-4
         converted = plan.apply().eval()
         assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
         assert sum(p.numel() for p in converted.parameters()) == plan.parameters_after
@@ -128,9 +129,7 @@ def test_a_head_that_runs_in_training_only_is_fitted_and_counted() -> None:
     error = float((found - wanted).detach().double().square().mean().sqrt() / wanted.detach().double().std())
     assert error < 0.2
     # The other output, the stem's, is exact: its mean with the head's error.
-    assert plan.output_error == pytest.approx(error, rel=0.01) or plan.output_error == pytest.approx(
-        error / 2, rel=0.01
-    )
+    assert plan.fit() == pytest.approx(error, rel=0.01) or plan.fit() == pytest.approx(error / 2, rel=0.01)
 
 
 def test_a_head_that_runs_in_training_only_is_calibrated() -> None:
@@ -155,7 +154,7 @@ def test_where_the_number_of_outputs_depends_on_the_data_the_error_is_that_of_th
     plan = pws.plan(model, x, warm_start=True)
     wanted, found = nn.Sequential(*model)(x), nn.Sequential(*plan.apply().eval())(x)
     error = float((found - wanted).double().square().mean().sqrt() / wanted.double().std())
-    assert plan.output_error == pytest.approx(error, rel=1e-3)
+    assert plan.fit() == pytest.approx(error, rel=1e-3)
     assert f"{100 * error:.3g} %" in str(plan)
 
 
@@ -196,7 +195,7 @@ def test_a_warm_start_states_its_error() -> None:
     converted = plan.apply().eval()
     wanted, found = model(example), converted(example)
     error = float((found - wanted).double().square().mean().sqrt() / wanted.double().std())
-    assert plan.output_error == pytest.approx(error, rel=1e-3)
+    assert plan.fit() == pytest.approx(error, rel=1e-3)
     assert 0.001 < error < 0.5
     assert f"warm start: outputs differ by {100 * error:.3g} %" in str(plan)
 
@@ -288,8 +287,7 @@ def test_a_layer_is_fitted_as_it_is_called(size: tuple[int, int], named: bool) -
     trained(model, example)
     plan = pws.plan(model, example, warm_start=True)
     assert plan.named("standardize") == ["up"]
-    assert plan.output_error is not None
-    assert plan.output_error < 1e-5
+    assert plan.fit() < 1e-5
 
 
 @pytest.mark.parametrize("where", ["weight", "running_var"])
@@ -319,8 +317,7 @@ def test_depthwise_layers_stay_plain_and_take_over_their_norms() -> None:
     plan = pws.plan(model, example, warm_start=True)
     assert plan.named("absorb") == ["0", "6.0"]
     assert plan.named("standardize") == ["3"]
-    assert plan.output_error is not None
-    assert plan.output_error < 0.5
+    assert plan.fit() < 0.5
     actions = {step.name: step.action for step in pws.plan(model, example).steps}
     assert actions["6.0"] == "standardize"  # from scratch they are standardized
 
@@ -335,7 +332,7 @@ def test_both_forms_are_fitted_to_the_same() -> None:
     assert type(plain[3]) is nn.Conv2d
     assert type(layers[3]) is pws.Conv2d
     assert_close(layers(example), plain(example), "float64")
-    assert plans[0].output_error == plans[1].output_error
+    assert plans[0].fit() == plans[1].fit()
     assert [plan.parameters_after for plan in plans] == [
         sum(p.numel() for p in converted.parameters()) for converted in (plain, layers)
     ]
@@ -348,7 +345,7 @@ def test_a_warm_start_under_autocast_is_as_near() -> None:
     errors = []
     for enabled in (False, True):
         with torch.autocast("cpu", enabled=enabled):
-            errors.append(pws.plan(model, example, warm_start=True).output_error)
+            errors.append(pws.plan(model, example, warm_start=True).fit())
     assert errors[1] == pytest.approx(errors[0], abs=2**-7)  # outputs are rounded to 8 bits: with the old weights 1.3
 
 
@@ -359,14 +356,24 @@ def test_a_plan_is_fitted_once() -> None:
     seen: list[tuple[int, int]] = []
     plan = pws.plan(model, example, warm_start=True, progress=lambda *numbers: seen.append(numbers))
     plan.apply(calibrate=False)
+    assert "not fitted yet" in str(plan)
+    assert plan.output_error is None
     assert seen == []
     before = plan.apply().eval()(example)
     assert "outputs differ" in str(plan)
+    assert plan.fit() == plan.output_error
     assert seen == [(1, 1)]
     nn.init.zeros_(model[3].weight)
     first, second = plan.apply(), plan.apply()
     assert torch.equal(first.eval()(example), before)
     assert first is not second
+
+
+def test_a_plan_without_a_warm_start_is_not_fitted() -> None:
+    plan = pws.plan(small(), images(2, 3, 16, 16))
+    assert "warm start" not in str(plan)
+    with pytest.raises(PwsError, match="only a warm start is fitted"):
+        plan.fit()
 
 
 def test_the_command_with_a_warm_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

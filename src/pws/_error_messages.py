@@ -29,6 +29,11 @@ def note_code_of_others(module: ModuleType) -> None:
         _GIVEN.update(getattr(package, "__path__", [package.__file__]))
 
 
+def note_own_code(folder: Path) -> None:
+    """From now on the frames of the code in this folder are not shown in errors."""
+    _LIBRARIES.append(str(folder))
+
+
 def frames_of_others(error: BaseException) -> list[str]:
     """A line for each of the innermost frames in code that is not of pws or a library, of the first error of a chain."""
     for cause in reversed(list(_chain(error))):

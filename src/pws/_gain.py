@@ -66,7 +66,7 @@ _GAINS: Final = {"linear": 1.0, **{activation: _quadrature(activation) for activ
 def resolve_gain(gain: float | str) -> float:
     """The number that `gain` stands for: itself, or the variance-preserving gain of the activation it names."""
     number = variance_preserving_gain(gain) if isinstance(gain, str) else gain
-    if not isinstance(number, int | float) or not 0 < number < float("inf"):
+    if not isinstance(number, (int, float)) or not 0 < number < float("inf"):
         raise PwsError(
             f"gain must be a positive finite number or the name of an activation; got {gain!r}. "
             f'Use "relu" for a layer behind a ReLU, or pws.PAPER_GAIN for the published constant.'

@@ -1,1 +1,1 @@
-"""Measurements of pws against other methods and of its theory against training."""
+"""`pws bench`: a grid of settings trained side by side, and what a model costs with its norms, without them and with pws."""

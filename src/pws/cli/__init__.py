@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from pws._error_messages import frames_of_others, message_of
-from pws._errors import PwsError, UnknownNameError, reason_of
-from pws.cli.output import guarded_output
+from pws._error_messages import frames_of_others
+from pws._errors import PwsError, UnknownNameError
+from pws.cli.exit_code import exit_code_of
 
 COMMANDS: Final = {
     "demo": "see networks collapse at a large learning rate, and train there with PWS and BatchNorm; takes a minute",
@@ -17,12 +17,12 @@ COMMANDS: Final = {
     "diagnose": "explain layer by layer why a network collapses: pws diagnose runs/NAME --out report.html",
     "export": "write a run's network for other programs: pws export runs/NAME --format onnx",
     "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
-    "bench": "the measurements behind the theory, each a result file and a picture: pws bench shift",
+    "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
     "evaluate": "measure the accuracy of a run on the test images: pws evaluate runs/NAME",
 }
 GOES_ON: Final = {
     "train": "; `pws train runs/NAME --resume` goes on",
-    "bench": "; `pws bench accuracy` and `forecast` go on when the same command is given again",
+    "bench": "; `pws bench accuracy` goes on when the same command is given again",
 }
 USAGE: Final = "\n".join(
     [
@@ -40,34 +40,14 @@ USAGE: Final = "\n".join(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with guarded_output() as output:
-        code = _checked(arguments)
-        output.flush()
-        if output.error is not None and not isinstance(
-            output.error, BrokenPipeError
-        ):  # a reader like head has all it wants
-            code = code or _fail(f"the output can't be written: {output.error.strerror}; the work itself is done", 2)
-    return code
+    return exit_code_of(lambda: _run(arguments), "pws", GOES_ON.get(arguments[0], "") if arguments else "")
 
 
-def _checked(arguments: list[str]) -> int:
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    try:
-        return _run(arguments[0], arguments[1:])
-    except KeyboardInterrupt:
-        return _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", 130)
-    except (Exception, SystemExit) as error:
-        frames, message = frames_of_others(error), message_of(error)
-        if message is None and not frames:
-            raise
-        for frame in frames:
-            print(frame, file=sys.stderr)
-        return _fail(message or f"the code above, which is not of pws, failed: {reason_of(error)}.", 2)
-
-
-def _run(command: str, arguments: list[str]) -> int:
+    command = arguments[0]
     if command == "--version":
         from importlib.metadata import version
 
@@ -76,14 +56,9 @@ def _run(command: str, arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UnknownNameError("command", command, COMMANDS)
     try:
-        code: int = importlib.import_module(f"pws.cli.{command}").run(arguments)
+        code: int = importlib.import_module(f"pws.cli.{command}").run(arguments[1:])
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pws") or frames_of_others(error):
             raise
         raise PwsError(f"pws {command} needs {error.name}: pip install 'pws-torch[train]'.") from error
-    return code
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"pws: {' '.join(message.split())}", file=sys.stderr)
     return code

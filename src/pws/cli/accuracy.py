@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pws.bench.accuracy import Grid, load_grid, run_grid, shipped_grids
-from pws.bench.accuracy.report import write_report
-from pws.bench.accuracy.table import summarize
+from pws.bench.cell import CellResult, train_cell
+from pws.bench.grid import Cell, Grid, load_grid
+from pws.bench.grid_report import write_grid_report
+from pws.bench.grid_tables import over_seeds
+from pws.bench.pool import run_grid
 from pws.cli.arguments import check_failures, check_folder, check_jobs, command_parser, parse
 
 Done = Mapping[tuple[str, str, int], dict[str, Any]]
@@ -26,37 +28,41 @@ def run(arguments: list[str]) -> int:
     parser = command_parser(
         "bench accuracy",
         "Train a grid of methods, learning rates, batch sizes and seeds, each cell on one thread, and write NAME.json, NAME.md "
-        "and pictures. Every cell is stored when it is done: the same command goes on where it was interrupted. Shipped "
-        f"grids, each less than an hour on two cores: {', '.join(shipped_grids())}.",
-        "pws bench accuracy collapse --jobs 2",
+        "and two pictures. Every cell is stored when it is done: the same command goes on where it was interrupted.",
+        "pws bench accuracy grid.yaml --jobs 2",
     )
-    parser.add_argument(
-        "grid", type=str, help="a shipped grid, or a YAML file with title, settings, columns, rows, seeds"
-    )
+    parser.add_argument("grid", type=str, help="a YAML file with title, settings, columns, rows, seeds")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells trained at a time; all cores")
-    parser.add_argument("--out", type=str, help="folder of the files; benchmarks/accuracy, or benchmarks/quick")
-    parser.add_argument(
-        "--quick", action="store_true", help="digits and a few steps: to see that it works, not to measure"
-    )
+    parser.add_argument("--out", type=str, default="bench", help="folder of the files")
     parsed = parse(parser, arguments)
-    check_jobs(parsed.jobs)
-    grid = load_grid(parsed.grid, quick=parsed.quick)
-    out = Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks/accuracy"))
+    grid = load_grid(Path(parsed.grid))
+    return train_grid(grid, Path(parsed.out), parsed.jobs, f"pws bench accuracy {parsed.grid}")
+
+
+def train_grid(
+    grid: Grid,
+    out: Path,
+    jobs: int,
+    command: str,
+    train: Callable[[Cell, int, int], CellResult] = train_cell,
+) -> int:
+    """Train what `out` does not hold yet, show how it goes, write the tables and pictures; returns the exit code."""
+    check_jobs(jobs)
     check_folder(out)
     console = Console()
     console.print(grid.title, highlight=False)
-    command = f"pws bench accuracy {parsed.grid}{' --quick' if parsed.quick else ''}"
-    with _Progress(grid, parsed.jobs, console) as progress:
-        result = run_grid(grid, out / f"{grid.name}.json", command, parsed.jobs, progress, progress.fail)
+    path = out / f"{grid.name}.json"
+    with _Progress(grid, jobs, console) as progress:
+        result = run_grid(grid, path, command, jobs, progress, progress.fail, train)
     if result is not None:
-        files = write_report(result, out / grid.name)
-        console.print(f"Files: {out / grid.name}.json, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+        files = write_grid_report(result, out / grid.name)
+        console.print(f"Files: {path}, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
     check_failures("cells", progress.failures, len(grid.cells))
     return 0
 
 
 class _Progress:
-    """A live table on a terminal, a line a cell elsewhere; both with the time left."""
+    """A live table on a terminal, a line per cell elsewhere; both with the time left."""
 
     def __init__(self, grid: Grid, jobs: int, console: Console) -> None:
         self.grid, self.jobs, self.console = grid, jobs, console
@@ -86,7 +92,7 @@ class _Progress:
             self._line(list(done.values())[-1])
 
     def fail(self, key: tuple[str, str, int], reason: str) -> None:
-        """Take note of a cell without an outcome."""
+        """Take note of a cell without a result."""
         name = f"{key[0]}, {key[1]}, seed {key[2]}"
         self.failures[name] = reason
         self.console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
@@ -94,8 +100,8 @@ class _Progress:
     def _line(self, cell: dict[str, Any]) -> None:
         ended = f"nan@{cell['non_finite_step']}" if cell["accuracy"] is None else f"{100 * cell['accuracy']:.2f} %"
         self.console.print(
-            f"{len(self.done)}/{len(self.grid.cells)}  {cell['row']}, {cell['column']}, seed {cell['seed']}: {ended}, "
-            f"{cell['seconds']:.0f} s; {self._left()}",
+            f"{len(self.done)}/{len(self.grid.cells)}  {cell['row']}, {cell['column']}, seed {cell['seed']}: {ended}; "
+            f"{self._left()}",
             highlight=False,
             soft_wrap=True,
         )
@@ -110,8 +116,7 @@ class _Progress:
         return f"{seconds / 60:.0f} min left" if seconds >= 60 else f"{seconds:.0f} s left"
 
     def _table(self) -> Table:
-        result = {"cells": list(self.done.values()), "target": self.grid.target}
-        summaries = summarize(result)
+        summaries = over_seeds({"cells": list(self.done.values())})
         table = Table(
             caption=f"{len(self.done)} of {len(self.grid.cells)} cells, {self._left()}", caption_justify="left"
         )

@@ -10,14 +10,14 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from pws._errors import PwsError
-from pws.training.check import PROCESSES
-from pws.training.typed import PARSER_ERRORS, parser_says
+from pws.training.parsing import PARSER_ERRORS, parser_message
+from pws.training.rules import PROCESSES
 
 
-def command_parser(command: str, description: str, example: str) -> ArgumentParser:
+def command_parser(command: str, description: str, example: str, program: str = "pws") -> ArgumentParser:
     """A parser whose help ends with an example."""
     return ArgumentParser(
-        prog=f"pws {command}", description=description, epilog=f"Example: {example}", exit_on_error=False
+        prog=f"{program} {command}", description=description, epilog=f"Example: {example}", exit_on_error=False
     )
 
 
@@ -69,11 +69,16 @@ def check_failures(what: str, failures: Mapping[str, str], count: int) -> None:
         )
 
 
-def check_sizes(parsed: Any) -> None:
-    """Raise `PwsError` unless the sizes that were given are at least 1, and not both of --image-size and --input-shape."""
+def check_counts(parsed: Any) -> None:
+    """Raise `PwsError` unless --batch-size and --image-size, where they are given, are at least 1."""
     for flag, value in (("--batch-size", parsed.batch_size), ("--image-size", parsed.image_size)):
         if value is not None and value < 1:
             raise PwsError(f"{flag} must be at least 1; got {value}.")
+
+
+def check_sizes(parsed: Any) -> None:
+    """Raise `PwsError` unless the sizes that were given are at least 1, and not both of --image-size and --input-shape."""
+    check_counts(parsed)
     shape = parsed.input_shape
     if shape is not None and (parsed.image_size is not None or not shape or min(shape) < 1):
         raise PwsError(
@@ -87,7 +92,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     try:
         parsed = parser.parse_args(arguments)
     except PARSER_ERRORS as error:
-        raise PwsError(f"{parser_says(error)} (`{parser.prog} --help` tells the options)") from error
+        raise PwsError(f"{parser_message(error)} (`{parser.prog} --help` tells the options)") from error
     for key, value in vars(parsed).items():
         check_word(key, value)
     return parsed

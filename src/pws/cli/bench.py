@@ -1,71 +1,29 @@
-"""`pws bench`: the experiments behind the theory, each with a result file and a picture."""
+"""`pws bench`: what a user measures on his own model and data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from rich.console import Console
+from pws._errors import PwsError, nearest
+from pws.cli import accuracy, speed
 
-from pws._errors import UnknownNameError
-from pws.bench.cost import run_cost
-from pws.bench.experiments import run_centred, run_depth, run_shift
-from pws.bench.forecasts import run_forecast
-from pws.bench.initial import run_initial
-from pws.bench.result import check_own
-from pws.bench.warm_start import run_warm_start
-from pws.cli import accuracy, conversion, speed, tables
-from pws.cli.arguments import check_folder, command_parser, parse
-from pws.training.quiet import quiet_lightning
+BENCHES: Final = {"accuracy": accuracy.run, "speed": speed.run}
+USAGE: Final = """usage: pws bench NAME [options]     (pws bench NAME --help tells the options)
 
-Bench = Callable[[Path, bool, Callable[[str], None]], dict[str, Any]]
-BENCHES: Final[dict[str, tuple[Bench, str]]] = {
-    "initial": (run_initial, "networks before training against the paper: average gradients and their parts (seconds)"),
-    "shift": (run_shift, "shift share and loss over training: none, wn, bn, pws (a minute)"),
-    "centred": (run_centred, "wn, wn with centred output gradients, bn (two minutes)"),
-    "depth": (run_depth, "variance along the depth before and after five steps (seconds)"),
-    "forecast": (
-        run_forecast,
-        "predicted beside real smallest diverging learning rates (an hour; goes on where it stopped)",
-    ),
-    "cost": (run_cost, "what a diagnosis and a monitor cost, in training steps (two minutes)"),
-    "warm-start": (
-        run_warm_start,
-        "trained networks converted: accuracy before, after, and fine-tuned (a quarter of an hour; goes on where it stopped)",
-    ),
-}
-COMMANDS: Final = {"accuracy": accuracy.run, "convert": conversion.run, "speed": speed.run, "tables": tables.run}
-"""Those with options of their own."""
+  accuracy  train a grid of methods, learning rates, batch sizes and seeds on your data: pws bench accuracy grid.yaml
+  speed     time your model with its norms, without them and with pws: pws bench speed --model timm:resnet18
+
+The experiments behind the documentation run from a checkout of the repository: python -m benchmarks."""
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, measure, write."""
-    if arguments and arguments[0] in COMMANDS:
-        return COMMANDS[arguments[0]](arguments[1:])
-    lines = "; ".join(f"{name}: {line}" for name, (_, line) in BENCHES.items())
-    parser = command_parser(
-        "bench",
-        f"Measure on Fashion-MNIST and write NAME.json and NAME.png. {lines}. With a --help of their own: accuracy GRID (all "
-        "methods side by side), speed SUITE (what they cost), convert (real models converted), tables (those of documents).",
-        "pws bench shift",
-    )
-    parser.add_argument("name", type=str, help=f"one of {', '.join(BENCHES)}")
-    parser.add_argument(
-        "--out", type=str, help="folder of the result file and the picture; benchmarks, or benchmarks/quick"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="digits and few steps: to see that it works, not to measure"
-    )
-    parsed = parse(parser, arguments)
-    if parsed.name not in BENCHES:
-        raise UnknownNameError("bench", parsed.name, BENCHES)
-    quiet_lightning()
-    console, out = Console(), Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks"))
-    check_folder(out)
-    check_own(out / f"{parsed.name}.json", f"pws bench {parsed.name}")
-    BENCHES[parsed.name][0](
-        out, parsed.quick, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
-    )
-    console.print(f"Files: {out / parsed.name}.json, {out / parsed.name}.png", highlight=False, soft_wrap=True)
-    return 0
+    """Run the bench that is named."""
+    name = arguments[0] if arguments else None
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if name not in BENCHES:
+        said = "pws bench needs a name" if name is None else f"unknown bench {name!r}"
+        known = nearest(name or "", BENCHES)
+        raise PwsError(f"{said}{known}. The experiments run from a checkout of the repository: python -m benchmarks.")
+    return BENCHES[name](arguments[1:])

@@ -20,7 +20,7 @@ from pws.surgery._plan import Form, Plan
 from pws.surgery.plan_file import plan_text
 from pws.training.checkpoints import misfits
 from pws.training.datasets import DATASETS
-from pws.training.subject import RANDOM, Subject, subject_of_model
+from pws.training.model_and_data import RANDOM, ModelAndData, load_model
 
 LOAD = '''"""The converted model: `from load import model`, in this folder. {training}"""
 
@@ -49,16 +49,16 @@ def run(arguments: list[str]) -> int:
     out = Path(parsed.out)
     _check(parsed, out)
     images = parsed.batch_size or (256 if parsed.warm_start else 32)
-    subject = subject_of_model(
+    loaded = load_model(
         parsed.model, parsed.data, batch_size=images, image_size=parsed.image_size, input_shape=parsed.input_shape
     )
     if parsed.weights:
-        load_weights(subject.model, Path(parsed.weights))
-    made, table, converted = _convert(parsed, subject)
+        load_weights(loaded.model, Path(parsed.weights))
+    made, table, converted = _convert(parsed, loaded)
     print(table)
     weights = BytesIO()  # on a full disk torch's own writer aborts the process
     torch.save(converted.state_dict(), weights)
-    shape = (2, *subject.images.shape[1:])
+    shape = (2, *loaded.images.shape[1:])
     files: dict[str, str | bytes] = {
         "weights.pt": weights.getvalue(),
         "load.py": LOAD.format(shape=shape, spec=parsed.model, training=TRAINING[parsed.form]),
@@ -71,21 +71,22 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def _convert(parsed: Any, subject: Subject) -> tuple[Plan, str, nn.Module]:
+def _convert(parsed: Any, loaded: ModelAndData) -> tuple[Plan, str, nn.Module]:
     """The plan, its table, and the converted model; warnings as lines of their own."""
     console = Console(stderr=True)
     with console.status("reading the model") as status, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         made = plan(
-            subject.model,
-            subject.images,
+            loaded.model,
+            loaded.images,
             norms=parsed.norms,
             keep=parsed.keep,
             warm_start=parsed.warm_start,
             form=parsed.form,
             progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
         )
-        table, converted = str(made), made.apply()
+        converted = made.apply()
+        table = str(made)  # states the error of the fit
     for warning in caught:
         console.print(f"warning: {warning.message}", highlight=False, markup=False, soft_wrap=True)
     return made, table, converted

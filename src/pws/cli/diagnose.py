@@ -16,8 +16,8 @@ from pws._errors import PwsError
 from pws.cli.arguments import add_force, add_input_shape, check_free, check_sizes, command_parser, parse
 from pws.diagnosis import Diagnosis, Forecast, diagnose, forecast
 from pws.diagnosis.report import require_plotly
+from pws.training.model_and_data import RANDOM, ModelAndData, load_model, load_run
 from pws.training.quiet import quiet_lightning
-from pws.training.subject import RANDOM, Subject, subject_of_model, subject_of_run
 
 
 def run(arguments: list[str]) -> int:
@@ -48,39 +48,39 @@ def run(arguments: list[str]) -> int:
         action="store_true",
         help="also forecast the learning rate at which training diverges (about 180 more passes; it needs real images)",
     )
-    parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main figure")
+    parser.add_argument("--out", type=str, help="write the report here: .html, or .png for its main charts")
     add_force(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parsed = parse(parser, arguments)
     out = _checked_out(parsed.out, force=parsed.force)
     quiet_lightning()
-    subject = _subject(parsed)
+    loaded = _load(parsed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject.to(device)
+    loaded.to(device)
     diagnosis = diagnose(
-        subject.model,
-        subject.batch,
-        subject.loss,
-        lr=subject.lr if parsed.lr is None else parsed.lr,
-        momentum=subject.momentum if parsed.momentum is None else parsed.momentum,
+        loaded.model,
+        loaded.batch,
+        loaded.loss,
+        lr=loaded.lr if parsed.lr is None else parsed.lr,
+        momentum=loaded.momentum if parsed.momentum is None else parsed.momentum,
         steps=parsed.steps,
     )
-    predicted = _forecast(subject) if parsed.forecast else None
-    _show(subject, diagnosis, predicted, out, as_json=parsed.json)
+    predicted = _forecast(loaded) if parsed.forecast else None
+    _show(loaded, diagnosis, predicted, out, as_json=parsed.json)
     return 0
 
 
-def _forecast(subject: Subject) -> Forecast:
-    if subject.labels is None:
+def _forecast(loaded: ModelAndData) -> Forecast:
+    if loaded.labels is None:
         raise PwsError("--forecast needs images with labels: give --data the name of a dataset, such as --data digits.")
-    batches = [(subject.images, subject.labels), *subject.more]
+    batches = [(loaded.images, loaded.labels), *loaded.more]
     if len(batches) < 2:
         raise PwsError("--forecast needs two training batches or more, and the data has one. Lower --batch-size.")
     with Console(stderr=True).status("forecast") as status:
         return forecast(
-            subject.model,
+            loaded.model,
             batches[: len(batches) // 2 * 2],
-            subject.loss,
+            loaded.loss,
             progress=lambda done: status.update(f"forecast: {done} passes of about {60 * (len(batches) // 2)}"),
         )
 
@@ -96,7 +96,7 @@ def _checked_out(given: str | None, *, force: bool) -> Path | None:
     return out
 
 
-def _subject(parsed: Any) -> Subject:
+def _load(parsed: Any) -> ModelAndData:
     if (parsed.run is None) == (parsed.model is None):
         raise PwsError(
             "give either a run (its folder, a checkpoint, or a recipe) or --model; got "
@@ -106,12 +106,12 @@ def _subject(parsed: Any) -> Subject:
     if parsed.model is not None:
         settings = {"root": parsed.root, "batch_size": parsed.batch_size or 32, "image_size": parsed.image_size}
         settings["input_shape"] = parsed.input_shape
-        return subject_of_model(parsed.model, parsed.data or RANDOM, **settings)
+        return load_model(parsed.model, parsed.data or RANDOM, **settings)
     given = [flag for flag in ("data", "root", "image_size", "input_shape") if getattr(parsed, flag) is not None]
     if given:
         flag = given[0].replace("_", "-")
         raise PwsError(f"--{flag} goes with --model: a run has its recipe's data. Leave it out, or change the recipe.")
-    return subject_of_run(parsed.run, parsed.checkpoint, parsed.batch_size)
+    return load_run(parsed.run, parsed.checkpoint, parsed.batch_size)
 
 
 def _finite(value: Any) -> Any:
@@ -124,13 +124,13 @@ def _finite(value: Any) -> Any:
 
 
 def _show(
-    subject: Subject, diagnosis: Diagnosis, predicted: Forecast | None, out: Path | None, *, as_json: bool
+    loaded: ModelAndData, diagnosis: Diagnosis, predicted: Forecast | None, out: Path | None, *, as_json: bool
 ) -> None:
     if out is not None:
         if out.suffix == ".png":
             diagnosis.png(out)
         else:
-            diagnosis.html(out, title=subject.title)
+            diagnosis.html(out, title=loaded.title)
     if as_json:
         extra = {} if predicted is None else {"forecast": _finite(asdict(predicted))}
         print(json.dumps({**diagnosis.to_dict(), **extra}, indent=2, allow_nan=False))
@@ -138,7 +138,7 @@ def _show(
     console = Console()
     settings = diagnosis.settings
     judged = "" if settings.lr is None else f", learning rate {settings.lr:g}, momentum {settings.momentum:g}"
-    console.print(f"{subject.title}: batch of {len(subject.images)}{judged}", highlight=False, soft_wrap=True)
+    console.print(f"{loaded.title}: batch of {len(loaded.images)}{judged}", highlight=False, soft_wrap=True)
     console.print(diagnosis.table())
     console.print(Text.assemble((f"{diagnosis.verdict.cause}: ", "bold"), str(diagnosis.verdict)))
     if diagnosis.unused:

@@ -1,101 +1,71 @@
-"""`pws bench speed`: what each method costs in time and memory."""
+"""`pws bench speed`: what a model costs with its norms, without them and with pws."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from pws.bench.speed.pictures import quartiles
-from pws.bench.speed.report import ratio_text, write_report
-from pws.bench.speed.run import run_suite
-from pws.bench.speed.suite import Suite, load_suite, shipped_suites
-from pws.cli.arguments import check_failures, check_folder, command_parser, parse
+from pws._errors import PwsError
+from pws.bench.model_speed import WITHOUT, compare_model
+from pws.bench.result_file import write_result
+from pws.bench.timing import ratio_text
+from pws.cli.arguments import add_force, check_counts, check_free, command_parser, parse
+
+MIB: Final = 2**20
+LONGEST: Final = 3600
 
 
 def run(arguments: list[str]) -> int:
-    """Parse, measure what is missing, write the tables and the picture."""
+    """Parse, time, print, write."""
     parser = command_parser(
         "bench speed",
-        "Time methods side by side, round by round in one run, as ratios to the same network without normalization, after "
-        "checking that the step is right; write NAME.json (all samples), NAME.md and NAME.png. Every case is stored when "
-        f"it is done: the same command goes on where it was interrupted. Shipped suites: {', '.join(shipped_suites())}.",
-        "pws bench speed resnet50",
+        "Time a training step (SGD with momentum) and inference of a model on random images: as it is, without its norms, and "
+        "converted to pws. Times are ratios to the model without norms in the same round: median and quartiles.",
+        "pws bench speed --model timm:resnet18 --batch-size 8 --image-size 128",
     )
-    parser.add_argument("suite", type=str, help="a shipped suite, or a YAML file with title, rows, cases, seconds")
-    parser.add_argument("--out", type=str, help="folder of the files; benchmarks/speed, or benchmarks/quick")
-    parser.add_argument("--quick", action="store_true", help="two small cases: to see that it works, not to measure")
+    parser.add_argument(
+        "--model", type=str, required=True, help="torchvision:NAME, timm:NAME or package.module:factory"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images of a step")
+    parser.add_argument("--image-size", type=int, default=128, help="pixels per side")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of timing, for each of the two")
+    parser.add_argument("--out", type=str, help="folder of speed.json, which holds the numbers")
+    add_force(parser)
     parsed = parse(parser, arguments)
-    suite = load_suite(parsed.suite, quick=parsed.quick)
-    out = Path(parsed.out or ("benchmarks/quick" if parsed.quick else "benchmarks/speed"))
-    check_folder(out)
+    check_counts(parsed)
+    if not 0 < parsed.seconds <= LONGEST:
+        raise PwsError(f"--seconds must be positive, and at most {LONGEST}; got {parsed.seconds}.")
+    path = None if parsed.out is None else Path(parsed.out) / "speed.json"
+    if path is not None:
+        check_free(path, force=parsed.force)
+    sizes = parsed.batch_size, parsed.image_size
+    with Console(stderr=True).status("") as status:
+        tasks = compare_model(parsed.model, *sizes, parsed.seconds, lambda doing: status.update(doing))
     console = Console()
-    console.print(suite.title, highlight=False)
-    with _Progress(suite, console) as progress:
-        command = f"pws bench speed {parsed.suite}{' --quick' if parsed.quick else ''}"
-        path = out / f"{suite.name}.json"
-        result = run_suite(suite, path, command, progress.take, progress.say, progress.fail)
-    if result is not None:
-        files = write_report(result, out / suite.name)
-        console.print(f"Files: {path}, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
-    check_failures("cases", progress.failures, len(suite.cases))
+    console.print(_table(parsed, tasks))
+    if path is not None:
+        command = f"pws bench speed --model {parsed.model} --batch-size {sizes[0]} --image-size {sizes[1]}"
+        write_result(path, command, {"tasks": tasks})
+        console.print(f"Files: {path}", highlight=False, soft_wrap=True)
     return 0
 
 
-class _Progress:
-    """A live table with what is going on below on a terminal; a line a case elsewhere."""
-
-    def __init__(self, suite: Suite, console: Console) -> None:
-        self.suite, self.console = suite, console
-        self.cases: list[Mapping[str, Any]] = []
-        self.failures: dict[str, str] = {}
-        self.doing = ""
-        self.live = Live(console=console, refresh_per_second=2, get_renderable=self._shown)
-        self.context = self.live if console.is_terminal else nullcontext()
-
-    def __enter__(self) -> _Progress:
-        self.context.__enter__()
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        self.doing = ""
-        self.context.__exit__(*raised)
-        if not self.console.is_terminal:
-            self.console.print(self._table())
-
-    def say(self, text: str) -> None:
-        """Take note of what is going on."""
-        self.doing = text
-
-    def fail(self, case: str, reason: str) -> None:
-        """Take note of a case that could not be measured."""
-        self.failures[case] = reason
-        self.console.print(f"{case}: {reason}", highlight=False, markup=False, soft_wrap=True)
-
-    def take(self, content: Mapping[str, Any]) -> None:
-        """Take note of what is done."""
-        self.cases = list(content["cases"])
-        if not self.console.is_terminal:
-            case = self.cases[-1]
-            texts = ", ".join(f"{row} {ratio_text(case, row)}" for row in case["rows"] if row != "none")
-            line = f"{len(self.cases)}/{len(self.suite.cases)}  {case['case']}: {texts}"
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-    def _shown(self) -> Group:
-        return Group(self._table(), Text(f"{len(self.cases)} of {len(self.suite.cases)} cases. {self.doing}"))
-
-    def _table(self) -> Table:
-        table = Table(caption="time, ratio to no normalization: median", caption_justify="left")
-        table.add_column("")
-        for row in self.suite.rows[1:]:
-            table.add_column(row, justify="right")
-        for case in self.cases:
-            ratios = (f"{quartiles(case, row)[1]:.2f}" if row in case["rows"] else "-" for row in self.suite.rows[1:])
-            table.add_row(case["case"], *ratios)
-        return table
+def _table(parsed: Any, tasks: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    title = f"{parsed.model}, batch {parsed.batch_size}, {parsed.image_size} pixels"
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = (
+        f"time: ratio to the model {WITHOUT}, median (quartiles). kept: tensors kept for the backward pass. peak: the most "
+        "that a step needs beside parameters and momentum."
+    )
+    for column in ("", "time", "ms", "kept, MiB", "peak, MiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for task, rows in tasks.items():
+        table.add_section()
+        table.add_row(f"[bold]{task}[/bold]")
+        for row, cost in rows.items():
+            sizes = (f"{cost[kind] / MIB:.0f}" for kind in ("kept", "peak"))
+            table.add_row(row, ratio_text(cost["ratio"]), f"{1e3 * cost['seconds']:.1f}", *sizes)
+    return table

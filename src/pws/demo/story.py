@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pws.demo.cells import CONTROL, LEARNING_RATES, METHOD_ORDER, Cell, Outcome
+from pws.demo.runs import CONTROL, LEARNING_RATES, METHOD_ORDER, DemoResult, DemoRun
 from pws.optim.bound import STEP_BOUND
 
-Results = dict[Cell, Outcome]
+Results = dict[DemoRun, DemoResult]
 
 
 def sentences(results: Results) -> list[str]:
@@ -14,8 +14,8 @@ def sentences(results: Results) -> list[str]:
     return [_what(results), *verdicts, _gradients(results), _control(results)]
 
 
-def _at(results: Results, row: str, rate: str) -> Outcome:
-    return next(o for cell, o in results.items() if cell.row == row and cell.lr == LEARNING_RATES[rate])
+def _at(results: Results, row: str, rate: str) -> DemoResult:
+    return next(result for run, result in results.items() if run.row == row and run.lr == LEARNING_RATES[rate])
 
 
 def _listed(parts: list[str]) -> str:
@@ -23,9 +23,9 @@ def _listed(parts: list[str]) -> str:
 
 
 def _what(results: Results) -> str:
-    outcomes = {row: _at(results, row, "large") for row in METHOD_ORDER}
-    failed = [f"{row} ({outcome})" for row, outcome in outcomes.items() if outcome.collapsed]
-    trained = [f"{row} ({outcome})" for row, outcome in outcomes.items() if not outcome.collapsed]
+    ended = {row: _at(results, row, "large") for row in METHOD_ORDER}
+    failed = [f"{row} ({result})" for row, result in ended.items() if result.collapsed]
+    trained = [f"{row} ({result})" for row, result in ended.items() if not result.collapsed]
     verb = f"{_listed(failed)} collapsed" if failed else "no network collapsed"
     rest = f", while {_listed(trained)} trained" if trained else ""
     return f"At the large learning rate {LEARNING_RATES['large']:g}, {verb}{rest}."

@@ -12,11 +12,13 @@ from torch.nn.parameter import is_lazy
 
 from pws._errors import PwsError, one_line
 from pws.diagnosis.batch import REJECTIONS, Batch, Forward, Loss, batch_of, check_finite
-from pws.diagnosis.diagnosis import Diagnosis, Settings
-from pws.diagnosis.layer import LayerDiagnosis, layer_diagnosis
-from pws.diagnosis.marked import check_optimizer
+from pws.diagnosis.diagnosis import Diagnosis
+from pws.diagnosis.layer import LayerDiagnosis
+from pws.diagnosis.layer_statistics import layer_diagnosis
+from pws.diagnosis.measurement import Measurement, Settings
 from pws.diagnosis.preserve import preserved
-from pws.diagnosis.recorder import Recorder
+from pws.diagnosis.recording.marked import check_optimizer
+from pws.diagnosis.recording.recorder import Recorder
 from pws.optim.sharding import is_sharded
 
 LAYER_KINDS = (
@@ -38,30 +40,30 @@ def diagnose(
 ) -> Diagnosis:
     """Explain a model on a batch: variance transmission, average gradients, critical learning rates, and a verdict.
 
-    It runs one forward and one backward pass in the model's present mode, under whatever autocast is active. Diagnose training
-    in training mode: BatchNorm then uses the batch. The model, its gradients, buffers (BatchNorm's running statistics) and
-    every random generator are left exactly as they were, also after an error.
+    It runs one forward and one backward pass in the model's present mode and under the active autocast. To explain training,
+    put the model in training mode: BatchNorm then uses the batch. The model, its gradients, its buffers and every random
+    generator are left exactly as they were, also after an error.
 
     Args:
-        model: any module; its layers are found by the operations they call (convolutions, transposed convolutions, linear
+        model: any module. Its layers are found by the operations they call (convolutions, transposed convolutions, linear
             maps), whatever computes their kernels.
-        batch: `(inputs, targets)` as a DataLoader gives it, or the inputs alone; inputs are a tensor, a tuple of arguments, a
+        batch: `(inputs, targets)` as a DataLoader gives it, or the inputs alone. Inputs are a tensor, a tuple of arguments, a
             list of images or a dict of arguments. A model that has an argument for targets gets them.
-        loss: `loss(outputs, targets)`, or `loss(outputs)`, to a scalar or to a dict of losses, which are summed. Without it the
-            model's outputs are its losses: a dict of them, or an output called `loss`.
-        forward: `forward(model, batch)` gives the outputs, for a batch of any other form. The loss takes the batch in place
-            of the targets, unless it is a pair.
-        lr: the learning rate to judge; without it the verdict names the smallest critical one.
-        momentum: SGD's, for the forecast.
+        loss: `loss(outputs, targets)` or `loss(outputs)`. It returns a scalar, or a dict of losses, which are summed. Leave it
+            out if the model returns its losses: a dict of them, or an output called `loss`.
+        forward: `forward(model, batch)` returns the outputs, for a batch of any other form. The loss then takes the batch in
+            place of the targets, unless the batch is a pair.
+        lr: the learning rate to judge. Without it the verdict names the smallest critical one.
+        momentum: the momentum of SGD, for the prediction.
         steps: how many steps ahead the shift share is predicted.
         optimizer: the optimizer of a model with marked layers (`pws.mark`), after some training. It holds `w`, whose size
-            decides how far a step moves the kernel. Without it, `w` has the size that an optimizer starts with. Other models
+            decides how far a step moves the kernel. Without it, the size is taken that an optimizer starts with. Other models
             need none.
 
     Raises:
-        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized. Its weights are split
-            over processes. The batch holds NaN or infinity that reach a layer or the loss. The loss is not a scalar or does not
-            depend on the model's parameters. The optimizer is one of torch's own, and the model has marked layers.
+        PwsError: the model has no layer with a weight, rejects the batch or is not yet initialized. Or its weights are split
+            over processes. Or NaN or infinity of the batch reach a layer or the loss. Or the loss is not a scalar, or does not
+            depend on the model's parameters. Or the optimizer is one of torch's own and the model has marked layers.
 
     Examples:
         >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
@@ -98,7 +100,7 @@ def diagnose(
 def diagnosis_of(
     recorder: Recorder, loss: Tensor | None, settings: Settings, *, step: int | None = None, loss_scale: float = 1.0
 ) -> Diagnosis:
-    """What a recorder has seen, as numbers."""
+    """Turn what a recorder has seen into a diagnosis."""
     layers: list[LayerDiagnosis] = []
     for record in recorder.layers.values():
         change = None if record.step_map is None else record.step_map.kernel_change(recorder.steps)
@@ -110,7 +112,7 @@ def diagnosis_of(
     held = [(name, module) for name, module in recorder.model.named_modules() if isinstance(module, LAYER_KINDS)]
     # The output projection of torch's attention is run inside an operation of its own, unseen.
     unused = [n for n, module in held if n not in ran and not isinstance(module, NonDynamicallyQuantizableLinear)]
-    return Diagnosis(
+    measurement = Measurement(
         layers=tuple(layers),
         model=type(recorder.model).__name__,
         loss=None if loss is None else float(loss.detach()),
@@ -118,6 +120,7 @@ def diagnosis_of(
         settings=settings,
         step=step,
     )
+    return Diagnosis.of(measurement)
 
 
 def bare(model: nn.Module) -> nn.Module:

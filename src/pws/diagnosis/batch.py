@@ -28,7 +28,7 @@ Loss = Callable[..., Any]
 Forward = Callable[[Any, Any], Any]
 """`forward(model, batch)` gives the model's outputs."""
 REJECTIONS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-"""What models and losses raise of an input that they can't take; anything else is a bug of theirs, and goes through."""
+"""What models and losses raise for an input that they can't take. Anything else is a bug of theirs, and goes through."""
 TOTALS: Final = ("loss", "total_loss", "loss_total")
 """The names of the sum in a dict of losses."""
 TARGETS: Final = ("targets", "target", "labels", "label")
@@ -60,8 +60,10 @@ class Batch:
         )
 
     def loss(self, loss: Loss | None, outputs: Any) -> Any:
-        """`loss(outputs, targets)`, or `loss(outputs)` where it takes no more or there are no targets; without a loss the
-        outputs are the losses."""
+        """`loss(outputs, targets)`, or `loss(outputs)` where it takes no more or there are no targets.
+
+        Without a loss the outputs are the losses.
+        """
         if loss is None:
             return total(outputs)
         takes_targets = self.has_targets and _binds(_parameters(loss), 2)
@@ -69,7 +71,7 @@ class Batch:
 
 
 def batch_of(given: Any, forward: Forward | None = None) -> Batch:
-    """A tensor or a dict is the inputs alone; a pair is `(inputs, targets)`, a 1-tuple `(inputs,)`.
+    """Read a batch. A tensor or a dict is the inputs alone; a pair is `(inputs, targets)`, a 1-tuple `(inputs,)`.
 
     With `forward` it may be anything; what is no pair is handed to the loss as the targets.
 
@@ -97,7 +99,7 @@ def batch_of(given: Any, forward: Forward | None = None) -> Batch:
 
 
 def example_of(model: Callable[..., Any], given: Any, forward: Forward | None = None) -> Batch:
-    """A batch for a run without a loss: all arguments of the model in a tuple too, or a list of images alone.
+    """Read a batch for a run without a loss: it may also be a tuple of all arguments, or a list of images alone.
 
     Raises:
         PwsError: see `batch_of`.
@@ -112,7 +114,7 @@ def example_of(model: Callable[..., Any], given: Any, forward: Forward | None = 
 
 
 def total(value: Any) -> Any:
-    """A loss as models and losses give it: itself, what is called `loss` or `total_loss` in it, or the sum of a dict."""
+    """Return the scalar of a loss: itself, what is called `loss` or `total_loss` in it, or the sum of a dict."""
     named = next((value[name] for name in TOTALS if name in value), None) if isinstance(value, Mapping) else None
     if named is not None:
         return total(named)
@@ -126,7 +128,7 @@ def total(value: Any) -> Any:
 
 
 def check_finite(values: Any, role: str) -> None:
-    """Raise `PwsError` if a tensor among the inputs or targets holds NaN or infinity, of which something else has become so."""
+    """Raise `PwsError` if a tensor among the inputs or targets holds NaN or infinity: the cause of others."""
     for tensor in tensors_in(values):
         if not tensor.is_floating_point() or tensor.is_meta:
             continue

@@ -6,8 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,26 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pws._errors import PwsError, one_line
+from pws._errors import one_line
 from pws.diagnosis._diagnose import bare, diagnosis_of
 from pws.diagnosis.batch import REJECTIONS, count_bad, tensors_in, total
-from pws.diagnosis.diagnosis import Diagnosis, Settings
-from pws.diagnosis.look_again import look_again
-from pws.diagnosis.marked import check_optimizer
-from pws.diagnosis.measurements import append_csv, metrics_of, new_file
+from pws.diagnosis.diagnosis import Diagnosis
+from pws.diagnosis.health_history import CollapseWarning, HealthHistory
+from pws.diagnosis.measured_steps import MeasuredSteps
+from pws.diagnosis.measurement import Settings
+from pws.diagnosis.metrics import append_csv, metrics_of, new_file
 from pws.diagnosis.preserve import random_state
-from pws.diagnosis.record import is_finite
-from pws.diagnosis.recorder import Recorder
-from pws.diagnosis.verdict import FACTOR, Verdict, collapse_verdict, non_finite_after
+from pws.diagnosis.recording.marked import check_optimizer
+from pws.diagnosis.recording.moments import is_finite
+from pws.diagnosis.recording.recorder import Recorder
+from pws.diagnosis.recording.repeated_pass import record_again
 
 Log = Callable[[dict[str, float], int], None]
 
 
-class CollapseWarning(RuntimeWarning):
-    """A monitored network went non-finite, or the filters' means took over a layer."""
-
-
-class Monitor:
+class Monitor(HealthHistory):
     """Watches a model in training; a context manager.
 
         with pws.Monitor(model, every=50) as monitor:
@@ -45,39 +41,37 @@ class Monitor:
                 optimizer.step()
         print(monitor.verdict)
 
-    A training step is a forward pass of `model` in training mode. With several passes per step, set `monitor.clock` to a
-    function that tells the step's number.
+    The first step, those 1, 2, 4, 8 ... later and every `every`-th are measured, from the training's own forward and backward
+    pass. Nothing runs twice, and the result of training is unchanged to the bit. A compiled model runs uncompiled in these
+    steps. Of the other steps only the outputs are checked; if one is not finite, the forward pass runs again with the same
+    random numbers. Gradients that the model or the loss takes are part of the forward pass.
 
-    The monitor measures the first step, those 1, 2, 4, 8 ... later, and every `every`-th. It reads the training's own forward
-    and backward pass (the first pass of the step). Nothing runs twice, and the result of training is unchanged to the bit. A
-    compiled model runs uncompiled in the measured steps. Gradients that the model or the loss takes are part of the forward
-    pass.
+    A step is unhealthy if an output or the loss is not finite, if the shift share of a layer crosses `shift_bound`, or if a
+    layer's variance is lost or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and gives a
+    `CollapseWarning`.
 
-    In the other steps it only looks at the outputs. If these are not finite, the forward pass runs again, with the random
-    numbers that it had.
-
-    A collapse is an output or a loss that is not finite, a shift share that crosses `shift_bound`, or a variance that vanishes
-    or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and gives a `CollapseWarning`.
+    A training step is one forward pass of `model` in training mode. If a step has several, set `monitor.clock` to a function
+    that returns the number of the step; the first pass of a step is measured.
 
     Under a `torch.amp.GradScaler` write `scaler.scale(monitor.observe(loss)).backward()`: the monitor reads the scale from the
     gradient of the loss. If you observe the scaled loss, or none, set `monitor.loss_scale = scaler.get_scale()` in each step.
-    Gradients that overflow are then no collapse: the scaler skips the step and lowers the scale. A verdict on a step that was
-    skipped is taken back at the next healthy measurement.
+    Gradients that overflow are then no collapse, for the scaler skips the step and lowers the scale. A verdict on a skipped
+    step is taken back at the next healthy measurement.
 
     Args:
         model: what is trained, as it is called (compiled and parallel wrappers too).
-        every: steps between measurements.
-        lr: the learning rate that verdicts judge by.
-        momentum: SGD's.
+        every: the number of steps between measurements.
+        lr: the learning rate that verdicts judge.
+        momentum: the momentum of SGD.
         optimizer: the optimizer of a model with marked layers (`pws.mark`). It holds `w`, whose size decides how far a step
-            moves the kernel. Without it, `w` has the size that an optimizer starts with.
-        shift_bound: the shift share at which a layer that started below it counts as taken over.
+            moves the kernel. Without it, the size is taken that an optimizer starts with.
+        shift_bound: a layer is taken over when its shift share starts below this bound and reaches it.
         csv_path: a new file for the measurements, one row per layer and step.
         log: called with (metrics, step) at each measurement: a Lightning logger's `log_metrics`, or one line around
             TensorBoard's `add_scalar`.
 
     Raises:
-        PwsError: `every` is below 1, or `shift_bound` not between 0 and 1; or the optimizer is one of torch's own and the
+        PwsError: `every` is below 1, or `shift_bound` is not between 0 and 1. Or the optimizer is one of torch's own and the
             model has marked layers.
     """
 
@@ -93,20 +87,13 @@ class Monitor:
         csv_path: str | Path | None = None,
         log: Log | None = None,
     ) -> None:
-        check_every(every)
-        if not 0 < shift_bound < 1:
-            raise PwsError(
-                f"shift_bound is a share of the variance, above 0 and below 1; got {shift_bound}. Usual: 0.9."
-            )
+        super().__init__(shift_bound)
+        self._steps = MeasuredSteps(every)
         Settings(lr, momentum)  # which checks them
         check_optimizer(model, optimizer)
-        self.model, self.every, self.shift_bound = model, every, shift_bound
+        self.model = model
         self.lr, self.momentum, self.optimizer, self.log = lr, momentum, optimizer, log
         self.csv_path = None if csv_path is None else new_file(Path(csv_path))
-        self.history: list[Diagnosis] = []
-        """The diagnoses of the measured steps, in order."""
-        self.last_healthy: Diagnosis | None = None
-        self.first_unhealthy: Diagnosis | None = None
         self.loss_scale = 1.0
         """What the loss is multiplied with before the backward pass (a GradScaler's scale, one over the accumulated batches),
         where `observe` is given the product, or nothing."""
@@ -121,8 +108,6 @@ class Monitor:
         self._looked_again = False
         self._looking = False
         self._call: tuple[Any, Any] | None = None
-        self._first = 0
-        self._last: int | None = None
         self._recorder: Recorder | None = None
         self._recorded = -1
         """The pass that it records; its backward pass may come after several others."""
@@ -145,26 +130,16 @@ class Monitor:
             handle.remove()
         self._handles.clear()
 
-    @property
-    def verdict(self) -> Verdict | None:
-        """The verdict on the collapse, if there was one, else on the last measurement; None before the first."""
-        shown = self.shown
-        return None if shown is None else shown.verdict
-
-    @property
-    def shown(self) -> Diagnosis | None:
-        """The diagnosis to look at: the first unhealthy one, else the last; None before the first."""
-        return self.first_unhealthy or (self.history[-1] if self.history else None)
-
     def observe(self, loss: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Tell the loss of the step before its backward pass; returns it, and the sum of a dict of losses.
+        """Take note of the step's loss before its backward pass, and return it; a dict of losses is summed.
 
-        This is optional: the monitor looks at the outputs anyway."""
+        This is optional, for the outputs are checked anyway.
+        """
         value: Tensor = total(loss)
         self._loss = value.detach()
         if self._recorder is not None and value.requires_grad and value.numel() == 1:
             value.register_hook(self._keep_factor)
-        if self._call is not None and not self._finished() and not torch.isfinite(self._loss).all():
+        if self._call is not None and not self._is_over(scaled=self._scaled) and not torch.isfinite(self._loss).all():
             self._look(*self._call)
         return value
 
@@ -177,6 +152,11 @@ class Monitor:
         """What the network's gradients were multiplied with."""
         return self.loss_scale if self.loss_scale != 1 else self._factor
 
+    @property
+    def _scaled(self) -> bool:
+        """Whether a GradScaler skips steps whose gradients overflow."""
+        return self._scale > 1
+
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._watches(model):
             return
@@ -184,30 +164,19 @@ class Monitor:
         self._step = self._passes if self.clock is None else self.clock()
         self._call, self._loss = (args, kwargs), None
         self._rewind = random_state(bare(model))
-        if self._is_due():
+        if self._steps.is_due(self._step):
             self._drop()  # a measurement whose backward pass never came
             inner, self._recorded = bare(model), self._passes
             self._recorder = recorder = Recorder(inner, self.optimizer)
-            recorder.on_backward_end = lambda: self._measured(recorder)
+            recorder.backward.on_end = lambda: self._measured(recorder)
             self._recording = recorder.forward(running=(args, kwargs) if inner is model else None)
             self._recording.__enter__()
 
     def _watches(self, model: nn.Module) -> bool:
         """Whether a pass is one of training, in which something may be learnt."""
-        return model.training and torch.is_grad_enabled() and not self._looking and not self._finished()
-
-    def _is_due(self) -> bool:
-        """The first step, then 1, 2, 4, 8 ... steps later, and whenever a multiple of `every` is reached or passed."""
-        if self._last is None:
-            self._first = self._last = self._step
-            return True
-        since = self._step - self._first
-        due = self._step != self._last and (
-            since & (since - 1) == 0 or self._step // self.every > self._last // self.every
+        return (
+            model.training and torch.is_grad_enabled() and not self._looking and not self._is_over(scaled=self._scaled)
         )
-        if due:
-            self._last = self._step
-        return due
 
     def _after(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         if self._recording is not None:
@@ -244,7 +213,7 @@ class Monitor:
         """The forward pass of a step that was not measured, once more."""
         self._looked_again = self._looking = True
         try:
-            return look_again(bare(self.model), self.optimizer, self._rewind, args, kwargs)
+            return record_again(bare(self.model), self.optimizer, self._rewind, args, kwargs)
         finally:
             self._looking = False
 
@@ -252,65 +221,25 @@ class Monitor:
         """The backward pass of a measured step has ended."""
         if recorder is not self._recorder:
             return
-        diagnosis = self._diagnosis(recorder)
+        diagnosis, before = self._diagnosis(recorder), self.first_unhealthy
         self._drop()
-        self.history.append(diagnosis)
         self._write(diagnosis)
-        if self._collapsed(diagnosis):
-            self._keep_unhealthy(diagnosis)
-        elif not diagnosis.verdict.cause.startswith("non-finite"):
-            self._keep_healthy(diagnosis)
-
-    def _keep_healthy(self, diagnosis: Diagnosis) -> None:
-        """A step that nobody took is no collapse: a GradScaler skips those whose gradients overflow."""
-        found = self.first_unhealthy
-        if found is not None and found.finite_kernels and (found.finite_loss or self._scale > 1) and not found.finite:
-            self.first_unhealthy, self._looked_again = None, False
-        if self.first_unhealthy is None:
-            self.last_healthy = diagnosis
+        self._keep(diagnosis, scaled=self._scaled)
+        if before is not None and self.first_unhealthy is None:  # the step was not taken: what comes is new
+            self._looked_again = False
 
     def _unhealthy(self, recorder: Recorder) -> None:
         recorder.forget_backward()
         diagnosis = self._diagnosis(recorder)
         self._drop()
-        self.history.append(diagnosis)
         self._write(diagnosis)
-        self._keep_unhealthy(diagnosis)
-
-    def _keep_unhealthy(self, diagnosis: Diagnosis) -> None:
-        if self.first_unhealthy is None:
-            explanation = collapse_verdict(self.history)
-            if explanation.cause == "healthy":
-                explanation = non_finite_after(diagnosis)
-            self.first_unhealthy = self.history[-1] = replace(diagnosis, explanation=explanation)
-            warnings.warn(f"step {diagnosis.step}: {self.verdict}", CollapseWarning, stacklevel=1)
+        self._keep_non_finite(diagnosis)
 
     def _diagnosis(self, recorder: Recorder) -> Diagnosis:
         settings = Settings(self.lr, self.momentum, training=True)
         loss = None if self._loss is None else self._loss * (self._factor / self._scale)
         self._loss = None
         return diagnosis_of(recorder, loss, settings, step=self._step, loss_scale=self._scale)
-
-    def _collapsed(self, diagnosis: Diagnosis) -> bool:
-        """Whether a number is not finite, or a layer that counts has been taken over by its filters' means, or its
-        variance has fallen to a thousandth of what it started with, or risen a millionfold."""
-        if diagnosis.verdict.cause.startswith("non-finite"):
-            return diagnosis.verdict.cause != "non-finite gradient" or self._scale <= 1
-        started = {layer.name: layer for layer in self.history[0].layers}
-        return any(
-            layer.shift_share >= self.shift_bound > started[layer.name].shift_share
-            or layer.output.variance < started[layer.name].output.variance / FACTOR
-            or layer.output.variance > max(started[layer.name].output.variance, 1.0) * FACTOR**2
-            for layer in diagnosis.layers
-            if layer.name in started and layer.counts and started[layer.name].counts
-        )
-
-    def _finished(self) -> bool:
-        """Whether the network is non-finite: there is nothing more to learn, unless a GradScaler skips the step."""
-        if self.first_unhealthy is None:
-            return False
-        last = self.history[-1]
-        return not last.finite_loss and not (self._scale > 1 and last.finite_kernels)
 
     def _drop(self) -> None:
         """Forget a measurement whose backward pass never came, or that is done."""
@@ -325,9 +254,3 @@ class Monitor:
             self.log(metrics_of(diagnosis), self._step)
         if self.csv_path is not None:
             append_csv(diagnosis, self.csv_path)
-
-
-def check_every(every: Any) -> None:
-    """Raise `PwsError` unless `every` is a number of steps."""
-    if not isinstance(every, Integral) or every < 1:
-        raise PwsError(f"a monitor measures every so many steps, a whole number, at least 1; got {every!r}. Usual: 50.")

@@ -10,8 +10,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import Optimizer
 
-import pws
 from pws._errors import PwsError
+from pws._gain import PAPER_GAIN, variance_preserving_gain
+from pws._mark import mark
 from pws.methods.method import Method, kaiming, plain_conv
 from pws.methods.outputs import one_group
 from pws.methods.timm_layers import timm_layer
@@ -112,7 +113,7 @@ def nf(*, clip_factor: float = 0.01) -> Method:
         raise PwsError("the method nf uses timm's adaptive_clip_grad: pip install 'pws-torch[models]'.") from error
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
-        gain = pws.variance_preserving_gain("relu")
+        gain = variance_preserving_gain("relu")
         return kaiming(std_conv(in_channels, out_channels, kernel_size, gamma=gain, **settings))
 
     def rule(model: nn.Module, _: Optimizer) -> None:
@@ -130,7 +131,7 @@ def pws_paper(*, gamma: float = 1e-3) -> Method:
     """PWS as published: gain sqrt(2), a plain head, nothing done to the gradients."""
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
-        return _marked(nn.Conv2d, in_channels, out_channels, kernel_size, **settings, gain=pws.PAPER_GAIN, gamma=gamma)
+        return _marked(nn.Conv2d, in_channels, out_channels, kernel_size, **settings, gain=PAPER_GAIN, gamma=gamma)
 
     source = "Parametric Weights Standardization as published: Liu et al. 2021"
     return Method("pws-paper", source, conv, end_norm=one_group)
@@ -164,7 +165,7 @@ def _marked(
 ) -> nn.Module:
     """A marked layer, drawn once: torch's own initialization would draw from the generator before."""
     layer: nn.Module = nn.utils.skip_init(kind, *sizes, **settings)
-    return pws.mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma, reset_parameters=True)
+    return mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma, reset_parameters=True)
 
 
 def _share_variance(conv: nn.Module, blocks: int) -> nn.Module:

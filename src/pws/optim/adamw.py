@@ -13,7 +13,8 @@ from pws._errors import PwsError
 from pws.kernels import AdamWRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import ahead_of, factors_of
-from pws.optim.moving import Moving, can_be_fused, gradient_of, moving
+from pws.optim.moving import Moving, can_be_fused, gradient_of
+from pws.optim.planning import moving
 from pws.optim.sharding import local
 
 TAKEN_BOUND: Final = 0.05

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,19 +10,16 @@ import torch
 from torch import Tensor
 
 from pws._errors import PwsError
-from pws.kernels import Layer, Step, chosen, steps_of
+from pws.kernels import Layer, Step
 from pws.optim.bound import ahead_of, by_layer, factors_of
 from pws.optim.layout import is_dense, same_layout
 from pws.optim.sharding import is_sharded, local, sum_over_shards
 
 if TYPE_CHECKING:
     from pws.kernels.cpu import CpuStep
-    from pws.optim.base import StandardizingOptimizer
 
 FUSED: Final = ("cpu", "cuda", "xpu", "mps")
 """The devices with fused steps in torch."""
-MOST_PLANS: Final = 4
-"""Plans kept per parameter: which parameters have gradients may change from step to step."""
 Groups = dict[Tensor, dict[str, Any]]
 
 
@@ -91,13 +88,13 @@ class Moving:
         """Raise `NonFiniteGradientError` if a gradient is not finite, in any process."""
         total = squares.sum()
         if self.plain:
-            norms = sum_over_shards(norms_of([local(_grad(p)) for p in self.plain]), self.plain)
+            norms = sum_over_shards(norms_of([local(whole_gradient(p)) for p in self.plain]), self.plain)
             total = total + norms.sum().to(total.device)
         if torch.isfinite(total):
             return
         bad = [
             *(layer.name for layer, square in zip(self.layers, squares, strict=True) if not torch.isfinite(square)),
-            *(names(p) for p in self.plain if not torch.isfinite(local(_grad(p))).all()),
+            *(names(p) for p in self.plain if not torch.isfinite(local(whole_gradient(p))).all()),
         ]
         what = (
             "hold NaN or infinity" if self._holds_non_finite() or not bad else "are finite, but their squares overflow"
@@ -110,56 +107,13 @@ class Moving:
 
     def _holds_non_finite(self) -> bool:
         grads = [*(layer.grad for layer in self.layers), *(layer.bias_grad for layer in self.layers)]
-        grads += [local(_grad(p)) for p in self.plain]
+        grads += [local(whole_gradient(p)) for p in self.plain]
         return not all(torch.isfinite(grad).all() for grad in grads if grad is not None)
-
-
-def moving(
-    optimizer: StandardizingOptimizer, moments: tuple[str, ...], parameters: Iterable[Tensor] | None
-) -> Moving | None:
-    """What has a gradient, all or of `parameters`; None if nothing has."""
-    groups = optimizer.with_gradients(parameters)
-    if not groups:
-        return None
-    key = (moments, *map(id, groups))
-    now = optimizer.plans.get(key)
-    if now is None or not _is_current(now, optimizer, groups):
-        if len(optimizer.plans) > MOST_PLANS * len(optimizer.members):
-            optimizer.plans.clear()
-        now = optimizer.plans[key] = _plan(optimizer, moments, groups)
-    now.groups = groups
-    for weight, bias, layer in zip(now.weights, now.biases, now.layers, strict=True):
-        layer.rates, layer.peaks = optimizer.rates(weight, groups[weight], None if bias is None else groups[bias])
-        layer.grad = optimizer.gradient(weight, layer)
-        layer.bias_grad = None if bias is None else local(_grad(bias)).to(bias.dtype).resolve_neg().contiguous()
-    return now
-
-
-def _plan(optimizer: StandardizingOptimizer, moments: tuple[str, ...], groups: Groups) -> Moving:
-    weights = [weight for weight in groups if optimizer.members[weight].mark is not None]
-    biases = [optimizer.bias_of(weight, groups) for weight in weights]
-    layers = [optimizer.layer(weight, bias, moments) for weight, bias in zip(weights, biases, strict=True)]
-    taken = {*weights, *(bias for bias in biases if bias is not None)}
-    plain = [parameter for parameter in groups if parameter not in taken]
-    numbers = [id(optimizer.layers[parameter]) for parameter in plain]
-    return Moving(weights, biases, layers, steps_of(layers), plain, numbers, chosen(), groups)
-
-
-def _is_current(now: Moving, optimizer: StandardizingOptimizer, groups: Groups) -> bool:
-    """Whether nobody else has written to the kernels or moved them, and their gradients are as they were."""
-    return now.implementation == chosen() and all(
-        optimizer.is_ours(weight)
-        and bias is optimizer.bias_of(weight, groups)
-        and layer.grad_dtype == _grad(weight).dtype
-        and (layer.is_copy or layer.kernel.data_ptr() == local(weight).data_ptr())
-        and (bias is None or layer.bias is None or layer.bias.data_ptr() == local(bias).data_ptr())
-        for weight, bias, layer in zip(now.weights, now.biases, now.layers, strict=True)
-    )
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
     """What this process holds of a plain parameter's gradient, laid out as the parameter."""
-    grad, held = local(_grad(parameter)), local(parameter)
+    grad, held = local(whole_gradient(parameter)), local(parameter)
     return grad if same_layout(grad, held) else torch.empty_like(held, dtype=grad.dtype).copy_(grad)
 
 
@@ -175,6 +129,7 @@ def norms_of(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> T
     return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
-def _grad(parameter: Tensor) -> Tensor:
+def whole_gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that has one, over all processes."""
     assert parameter.grad is not None
     return parameter.grad

@@ -12,7 +12,8 @@ from pws._errors import PwsError
 from pws.kernels import SGDRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
 from pws.optim.bound import STEP_BOUND, factors_of, peak_lr
-from pws.optim.moving import Moving, can_be_fused, gradient_of, moving
+from pws.optim.moving import Moving, can_be_fused, gradient_of
+from pws.optim.planning import moving
 from pws.optim.sharding import local
 
 

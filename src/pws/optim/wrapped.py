@@ -16,7 +16,8 @@ from pws.kernels.reference import ReferenceStep, rows, write_kernel
 from pws.optim.adamw import TAKEN_BOUND
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer
 from pws.optim.bound import ahead_of, by_layer, factors_of
-from pws.optim.moving import moving, norms_of
+from pws.optim.moving import norms_of
+from pws.optim.planning import moving
 from pws.optim.sharding import is_sharded
 
 OURS: Final = ("params", "name", "scale_lr_factor")

@@ -55,7 +55,7 @@ def plan(
         warm_start: keep what a trained model computes, as closely as filters of mean zero allow. Each layer is fitted to its
             outputs on the example, which should be some hundred real images. Layers on the input and depthwise layers stay
             plain and take over their norms, because centred filters would lose the mean of what they see. The plan states the
-            error that is left. A short fine-tuning removes most of it.
+            error that is left once `fit` or `apply` was called. A short fine-tuning removes most of it.
         form: "optimizer" keeps the layers and marks them (`pws.mark`), for an optimizer of `pws.optim`. "layers" makes pws
             layers, which any optimizer trains.
         progress: called with the number of layers fitted and of all; the fit of a large model takes minutes.

@@ -104,11 +104,15 @@ class Plan:
             return "\n".join([*lines, "", counts])
         before = sum(p.numel() for p in self.model.parameters())
         lines += ["", f"{counts}; parameters {before:,} before, {self.parameters_after:,} after"]
-        if self.output_error is not None:
-            lines.append(
-                f"warm start: outputs differ by {100 * self.output_error:.3g} % of their deviation on the example"
-            )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._warm_start_lines()])
+
+    def _warm_start_lines(self) -> list[str]:
+        """The error of the fit; before it, when it comes: printing a plan takes no minutes."""
+        if not self.warm_start:
+            return []
+        if self.output_error is None:
+            return ["warm start: not fitted yet; fit() or apply() fits the layers, then this line states the error"]
+        return [f"warm start: outputs differ by {100 * self.output_error:.3g} % of their deviation on the example"]
 
     @property
     def parameters_after(self) -> int:
@@ -124,14 +128,22 @@ class Plan:
             )
         return self.model
 
+    def _model_with_numbers(self) -> nn.Module:
+        if any(tensor.is_meta for tensor in self._own_model.parameters()):
+            raise PwsError(
+                "kernels are set from numbers, and this model has none (device meta). Convert it with calibrate=False, or give "
+                "it memory and weights first: model.to_empty(device=...), model.load_state_dict(...)."
+            )
+        return self._own_model
+
     def apply(self, model: nn.Module | None = None, *, calibrate: bool = True) -> nn.Module:
         """Make the converted copy; the model is left alone.
 
         Each layer to standardize keeps its class and gets a mark, and its weight becomes the kernel of alpha 1. An optimizer
         of `pws.optim` keeps it standardized. With `form="layers"` the layers become pws layers of the same kernels.
 
-        With a warm start, kernels and biases are fitted to what the model computes. The fit happens once, so later changes of
-        the model do not count.
+        With a warm start, kernels and biases are fitted to what the model computes. The fit happens once, at the first
+        `apply` or `fit`, so later changes of the model do not count.
 
         Else, with `calibrate`, the kernels are scaled on the example, in the order of execution. Each standardized layer's
         output then has variance 1, and those of all residual branches together too. `pws.calibrate` does it again on better
@@ -146,31 +158,38 @@ class Plan:
         """
         if model is not None or not calibrate:
             result = self._converted(self._own_model if model is None else model)
-        elif any(tensor.is_meta for tensor in self._own_model.parameters()):
-            raise PwsError(
-                "kernels are set from numbers, and this model has none (device meta). Convert it with calibrate=False, or give "
-                "it memory and weights first: model.to_empty(device=...), model.load_state_dict(...)."
-            )
         elif self.warm_start:
-            result = deepcopy(self._fitted)
+            result = deepcopy(self._fit[0])
         else:
             result = self._calibrated()
         if self.form == "layers":
             to_layers(result)
         return result
 
-    @cached_property
+    @property
     def output_error(self) -> float | None:
-        """With a warm start: root mean square of the difference of what the last layers give on the example, in units of its
-        deviation. Of few images it says too little: the fit knows them. None without a warm start, or without a model."""
-        if not self.warm_start or self.model is None:
-            return None
-        return output_error(self.model, self._fitted, self.ends, self.run_example)
+        """The error of a fitted warm start; None before the fit.
+
+        It is the root mean square of the change of the last layers' outputs on the example, in units of their deviation. With
+        few images it is too small, because the fit has seen them.
+        """
+        return self._fit[1] if "_fit" in vars(self) else None
+
+    def fit(self) -> float:
+        """Fit the layers of a warm start, and return `output_error`. It happens once; `apply` does it too.
+
+        Raises:
+            PwsError: the plan is without a warm start or a model, or the model's numbers can't be fitted.
+        """
+        if not self.warm_start:
+            raise PwsError("only a warm start is fitted: make the plan with pws.plan(model, example, warm_start=True).")
+        return self._fit[1]
 
     @cached_property
-    def _fitted(self) -> nn.Module:
-        """A marked copy whose layers give what layer and norm gave, as nearly as filters of mean zero can on the example."""
-        model = self._own_model
+    def _fit(self) -> tuple[nn.Module, float]:
+        """A marked copy whose layers give what layer and norm gave, as nearly as filters of mean zero can on the example; and
+        its `output_error`."""
+        model = self._model_with_numbers()
         result = self._converted(model)
         for norm, layer in self.pairs.items():
             if layer in self.named("absorb"):
@@ -178,10 +197,10 @@ class Plan:
         norms = {layer: model.get_submodule(norm) for norm, layer in self.pairs.items()}
         affines = {name: affine_of(norms[name]) if name in norms else None for name in self.named("standardize")}
         Match(model, result, affines, self.selected, self.progress).run(self.run_example)
-        return result
+        return result, output_error(model, result, self.ends, self.run_example)
 
     def _calibrated(self) -> nn.Module:
-        model = self._own_model
+        model = self._model_with_numbers()
         result = self._converted(model)
         names = {m: n for n, m in result.named_modules() if is_standardized(m)}
         setting = Setting(names, 1.0, False, None)

@@ -9,9 +9,9 @@ from pws._errors import PwsError
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData
 from pws.training.module import Classifier
+from pws.training.network import model_for
 from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe_file import load_recipe
-from pws.training.run import model_for
 
 
 @dataclass

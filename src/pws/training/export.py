@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pws._errors import PwsError, UnknownNameError, reason_of
 from pws._files import write_whole
 from pws.surgery import fold
-from pws.training.subject import subject_of_run
+from pws.training.model_and_data import load_run
 
 TOLERANCE: Final = 1e-4
 """The largest absolute difference allowed between the logits of the file and torch's."""
@@ -55,8 +55,8 @@ def export(run: str, kind: str, out: Path | None = None, checkpoint: str = "best
         raise PwsError(
             f"{path} exists already, and nothing is overwritten. Remove it, or name another file with --out."
         )
-    subject = subject_of_run(run, checkpoint)
-    folded, images = fold(subject.model).eval(), subject.images
+    loaded = load_run(run, checkpoint)
+    folded, images = fold(loaded.model).eval(), loaded.images
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # exporters warn of themselves; what they wrote is compared
@@ -67,7 +67,7 @@ def export(run: str, kind: str, out: Path | None = None, checkpoint: str = "best
         raise PwsError(
             f"the {kind} exporter can't write this network: {reason_of(error)}. Another --format may."
         ) from error
-    difference = float((found - subject.model.eval()(images)).abs().max())
+    difference = float((found - loaded.model.eval()(images)).abs().max())
     if not difference <= TOLERANCE:
         raise PwsError(
             f"the exported file's logits differ from the network's by {difference:.1e}, more than {TOLERANCE:g}; it was not "

@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from pws import calibrate
 from pws._errors import PwsError
 from pws._mark import marked
 from pws.diagnosis import first_non_finite
@@ -23,6 +22,7 @@ from pws.diagnosis.preserve import random_state
 from pws.methods import Method
 from pws.models import ResNet
 from pws.optim import NonFiniteGradientError
+from pws.surgery import calibrate
 from pws.training.callbacks import ClipGrad
 from pws.training.optimizer import build_optimizer, step_bound
 from pws.training.recipe import OptimConfig

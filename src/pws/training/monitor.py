@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from pws._errors import PwsError
 from pws._files import write_whole
 from pws.diagnosis import Monitor
-from pws.diagnosis.monitor import check_every
+from pws.diagnosis.measured_steps import check_every
 from pws.diagnosis.report import require_plotly
 from pws.optim import SGD
 from pws.training.callbacks import is_first_process

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from pws import param_groups
 from pws._errors import PwsError
 from pws._mark import marked
+from pws._param_groups import param_groups
 from pws.methods import Method
 from pws.optim import SGD, AdamW, Wrapped
 from pws.optim.adamw import TAKEN_BOUND

@@ -1,12 +1,47 @@
-"""Recipes: what a run trains, on what, how and where. A YAML file holds any part of it; flags override the file."""
+"""Recipes: what a run trains, on what, how and where. A YAML file holds any part of it; flags override the file.
+
+Each part checks its own numbers when it is made, whether in Python, from a file or from flags: it raises `PwsError`.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
+
+from pws._errors import PwsError, shown
+from pws.training.rules import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    DEVICES,
+    LOADERS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SIDE,
+    WIDTH,
+    Rule,
+    check_rules,
+)
+
+MODEL_RULES: Final[dict[str, Rule]] = {"width": WIDTH, "num_classes": AT_LEAST_ONE, "dropout": BELOW_ONE}
+DATA_RULES: Final[dict[str, Rule]] = {
+    "image_size": SIDE,
+    "workers": LOADERS,
+    **dict.fromkeys(("batch_size", "train_images"), AT_LEAST_ONE),
+}
+OPTIM_RULES: Final[dict[str, Rule]] = {
+    **dict.fromkeys(("clip_norm", "step_bound", "decay"), POSITIVE),
+    **dict.fromkeys(("lr", "weight_decay", "scale_lr_factor", "warmup_epochs"), NOT_NEGATIVE),
+    **dict.fromkeys(("momentum", "label_smoothing"), BELOW_ONE),
+}
+TRAINER_RULES: Final[dict[str, Rule]] = {
+    "devices": DEVICES,
+    **dict.fromkeys(("epochs", "max_steps", "num_nodes", "accumulate", "early_stop"), AT_LEAST_ONE),
+}
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """The network and its method.
 
@@ -37,8 +72,11 @@ class ModelConfig:
     standardize_head: bool | None = None
     calibrate: Literal["none", "initalpha", "all"] = "none"
 
+    def __post_init__(self) -> None:
+        check_rules(MODEL_RULES, self, "model.")
 
-@dataclass
+
+@dataclass(frozen=True)
 class DataConfig:
     """The images.
 
@@ -64,8 +102,11 @@ class DataConfig:
     train_images: int | None = None
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        check_rules(DATA_RULES, self, "data.")
 
-@dataclass
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and its schedule.
 
@@ -101,8 +142,25 @@ class OptimConfig:
     step_bound: float | Literal["method"] | None = "method"
     label_smoothing: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_rules(OPTIM_RULES, self, "optim.")
+        if self.clip_norm is not None and self.step_bound not in (None, "method"):
+            raise PwsError(
+                f"optim.clip_norm ({self.clip_norm}) and optim.step_bound ({self.step_bound}) both clip the gradient: give "
+                "one, and null for the other if the recipe sets it."
+            )
+        if self.schedule == "step" and not self.milestones:
+            raise PwsError(
+                "optim.schedule step needs optim.milestones, the epochs at which the rate falls, such as [30, 60]."
+            )
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise PwsError(
+                f"optim.nesterov needs optim.name sgd and optim.momentum above 0; got {self.name} and momentum "
+                f"{self.momentum:g}."
+            )
 
-@dataclass
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """Where and how long; handed to Lightning's Trainer.
 
@@ -128,8 +186,16 @@ class TrainerConfig:
     accumulate: int = 1
     early_stop: int | None = None
 
+    def __post_init__(self) -> None:
+        check_rules(TRAINER_RULES, self, "trainer.")
+        if self.strategy.split("_")[0] not in ("auto", "ddp"):
+            raise PwsError(
+                f"trainer.strategy must be auto or ddp (or a variant, such as ddp_spawn); got {self.strategy!r}. Sharded "
+                "strategies flatten the parameters, and neither weight decay by parameter nor the filters survive that."
+            )
 
-@dataclass
+
+@dataclass(frozen=True)
 class Recipe:
     """A run from start to end.
 
@@ -148,3 +214,11 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def __post_init__(self) -> None:
+        check_rules({"seed": SEED}, self)
+        if self.name and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
+            raise PwsError(
+                "name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got "
+                f"{shown(self.name)}."
+            )

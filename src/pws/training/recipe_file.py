@@ -4,71 +4,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from copy import deepcopy
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
-from pws._errors import PwsError, UnknownNameError, nearest, shown
-from pws.training.check import check_recipe
+from pws._errors import PwsError, UnknownNameError, nearest
+from pws.training.parsing import PARSER_ERRORS, parser_message
 from pws.training.recipe import Recipe
-from pws.training.typed import PARSER_ERRORS, parser_says, read_yaml
+from pws.training.yaml_file import read_yaml
 
 RESULT: Final = ("seed", "model", "data", "optim", "trainer.epochs", "trainer.max_steps")
 """The settings that a run's result depends on; devices, precision and the like may change between sessions."""
 
 
-def recipe_parser(prog: str, description: str, epilog: str) -> ArgumentParser:
+def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    hints = get_type_hints(cls)
+    for field in fields(cls):
+        if is_dataclass(hints[field.name]):
+            yield from _types(hints[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", hints[field.name]
+
+
+SETTINGS: Final[dict[str, Any]] = dict(_types(Recipe))
+"""Dotted name to type of all that a recipe sets."""
+PARTS: Final = {key.partition(".")[0] for key in SETTINGS if "." in key}
+
+
+def recipe_parser(prog: str = "pws", description: str = "", epilog: str = "") -> ArgumentParser:
     """A parser of every setting of a recipe; the command adds its own arguments."""
     parser = ArgumentParser(prog=prog, description=description, epilog=epilog, exit_on_error=False)
     parser.add_class_arguments(Recipe)
     return parser
-
-
-def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tuple[Recipe, Any]:
-    """The recipe in `path` with `flags` over it, and all that was parsed.
-
-    Raises:
-        PwsError: the file is not YAML, a key or flag is unknown, or a value has the wrong type.
-    """
-    settings = settings_in(read_yaml(path, "recipe"), str(path))
-    try:
-        recipe_of(settings)
-    except PwsError as error:
-        raise PwsError(f"{path}: {error}") from error
-    recipe, parsed = _build(parser, [*_flags(settings), *flags])
-    recipe.name = recipe.name or path.stem
-    if not re.fullmatch(r"[\w+-][\w.+-]*", recipe.name):
-        raise PwsError(
-            f"name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got {recipe.name!r}."
-        )
-    check_recipe(recipe)
-    return recipe, parsed
-
-
-def _build(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Any]:
-    try:
-        parsed = parser.parse_args(arguments)
-    except PARSER_ERRORS as error:
-        raise PwsError(_explain(parser_says(error), parser)) from error
-    built = parser.instantiate(parsed)
-    return Recipe(**{field.name: built[field.name] for field in fields(Recipe)}), parsed
-
-
-def recipe_of(settings: Mapping[str, Any]) -> Recipe:
-    """The recipe of dotted settings (`{"optim.lr": 0.1}`), the defaults for the rest.
-
-    Raises:
-        PwsError: a key that no recipe has, or a value of the wrong type.
-    """
-    settings = settings_in(settings, "a recipe's settings")
-    return _build(_plain_parser(), _flags(settings))[0]
-
-
-def _flags(settings: Mapping[str, Any]) -> list[str]:
-    return [f"--{key}={'null' if value is None else value}" for key, value in settings.items()]
 
 
 def load_recipe(path: str | Path, *flags: str) -> Recipe:
@@ -76,9 +47,70 @@ def load_recipe(path: str | Path, *flags: str) -> Recipe:
     return parse_recipe(_plain_parser(), find_recipe(str(path)), flags)[0]
 
 
+def parse_recipe(parser: ArgumentParser, path: Path, flags: Sequence[str]) -> tuple[Recipe, Any]:
+    """The recipe in `path` with `flags` over it, and all that was parsed.
+
+    Raises:
+        PwsError: the file is not YAML, a key or flag is unknown, a value has the wrong type, or a rule is broken.
+    """
+    given = _parsed(parser, read_yaml(path, "recipe"), str(path))
+    try:
+        parsed = parser.parse_args(list(flags), namespace=given)
+    except PARSER_ERRORS as error:
+        raise PwsError(_explain(parser_message(error), parser)) from error
+    try:
+        recipe = _built(parser, parsed)
+        return (recipe if recipe.name else replace(recipe, name=path.stem)), parsed
+    except PwsError as error:
+        raise PwsError(f"{path}{' with the flags over it' if flags else ''}: {error}") from error
+
+
+def recipe_of(settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of settings, dotted (`{"optim.lr": 0.1}`) or nested, the defaults for the rest.
+
+    Raises:
+        PwsError: a key that no recipe has, a value of the wrong type, or a rule is broken.
+    """
+    parser = _plain_parser()
+    given = _parsed(parser, settings, "a recipe's settings")
+    return _built(parser, parser.parse_args([], namespace=given))
+
+
+def settings_in(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Dotted settings of a part of a recipe, as they are written; each has a recipe's key and its type.
+
+    Raises:
+        UnknownNameError: a key that no recipe has; `where` it stands begins the error.
+        PwsError: a value of the wrong type.
+    """
+    _parsed(_plain_parser(), content, where)
+    return flatten(content)
+
+
+def _parsed(parser: ArgumentParser, content: Mapping[str, Any], where: str) -> Namespace:
+    """The settings that `content` holds, and no other."""
+    given: dict[str, Any] = {}
+    for key, value in flatten(content).items():
+        if key not in SETTINGS:
+            raise UnknownNameError(f"recipe key in {where}:", key, SETTINGS)
+        if value is None and type(None) not in get_args(SETTINGS[key]):  # the parser takes None for any type
+            raise PwsError(f"{where}: {key} must have a value; got none. Write it behind the key, or remove the line.")
+        given[key] = deepcopy(value)  # the parser writes into what it is given
+    try:
+        parsed: Namespace = parser.parse_object(given, defaults=False)
+    except PARSER_ERRORS as error:
+        raise PwsError(f"{where}: {parser_message(error)}") from error
+    return parsed
+
+
+def _built(parser: ArgumentParser, parsed: Namespace) -> Recipe:
+    built = parser.instantiate(parsed)
+    return Recipe(**{field.name: built[field.name] for field in fields(Recipe)})
+
+
 @cache
 def _plain_parser() -> ArgumentParser:
-    return recipe_parser("pws", "", "")
+    return recipe_parser()
 
 
 def find_recipe(name: str) -> Path:
@@ -109,37 +141,11 @@ def shipped_recipes() -> list[Path]:
     )
 
 
-def settings_in(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Dotted settings of a recipe's content, each a word, a number or a list of them.
-
-    Raises:
-        UnknownNameError: a key that no recipe has; `where` it stands is in the error.
-        PwsError: a setting holds a mapping, or a list of lists.
-    """
-    known, settings = set(_keys(Recipe)), flatten(content)
-    for key, value in settings.items():
-        if key not in known:
-            raise UnknownNameError(f"recipe key in {where}:", key, known)
-        if any(isinstance(part, dict | list) for part in (value if isinstance(value, list) else [value])):
-            raise PwsError(f"{where}: {key} must be a word, a number or a list of them; got {shown(value)}.")
-    return settings
-
-
-def _keys(cls: type, prefix: str = "") -> Iterator[str]:
-    hints = get_type_hints(cls)
-    for field in fields(cls):
-        if is_dataclass(hints[field.name]):
-            yield from _keys(hints[field.name], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
-
-
 def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted settings of a recipe's content: `{"optim": {"lr": 0.1}}` to `{"optim.lr": 0.1}`."""
-    parts = {field.name for field in fields(Recipe) if is_dataclass(get_type_hints(Recipe)[field.name])}
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        nested = key in parts and (value is None or isinstance(value, dict))
+        nested = key in PARTS and (value is None or isinstance(value, dict))
         flat.update({f"{key}.{name}": part for name, part in (value or {}).items()} if nested else {key: value})
     return flat
 

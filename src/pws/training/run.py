@@ -6,39 +6,27 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from pws import convert
-from pws._errors import PwsError, memory_ran_out, one_line
+from pws._errors import PwsError
 from pws._files import write_whole
-from pws.methods import Method, build_method
-from pws.models import build_model, model_of
 from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process
-from pws.training.check import check_calibration, check_recipe
 from pws.training.checkpoints import CheckpointFiles
-from pws.training.data import ImageBatches, ImageData, check_shares
-from pws.training.datasets import Splits
-from pws.training.memory import check_memory
+from pws.training.data import ImageData, check_shares
 from pws.training.metrics_file import MetricsFile
-from pws.training.module import Classifier, NonFiniteLossError, logits_of
+from pws.training.module import Classifier, NonFiniteLossError
 from pws.training.monitor import MonitorCallback, leave_report, watcher
+from pws.training.network import check_calibration, method_for, model_for
 from pws.training.quiet import real_interrupts
-from pws.training.recipe import ModelConfig, Recipe
+from pws.training.recipe import Recipe
 from pws.training.run_folder import SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.summary import Summary, summarize
-
-BYTES: Final = 12
-"""Of a parameter in training, at least: its value, its gradient, its momentum."""
-SMALL_WIDTH: Final = 0.125
-CONVERTED_ON: Final = 64
-"""Training images that alpha is set on when a model of others is converted."""
 
 
 def train(
@@ -58,7 +46,6 @@ def train(
         PwsError: the recipe asks for something that does not exist or fit, or the folder exists.
         NonFiniteLossError: the loss went non-finite; summary.json says so too.
     """
-    check_recipe(recipe)
     watch = None if monitor is None else watcher(monitor)
     data = ImageData(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
@@ -109,77 +96,6 @@ def _fit(
         failure = error
     clock.stop()
     return failure, metrics
-
-
-def model_for(config: ModelConfig, splits: Splits, method: Method | None = None) -> nn.Module:
-    """The recipe's network for this data, checked on one image; `method` replaces the recipe's.
-
-    Raises:
-        PwsError: another number of classes, an unknown name, an option of another method, or images of a size or with
-            values that the network can't take.
-    """
-    classes = len(splits.classes)
-    if config.num_classes not in (None, classes):
-        raise PwsError(
-            f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
-            f"({', '.join(splits.classes[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
-        )
-    method = method or method_for(config)
-    image, _ = splits.test.get([0])
-    if ":" in config.name:
-        model = _model_of_others(config, splits)
-    else:
-        sizes: dict[str, Any] = {"in_channels": image.shape[1], "num_classes": classes}
-        if config.width > 1:
-            _check_width(config, method, sizes)
-        model = build_model(config.name, method, width=config.width, **sizes)
-    if config.dropout:
-        model.head = nn.Sequential(nn.Dropout(config.dropout), model.get_submodule("head"))
-    try:
-        with torch.no_grad():
-            logits_of(model.eval()(image.float()), classes)
-    except RuntimeError as error:
-        if memory_ran_out(error):
-            raise
-        raise PwsError(
-            f"{config.name} can't take images of {image.shape[2]} x {image.shape[3]} pixels ({one_line(error)}). "
-            "Set a larger --data.image_size."
-        ) from error
-    # Convolutions run faster in this layout, on the CPU (a training step of allconv takes 0.6 to 0.93 of the time) and on
-    # GPUs with tensor cores alike; ImageBatches yields the images in it.
-    return model.train().to(memory_format=torch.channels_last)
-
-
-def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> None:
-    """Raise `PwsError` if the network can't be trained in the machine's memory: its parameters grow with the width squared."""
-    with torch.random.fork_rng(devices=[]):
-        small = build_model(config.name, method, width=SMALL_WIDTH, **sizes)
-    count = sum(p.numel() for p in small.parameters()) * (config.width / SMALL_WIDTH) ** 2
-    check_memory(BYTES * count, f"{config.name} of width {config.width:g}, with some {count:.1g} parameters,")
-
-
-def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
-    """As it is, or converted on training images."""
-    if config.method not in ("bn", "pws") or config.dropout or config.width != 1:
-        raise PwsError(
-            f"a model of others ({config.name}) trains as it is (model.method: bn) or converted (pws), without model.width "
-            f"and model.dropout; got method {config.method}, width {config.width:g}, dropout {config.dropout:g}."
-        )
-    every = max(1, len(splits.train) // CONVERTED_ON)  # folders hold their images class by class
-    images, _ = ImageBatches(splits.train, splits, seed=0)[0, list(range(0, len(splits.train), every))[:CONVERTED_ON]]
-    model = model_of(config.name, num_classes=len(splits.classes), in_channels=images.shape[1])
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise PwsError(f"{config.name} has nothing to train: none of its parameters takes a gradient (requires_grad).")
-    if config.method == "bn":
-        return model
-    settings = {key: getattr(config, key) for key in ("gamma", "relative_gamma")}
-    return convert(model, images, **{key: value for key, value in settings.items() if value is not None})
-
-
-def method_for(config: ModelConfig) -> Method:
-    """The recipe's method, with its options."""
-    options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma", "standardize_head")}
-    return build_method(config.method, **{key: value for key, value in options.items() if value is not None})
 
 
 def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback | None, *, quiet: bool) -> Trainer:

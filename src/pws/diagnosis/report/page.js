@@ -7,6 +7,7 @@
   const touch = window.matchMedia("(pointer: coarse)").matches;
   const PAPER_WIDTH = 660; // A4 and Letter, upright, have room for it
   const LABEL_ROOM = 24; // pixels for a tick label
+  const NARROW = 600; // pixels
 
   const onPaper = () => paper.matches || root.classList.contains("print");
 
@@ -40,6 +41,7 @@
   const draw = (plot) => {
     const { data, layout } = specOf(plot);
     layout.width = onPaper() ? PAPER_WIDTH : plot.clientWidth;
+    if (layout.width < NARROW) layout.xaxis.autotickangles = [0, -90]; // a slanted name would begin left of the page
     if (touch) layout.dragmode = false; // one finger scrolls the page, two zoom into it
     const now = plot._fullLayout && plot._fullLayout.xaxis;
     zoomed(layout, plot._fullLayout);

@@ -1,4 +1,4 @@
-"""The HTML page: verdict, facts, figures, table, glossary, and everything they need in the same file."""
+"""The HTML page: verdict, facts, charts, table, glossary, and everything they need in the same file."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from importlib.resources import files
 
 from plotly.offline import get_plotlyjs
 
-from pws.diagnosis.diagnosis import Diagnosis
-from pws.diagnosis.report.figures import Panel, panels_of
-from pws.diagnosis.report.listing import listing
-from pws.diagnosis.report.prose import facts, glossary, verdict
+from pws.diagnosis.measurement import Measurement
+from pws.diagnosis.report.chart import Chart
+from pws.diagnosis.report.chart_plotly import plotly_figure
+from pws.diagnosis.report.history_chart import over_steps
+from pws.diagnosis.report.layer_charts import critical, gradient, ratio, shift, variance
+from pws.diagnosis.report.page_sections import facts_section, glossary_section, verdict_section
+from pws.diagnosis.report.page_table import table_section
+from pws.diagnosis.verdicts import Verdict
 
 # Nothing is fetched: what the file holds is all there is, whatever a layer is called.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-MODEBAR = "Drag over a figure to zoom in, double-click to zoom out; Tab and the arrow keys walk through the layers."
+HINT = "Drag over a chart to zoom in, and double-click to zoom out. Tab and the arrow keys walk through the layers."
 
 
-def page_of(diagnosis: Diagnosis, history: Sequence[Diagnosis] = (), title: str = "") -> str:
+def page_of(measurement: Measurement, verdict: Verdict, history: Sequence[Measurement] = (), title: str = "") -> str:
     """The whole page."""
-    name = escape(title or f"Diagnosis of {diagnosis.model}")
-    figures = "\n".join(_figure(panel) for panel in panels_of(diagnosis, history))
+    name = escape(title or f"Diagnosis of {measurement.model}")
+    charts = [draw(measurement) for draw in (variance, gradient, shift, ratio, critical)]
+    charts += [over_steps(measurement, history)] if history else []
+    figures = "\n".join(map(_figure, charts))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -37,21 +43,21 @@ def page_of(diagnosis: Diagnosis, history: Sequence[Diagnosis] = (), title: str 
 <body>
 <main>
 <h1>{name}</h1>
-{verdict(diagnosis)}
-{facts(diagnosis)}
+{verdict_section(verdict)}
+{facts_section(measurement)}
 <section aria-labelledby="figures">
 <h2 id="figures">Layer by layer</h2>
-<p class="hint">{MODEBAR}</p>
-<noscript><p>The figures need JavaScript; the table has their numbers.</p></noscript>
+<p class="hint">{HINT}</p>
+<noscript><p>The charts need JavaScript. The table has their numbers.</p></noscript>
 {figures}
 </section>
 <section aria-labelledby="numbers">
 <h2 id="numbers">The numbers</h2>
 <div class="scroll" tabindex="0" role="region" aria-labelledby="numbers">
-{listing(diagnosis)}
+{table_section(measurement)}
 </div>
 </section>
-{glossary()}
+{glossary_section()}
 </main>
 <script>{get_plotlyjs()}</script>
 <script>
@@ -61,16 +67,17 @@ def page_of(diagnosis: Diagnosis, history: Sequence[Diagnosis] = (), title: str 
 """
 
 
-def _figure(panel: Panel) -> str:
-    head = f'<figure id="{panel.id}" aria-labelledby="{panel.id}-title">\n<h3 id="{panel.id}-title">{escape(panel.title)}</h3>'
-    if panel.figure is None:
-        return f'{head}\n<p class="missing">{escape(panel.missing)}</p>\n</figure>'
+def _figure(chart: Chart) -> str:
+    head = f'<figure id="{chart.id}" aria-labelledby="{chart.id}-title">\n<h3 id="{chart.id}-title">{escape(chart.title)}</h3>'
+    if chart.missing:
+        return f'{head}\n<p class="missing">{escape(chart.missing)}</p>\n</figure>'
+    figure = plotly_figure(chart)
     # A closing tag inside a name must not end the script.
-    spec = str(panel.figure.to_json()).replace("<", "\\u003c")
+    spec = str(figure.to_json()).replace("<", "\\u003c")
     return (
-        f"{head}\n<figcaption>{escape(panel.caption)}</figcaption>\n"
-        f'<div class="plot" role="img" tabindex="0" aria-label="{escape(panel.label)}" '
-        f'style="height:{panel.figure.layout.height}px"></div>\n'
+        f"{head}\n<figcaption>{escape(chart.caption)}</figcaption>\n"
+        f'<div class="plot" role="img" tabindex="0" aria-label="{escape(chart.label)}" '
+        f'style="height:{figure.layout.height}px"></div>\n'
         f'<script type="application/json">{spec}</script>\n</figure>'
     )
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from pws._errors import PwsError
 from pws._files import write_whole, written_whole
-from pws.diagnosis.diagnosis import Diagnosis
+from pws.diagnosis.measurement import Measurement
+from pws.diagnosis.report.layer_charts import main_charts
+from pws.diagnosis.verdicts import Verdict
 
 
 def require_plotly() -> None:
@@ -17,14 +19,17 @@ def require_plotly() -> None:
         raise PwsError("the report needs plotly: pip install 'pws-torch[report]'.")
 
 
-def write_report(diagnosis: Diagnosis, path: Path, history: Sequence[Diagnosis] = (), title: str = "") -> Path:
-    """Write one HTML file that opens without a network; folders above it are made.
+def write_report(
+    path: Path, measurement: Measurement, verdict: Verdict, history: Sequence[Measurement] = (), title: str = ""
+) -> Path:
+    """Write one HTML file that opens without a network; missing folders are made.
 
     Args:
-        diagnosis: the one explained.
         path: the file.
-        history: those a `Monitor` took during training, for a figure over the steps.
-        title: the page's; by default it names the model.
+        measurement: what the charts and the table show.
+        verdict: drawn from it.
+        history: what a `Monitor` measured during training, for a chart over the steps.
+        title: of the page; by default it names the model.
 
     Raises:
         PwsError: plotly is not installed, or the file cannot be written.
@@ -32,7 +37,7 @@ def write_report(diagnosis: Diagnosis, path: Path, history: Sequence[Diagnosis] 
     require_plotly()
     from pws.diagnosis.report.page import page_of
 
-    content = page_of(diagnosis, history, title).encode("utf-8", "xmlcharrefreplace")
+    content = page_of(measurement, verdict, history, title).encode("utf-8", "xmlcharrefreplace")
     try:
         _folder(path)
         write_whole(path, content)
@@ -41,20 +46,20 @@ def write_report(diagnosis: Diagnosis, path: Path, history: Sequence[Diagnosis] 
     return path
 
 
-def write_picture(diagnosis: Diagnosis, path: Path) -> Path:
-    """Write the main figures as one PNG; folders above it are made.
+def write_picture(path: Path, measurement: Measurement, verdict: Verdict) -> Path:
+    """Write the main charts as one PNG; missing folders are made.
 
     Raises:
         PwsError: matplotlib is not installed, or the file cannot be written.
     """
     try:
-        from pws.diagnosis.report.picture import draw
+        from pws.diagnosis.report.chart_matplotlib import save_picture
     except ImportError as error:
         raise PwsError("the picture needs matplotlib: pip install 'pws-torch[report]'.") from error
     try:
         _folder(path)
         with written_whole(path) as partial:
-            draw(diagnosis, partial)
+            save_picture(main_charts(measurement), f"{measurement.model}: {verdict.finding}", partial)
     except OSError as error:
         raise _unwritable("picture", path, error) from error
     return path

@@ -1,0 +1,1 @@
+"""Grids of methods side by side."""

@@ -1,0 +1,1 @@
+"""What each method costs beside the same network without normalization."""

@@ -1,0 +1,47 @@
+"""The step of a row in a case: built where it is timed."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.speed.networks import kernels_of, network, optimizer_of
+from benchmarks.speed.suite import Case
+from pws.bench.timers import TimedStep
+from pws.surgery import fold
+
+CLASSES: Final = 1000
+
+
+def build_step(case: Case, row: str) -> TimedStep:
+    """The training step or the forward pass of a row."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = network(case.model, row, case.width).to(device)
+    images = torch.randn(case.batch, 3, case.pixels, case.pixels, device=device)
+    labels = torch.randint(CLASSES, (case.batch,), device=device)
+    if case.channels_last:
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
+    precision = torch.autocast(images.device.type, torch.bfloat16, enabled=case.autocast)
+    if case.task == "inference":
+        model = fold(model).eval()
+        run: Any = torch.compile(model) if case.compile else model
+
+        def infer() -> None:
+            with torch.inference_mode(), precision:
+                run(images)
+
+        return TimedStep(infer, model)
+    optimizer = optimizer_of(row, model, fused=case.optimizer == "sgd-fused")
+    run = torch.compile(model) if case.compile else model
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with kernels_of(row):
+            with precision:
+                loss = F.cross_entropy(run(images), labels)
+            torch.autograd.backward(loss)
+            optimizer.step()
+
+    return TimedStep(train, model)

@@ -1,1 +1,0 @@
-"""`pws bench convert`: conversion of real models that nobody here wrote."""

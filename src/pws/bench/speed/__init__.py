@@ -1,1 +1,0 @@
-"""`pws bench speed`: what each method costs, beside the same network without normalization."""

@@ -1,0 +1,1 @@
+"""What the layers of a network do in one forward and backward pass, recorded while it runs."""

@@ -1,0 +1,112 @@
+"""The network of a recipe: one of pws.models by name and method, or a model of others, as it is or converted."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from pws import convert
+from pws._errors import PwsError, memory_ran_out, one_line
+from pws._layers import StandardizedLayer
+from pws._mark import marked
+from pws.methods import Method, build_method
+from pws.models import ResNet, build_model, model_of
+from pws.training.data import ImageBatches
+from pws.training.datasets import Splits
+from pws.training.memory import check_memory
+from pws.training.module import logits_of
+from pws.training.recipe import ModelConfig
+
+BYTES: Final = 12
+"""Of a parameter in training, at least: its value, its gradient, its momentum."""
+SMALL_WIDTH: Final = 0.125
+CONVERTED_ON: Final = 64
+"""Training images that alpha is set on when a model of others is converted."""
+
+
+def model_for(config: ModelConfig, splits: Splits, method: Method | None = None) -> nn.Module:
+    """The recipe's network for this data, checked on one image; `method` replaces the recipe's.
+
+    Raises:
+        PwsError: another number of classes, an unknown name, an option of another method, or images of a size or with
+            values that the network can't take.
+    """
+    classes = len(splits.classes)
+    if config.num_classes not in (None, classes):
+        raise PwsError(
+            f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
+            f"({', '.join(splits.classes[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
+        )
+    method = method or method_for(config)
+    image, _ = splits.test.get([0])
+    if ":" in config.name:
+        model = _model_of_others(config, splits)
+    else:
+        sizes: dict[str, Any] = {"in_channels": image.shape[1], "num_classes": classes}
+        if config.width > 1:
+            _check_width(config, method, sizes)
+        model = build_model(config.name, method, width=config.width, **sizes)
+    if config.dropout:
+        model.head = nn.Sequential(nn.Dropout(config.dropout), model.get_submodule("head"))
+    try:
+        with torch.no_grad():
+            logits_of(model.eval()(image.float()), classes)
+    except RuntimeError as error:
+        if memory_ran_out(error):
+            raise
+        raise PwsError(
+            f"{config.name} can't take images of {image.shape[2]} x {image.shape[3]} pixels ({one_line(error)}). "
+            "Set a larger --data.image_size."
+        ) from error
+    # Convolutions run faster in this layout, on the CPU (a training step of allconv takes 0.6 to 0.93 of the time) and on
+    # GPUs with tensor cores alike; ImageBatches yields the images in it.
+    return model.train().to(memory_format=torch.channels_last)
+
+
+def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> None:
+    """Raise `PwsError` if the network can't be trained in the machine's memory: its parameters grow with the width squared."""
+    with torch.random.fork_rng(devices=[]):
+        small = build_model(config.name, method, width=SMALL_WIDTH, **sizes)
+    count = sum(p.numel() for p in small.parameters()) * (config.width / SMALL_WIDTH) ** 2
+    check_memory(BYTES * count, f"{config.name} of width {config.width:g}, with some {count:.1g} parameters,")
+
+
+def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
+    """As it is, or converted on training images."""
+    if config.method not in ("bn", "pws") or config.dropout or config.width != 1:
+        raise PwsError(
+            f"a model of others ({config.name}) trains as it is (model.method: bn) or converted (pws), without model.width "
+            f"and model.dropout; got method {config.method}, width {config.width:g}, dropout {config.dropout:g}."
+        )
+    every = max(1, len(splits.train) // CONVERTED_ON)  # folders hold their images class by class
+    images, _ = ImageBatches(splits.train, splits, seed=0)[0, list(range(0, len(splits.train), every))[:CONVERTED_ON]]
+    model = model_of(config.name, num_classes=len(splits.classes), in_channels=images.shape[1])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PwsError(f"{config.name} has nothing to train: none of its parameters takes a gradient (requires_grad).")
+    if config.method == "bn":
+        return model
+    settings = {key: getattr(config, key) for key in ("gamma", "relative_gamma")}
+    return convert(model, images, **{key: value for key, value in settings.items() if value is not None})
+
+
+def method_for(config: ModelConfig) -> Method:
+    """The recipe's method, with its options."""
+    options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma", "standardize_head")}
+    return build_method(config.method, **{key: value for key, value in options.items() if value is not None})
+
+
+def check_calibration(config: ModelConfig, model: nn.Module) -> None:
+    """Raise `PwsError` if the network has nothing that the recipe's calibration could set."""
+    if config.calibrate == "none":
+        return
+    if not marked(model) and not any(isinstance(module, StandardizedLayer) for module in model.modules()):
+        raise PwsError(
+            f"model.calibrate scales standardized kernels, and the method {config.method} has none. Use method pws, or "
+            "calibrate none."
+        )
+    if config.calibrate == "initalpha" and not isinstance(model, ResNet):
+        raise PwsError(
+            f"model.calibrate initalpha is defined by residual blocks, and {config.name} has none. Use all or none."
+        )
