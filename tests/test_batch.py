@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import pws
-from pws.diagnosis.batch import batch_of, example_of, total
+from pws._batch import batch_of, example_of, total
 
 X, Y = torch.randn(6, 3, 8, 8), torch.randn(6)
 MASK = torch.zeros(6, 4)

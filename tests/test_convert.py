@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
 import pws
+from pws._batch import batch_of
 from pws._layers import StandardizedLayer
 from pws._mark import filters_of
-from pws.diagnosis.batch import batch_of
 
 
 def images(*shape: int) -> Tensor:

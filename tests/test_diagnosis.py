@@ -8,8 +8,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from pws._errors import PwsError
+from pws._preserve import random_state
 from pws.diagnosis import average_gradient_ratio, first_non_finite
-from pws.diagnosis.preserve import random_state
 from pws.training import OptimConfig
 from pws.training.data import ImageData
 from pws.training.module import Classifier

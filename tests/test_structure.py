@@ -61,6 +61,26 @@ def test_no_file_leads_back_to_itself() -> None:
     assert circles(graph) == []
 
 
+def rooms(graph: Graph) -> Graph:
+    """The same between subpackages, each as a whole; what stands beside them counts by itself."""
+    folders = {path.name for path in (SOURCE / "pws").iterdir() if path.is_dir()}
+
+    def room_of(name: str) -> str:
+        part = name.split(".")[1] if "." in name else name
+        return part if part in folders else name
+
+    found: Graph = {room_of(name): set() for name in graph}
+    for name, following in graph.items():
+        found[room_of(name)] |= {room_of(other) for other in following} - {room_of(name)}
+    return found
+
+
+def test_no_room_leads_back_to_itself() -> None:
+    found = rooms(package())
+    assert "surgery" in found["diagnosis"]
+    assert circles(found) == []
+
+
 def test_a_circle_would_be_seen() -> None:
     graph = package()
     graph["pws._errors"].add("pws")

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import pws
 from benchmarks.convert.models import shape_of
 from pws import optim
+from pws._batch import tensors_in
 from pws.bench.result_file import commit
-from pws.diagnosis.batch import tensors_in
 from pws.models import model_of
 from pws.surgery.norms import NORMS
 from pws.surgery.standardized import is_standardized

@@ -13,7 +13,7 @@ from typing import Final
 from pws._errors import PwsError, memory_ran_out, one_line, reason_of
 
 FRAMES: Final = 2
-"""Of the user's code, the innermost: where his function was entered and where it failed is mostly all there is."""
+"""The innermost lines of the user's code that are shown: where a function was entered and where it failed."""
 _LIBRARIES: Final = [
     str(Path(__file__).parent),
     *(sysconfig.get_paths()[key] for key in ("stdlib", "purelib", "platlib")),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -13,16 +11,17 @@ from contextlib import contextmanager
 
 import torch
 
+from pws._preserve import random_state
+
 
 @contextmanager
 def process_as_found() -> Iterator[None]:
     """Set back torch's threads, random numbers, warning filters, log levels, environment and the threads' error hook."""
     threads, hook, environment = torch.get_num_threads(), threading.excepthook, dict(os.environ)
     levels = {logger: logger.level for logger in _loggers()}
-    drawn, numpy = random.getstate(), sys.modules.get("numpy")
-    numpy_drawn = None if numpy is None else numpy.random.get_state()
+    rewind = random_state()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings():
             yield
     finally:
         torch.set_num_threads(threads)
@@ -31,9 +30,7 @@ def process_as_found() -> Iterator[None]:
         os.environ.update(environment)
         for logger in _loggers():
             logger.setLevel(levels.get(logger, logging.NOTSET))  # one that the command made says what its parent says
-        random.setstate(drawn)
-        if numpy is not None:
-            numpy.random.set_state(numpy_drawn)
+        rewind()
 
 
 def _loggers() -> list[logging.Logger]:

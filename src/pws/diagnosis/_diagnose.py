@@ -10,13 +10,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from pws._batch import REJECTIONS, Batch, Forward, Loss, batch_of, check_finite
 from pws._errors import PwsError, one_line
-from pws.diagnosis.batch import REJECTIONS, Batch, Forward, Loss, batch_of, check_finite
+from pws._preserve import preserved
 from pws.diagnosis.diagnosis import Diagnosis
 from pws.diagnosis.layer import LayerDiagnosis
 from pws.diagnosis.layer_statistics import layer_diagnosis
 from pws.diagnosis.measurement import Measurement, Settings
-from pws.diagnosis.preserve import preserved
 from pws.diagnosis.recording.marked import check_optimizer
 from pws.diagnosis.recording.recorder import Recorder
 from pws.optim.sharding import is_sharded

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.preserve import random_state
+from pws._preserve import random_state
 
 
 @torch.no_grad()

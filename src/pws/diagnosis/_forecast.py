@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pws._batch import Forward, Loss, batch_of
 from pws._errors import PwsError
+from pws._preserve import preserved
 from pws.diagnosis._diagnose import bare, check_model
-from pws.diagnosis.batch import Forward, Loss, batch_of
 from pws.diagnosis.divergence_probe import DivergenceProbe
-from pws.diagnosis.preserve import preserved
 from pws.surgery.standardized import to_layers
 
 

@@ -10,9 +10,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from pws._batch import Batch, Loss, check_finite, tensors_in
 from pws._errors import PwsError
 from pws.diagnosis._diagnose import loss_of, outputs_of
-from pws.diagnosis.batch import Batch, Loss, check_finite, tensors_in
 from pws.diagnosis.recording.weighted_operation import Call, Operations
 
 FEEDBACK: Final = 0.5

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pws._batch import REJECTIONS, count_bad, tensors_in, total
 from pws._errors import one_line
+from pws._preserve import random_state
 from pws.diagnosis._diagnose import bare, diagnosis_of
-from pws.diagnosis.batch import REJECTIONS, count_bad, tensors_in, total
 from pws.diagnosis.diagnosis import Diagnosis
 from pws.diagnosis.health_history import CollapseWarning, HealthHistory
 from pws.diagnosis.measured_steps import MeasuredSteps
 from pws.diagnosis.measurement import Settings
 from pws.diagnosis.metrics import append_csv, metrics_of, new_file
-from pws.diagnosis.preserve import random_state
 from pws.diagnosis.recording.marked import check_optimizer
 from pws.diagnosis.recording.moments import is_finite
 from pws.diagnosis.recording.recorder import Recorder

@@ -201,7 +201,7 @@ def _all_sums(row: Any, grad: Any) -> Any:
 
 @compiled(parallel=True, cache=True, fastmath=FAST)
 def _sums(at: Any, counts: Any, numbers: Any, chunks: Any, filters: Any) -> None:
-    """Of each filter: statistics, sums, and the squared length of its gradient step."""
+    """Write for each filter: statistics, sums, and the squared length of its gradient step."""
     for i in prange(chunks.shape[0]):
         layer, first, end = chunks[i]
         a, n, x = at[layer], counts[layer], numbers[layer]

@@ -59,12 +59,12 @@ class Layer:
     """`(O,)`."""
     bias: Tensor | None
     moments: list[Tensor]
-    """Of `w`: SGD's momentum buffer, AdamW's averages; laid out as the kernel."""
+    """The moments of `w`: SGD's momentum buffer, AdamW's averages; laid out as the kernel."""
     alpha_moments: list[Tensor]
     bias_moments: list[Tensor]
     grad_dtype: torch.dtype
     grad: Tensor | None = None
-    """Of the kernel, laid out as it."""
+    """The kernel's gradient, laid out as the kernel."""
     bias_grad: Tensor | None = None
     rates: Any = None
     peaks: tuple[float, float, float] = field(default=(1.0, 1.0, 1.0))

@@ -22,7 +22,7 @@ from pws.kernels.layer import AdamWRates, Layer, SGDRates
 
 @dataclass
 class _Sums:
-    """Of a layer's filters, `(O, 1)` each."""
+    """Sums over each filter of a layer, `(O, 1)` each."""
 
     mean: Tensor
     rstd: Tensor
@@ -53,7 +53,7 @@ class ReferenceStep:
         return True
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """Of `w` as `(O, K)` and of alpha, of every layer; after `squares`."""
+        """Return every layer's gradients of `w`, as `(O, K)`, and of alpha; call `squares` before."""
         return [_gradients(layer, sums) for layer, sums in zip(self.layers, self._sums, strict=True)]
 
     def sgd(self, factors: Tensor) -> None:
@@ -97,7 +97,7 @@ def rows(tensor: Tensor) -> Tensor:
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
-    """Of all entries, in float32 at least."""
+    """Sum the squares of all entries, in float32 at least."""
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
     return norm.square()
 
@@ -135,7 +135,7 @@ def _square(layer: Layer, sums: _Sums) -> Tensor:
 
 
 def _gradients(layer: Layer, sums: _Sums) -> tuple[Tensor, Tensor]:
-    """Of `w` as `(O, K)` and of alpha."""
+    """Return the gradients of `w`, as `(O, K)`, and of alpha."""
     w_OK, G_OK = rows(layer.w), _gradient(layer)
     h_OK = (w_OK - sums.mean) * sums.rstd
     scale_O1 = layer.c * layer.alpha[:, None] * sums.rstd

@@ -183,7 +183,7 @@ def _write(w, kernel, scale, count, gamma, block: tl.constexpr):
 
 @triton.jit
 def _sums(at, numbers, rows, filters, kernel_type: tl.constexpr, grad_type: tl.constexpr, bias_type: tl.constexpr, block: tl.constexpr):  # noqa: E501  # fmt: skip
-    """Of each filter: statistics, sums, and the squared length of its gradient step."""
+    """Write for each filter: statistics, sums, and the squared length of its gradient step."""
     row, layer, o, count = _place(rows)
     w = _tensor(at, layer, W, tl.float32) + o * count
     grad = _tensor(at, layer, GRAD, grad_type) + o * count

@@ -19,7 +19,7 @@ def filters(tensor: Tensor | None, member: Member) -> Tensor:
 
 
 def filters_shape(weight: Tensor, member: Member) -> torch.Size:
-    """Of the whole weight, filters first."""
+    """Return the shape of the whole weight, filters first."""
     if not member.transposed:
         return weight.shape
     a, b, *size = weight.shape

@@ -34,9 +34,9 @@ class Moving:
     weights: list[Tensor]
     biases: list[Tensor | None]
     layers: list[Layer]
-    """Of `weights` and `biases`."""
+    """The layers that `weights` and `biases` belong to."""
     steps: list[tuple[Step, list[int]]]
-    """Of `layers`, with their numbers."""
+    """Each step with the numbers of its `layers`."""
     plain: list[Tensor]
     plain_layers: list[int]
     """Tells which of `plain` belong to one layer."""

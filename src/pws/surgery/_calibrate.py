@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pws._autocast import fresh_casts
+from pws._batch import REJECTIONS, Batch, Forward, batch_of, check_finite
 from pws._errors import PwsError, one_line
 from pws._layers import StandardizedLayer
 from pws._mark import filters_of
-from pws.diagnosis.batch import REJECTIONS, Batch, Forward, batch_of, check_finite
 from pws.optim.sharding import replicated, reshard, whole
 from pws.surgery.branches import branch_ends
 from pws.surgery.running import branches_run, evaluated, hooked, input_of, removed_after
@@ -120,7 +120,7 @@ class Setting:
     per_channel: bool
     mean: float | None
     shares: Mapping[str, float] = field(default_factory=dict)
-    """Of the target, for the layers that end residual branches."""
+    """The share of the target, for the layers that end residual branches."""
     done: dict[Tensor, Calibrated] = field(default_factory=dict)
     """By what is scaled: a weight of two layers is set by the first."""
     factors: dict[Tensor, tuple[nn.Module, Tensor]] = field(default_factory=dict)

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from pws._batch import Forward, example_of
 from pws._errors import PwsError, UnknownNameError
 from pws._standardize import check_gamma
-from pws.diagnosis.batch import Forward, example_of
 from pws.surgery._plan import FORMS, Form, Plan
 from pws.surgery.norms import NORMS, is_trained
 from pws.surgery.planner import Keep, Planner

@@ -10,9 +10,9 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
+from pws._batch import Forward, example_of
 from pws._errors import PwsError
 from pws._files import write_whole
-from pws.diagnosis.batch import Forward, example_of
 from pws.surgery._calibrate import Setting
 from pws.surgery.branches import branch_ends
 from pws.surgery.copying import copy_of
@@ -168,11 +168,8 @@ class Plan:
 
     @property
     def output_error(self) -> float | None:
-        """The error of a fitted warm start; None before the fit.
-
-        It is the root mean square of the change of the last layers' outputs on the example, in units of their deviation. With
-        few images it is too small, because the fit has seen them.
-        """
+        """The error of a fitted warm start: root mean square of the difference of what the last layers give on the example, in
+        units of its deviation. With few images it is too small, because the fit has seen them. None before the fit."""
         return self._fit[1] if "_fit" in vars(self) else None
 
     def fit(self) -> float:

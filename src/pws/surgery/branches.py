@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from pws.diagnosis.batch import Batch
+from pws._batch import Batch
 from pws.surgery.trace import trace
 from pws.surgery.value import INPUT, Trace
 

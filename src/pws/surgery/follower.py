@@ -12,8 +12,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
+from pws._batch import tensors_in
 from pws._gain import ACTIVATIONS
-from pws.diagnosis.batch import tensors_in
 from pws.surgery.running import hooked, input_of, removed_after
 from pws.surgery.value import OUTPUT, UNKNOWN, Sum, Trace, Use, Value, merged
 
@@ -213,7 +213,7 @@ def _writes(name: str, kwargs: dict[str, Any]) -> bool:
 
 
 def _activation_of(module: nn.Module) -> str | None:
-    """Of a norm-plus-activation module, such as timm's BatchNormAct2d."""
+    """Name the activation of a norm-plus-activation module, such as timm's BatchNormAct2d."""
     child = getattr(module, "act", None)
     if not isinstance(child, nn.Module) or isinstance(child, nn.Identity):
         return None

@@ -30,7 +30,7 @@ from pws.surgery.standardized import own_filters, set_filters
 RIDGE: Final = 0.01
 """In units of the inputs' mean variance: directions in which they vary less than this keep the trained filter's entries."""
 _ENTRIES: Final = 2**25
-"""Of patches, at once in memory."""
+"""Entries of patches that are in memory at once."""
 
 
 Call = Callable[[nn.Module, Tensor], Tensor]

@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 Affine = tuple[Tensor, Tensor]
 """Scale and shift per channel."""
 _LIBRARIES: Final = ("torch", "torchvision", "timm", "detectron2", "mmcv")
-"""Whose norms compute what their family says, with an activation at most, which is a module of its own."""
+"""Libraries whose norms compute what their family says, with an activation at most, which is a module of its own."""
 
 
 def _named(*names: str) -> Callable[[nn.Module], bool]:

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from torch import nn
 
+from pws._batch import Forward
 from pws._errors import ShapeError
 from pws._gain import variance_preserving_gain
 from pws._layers import StandardizedLayer
 from pws._mark import mark_of
 from pws._standardize import check_fan_in
-from pws.diagnosis.batch import Forward
 from pws.surgery._plan import Form, Plan, Step
 from pws.surgery.norms import affine_of, channels_of, has_own_forward, is_frozen
 from pws.surgery.standardized import own_filters, own_weight, parent_of, varies

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from pws.diagnosis.batch import tensors_in
-from pws.diagnosis.preserve import random_state
+from pws._batch import tensors_in
+from pws._preserve import random_state
 
 
 @contextmanager

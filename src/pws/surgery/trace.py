@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer
 
+from pws._batch import REJECTIONS, Batch, check_finite, tensors_in
 from pws._errors import PwsError, one_line
-from pws.diagnosis.batch import REJECTIONS, Batch, check_finite, tensors_in
 from pws.surgery.copying import copy_of
 from pws.surgery.follower import Follower
 from pws.surgery.running import branches_run, evaluated, random_kept

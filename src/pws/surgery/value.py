@@ -79,7 +79,7 @@ class Trace:
     takers: dict[str, set[str]] = field(default_factory=dict)
     """Source to what took it: names of layers and norms, `OUTPUT`."""
     dims: dict[str, int] = field(default_factory=dict)
-    """Of the inputs of layers and norms."""
+    """The number of dimensions of the inputs of layers and norms."""
     foreign: set[str] = field(default_factory=set)
     """Layers that gave something else than what they make with their own weight."""
     in_place: dict[str, set[str]] = field(default_factory=dict)

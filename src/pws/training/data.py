@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pws._errors import PwsError
-from pws.training.datasets import Images, Splits, load_splits
+from pws.training.datasets import load_splits
+from pws.training.images import Images, Splits
 from pws.training.recipe import DataConfig
 
 Key = tuple[int, list[int]]

@@ -13,8 +13,8 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pws._batch import tensors_in
 from pws._errors import PwsError, UnknownNameError
-from pws.diagnosis.batch import tensors_in
 from pws.models import model_of
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData, check_shares

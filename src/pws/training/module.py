@@ -17,8 +17,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from pws._errors import PwsError
 from pws._mark import marked
+from pws._preserve import random_state
 from pws.diagnosis import first_non_finite
-from pws.diagnosis.preserve import random_state
 from pws.methods import Method
 from pws.models import ResNet
 from pws.optim import NonFiniteGradientError

@@ -7,20 +7,20 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from pws import convert
 from pws._errors import PwsError, memory_ran_out, one_line
 from pws._layers import StandardizedLayer
 from pws._mark import marked
 from pws.methods import Method, build_method
 from pws.models import ResNet, build_model, model_of
+from pws.surgery import convert
 from pws.training.data import ImageBatches
-from pws.training.datasets import Splits
+from pws.training.images import Splits
 from pws.training.memory import check_memory
 from pws.training.module import logits_of
 from pws.training.recipe import ModelConfig
 
 BYTES: Final = 12
-"""Of a parameter in training, at least: its value, its gradient, its momentum."""
+"""What a parameter takes in training at least: its value, its gradient, its momentum."""
 SMALL_WIDTH: Final = 0.125
 CONVERTED_ON: Final = 64
 """Training images that alpha is set on when a model of others is converted."""

@@ -118,7 +118,7 @@ class Start:
     step: int = 0
     epoch: int = 0
     rows: list[Row] = field(default_factory=list)
-    """Of metrics.csv, before `step`."""
+    """The rows of metrics.csv before `step`."""
     notes: list[str] = field(default_factory=list)
     """What was found damaged, and is done without."""
 

@@ -77,7 +77,7 @@ def summarize(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what a run depends on."""
+    """Return the versions of Python and of what a run depends on."""
     found = {"python": platform.python_version()}
     for package in ("pws-torch", "torch", "torchvision", "lightning", "timm"):
         try:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pws.diagnosis.batch import REJECTIONS
-from pws.diagnosis.preserve import preserved
+from pws._batch import REJECTIONS
+from pws._preserve import preserved
 from pws.diagnosis.recording.weighted_operation import Call, Operations
 
 

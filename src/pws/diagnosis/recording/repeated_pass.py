@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pws.diagnosis.preserve import preserved
+from pws._preserve import preserved
 from pws.diagnosis.recording.recorder import Recorder
 
 

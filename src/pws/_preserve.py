@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,9 +37,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         rewind()
 
 
-def random_state(model: nn.Module) -> Callable[[], None]:
-    """Remember the random generators of Python, NumPy and torch (the CPU and the model's devices); the result rewinds."""
-    python, cpu, accelerators = random.getstate(), torch.get_rng_state(), _accelerator_states(model)
+def random_state(*models: nn.Module) -> Callable[[], None]:
+    """Remember the random generators of Python, NumPy and torch (the CPU and the models' devices); the result rewinds."""
+    python, cpu, accelerators = random.getstate(), torch.get_rng_state(), _accelerator_states(models)
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()
 
@@ -54,6 +54,7 @@ def random_state(model: nn.Module) -> Callable[[], None]:
     return rewind
 
 
-def _accelerator_states(model: nn.Module) -> list[tuple[torch.device, Tensor]]:
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+def _accelerator_states(models: Iterable[nn.Module]) -> list[tuple[torch.device, Tensor]]:
+    used = {parameter.device for model in models for parameter in model.parameters()}
+    devices = [device for device in used if device.type not in ("cpu", "meta")]
     return [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
