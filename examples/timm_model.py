@@ -25,8 +25,8 @@ model = plan.apply()  # the same as pws.convert(model, images[:64])
 norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 print(f"norms left: {len(norms)}")
 
-optimizer = pws.optim.SGD(model, lr=0.02, momentum=0.9, weight_decay=5e-4)
-for _ in range(2):
+optimizer = pws.optim.SGD(model, lr=0.01, momentum=0.9, weight_decay=5e-4)
+for _ in range(3):
     for batch in torch.randperm(600).split(4):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import pws
 from pws._errors import PwsError
 from pws._mark import adopt
+from pws.cli import main
 from pws.training import Recipe, evaluate, load_recipe, train
 from pws.training.callbacks import ClipGrad
 from pws.training.data import ImageData
@@ -55,11 +56,15 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
         )
 
 
-def command(folder: Path, *flags: str) -> list[str]:
+def arguments(folder: Path, *flags: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "pws", "train", "fashion-mnist-allconv-pws", *TINY, *flags),
+        *("train", "fashion-mnist-allconv-pws", *TINY, *flags),
         *(f"--runs={folder.parent}", f"--name={folder.name}"),
     ]
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "pws", *arguments(folder, *flags)]
 
 
 def run_command(folder: Path, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -95,10 +100,10 @@ def test_the_resolved_recipe_repeats_the_run(tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "second"), weights(tmp_path / "first"), 0.0)
 
 
-def test_kill_and_resume(tmp_path: Path) -> None:
+def test_kill_and_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Loader workers draw batches ahead: the resumed run must not take them from another epoch's order.
     flags = ("--trainer.epochs=20", "--data.augment=true", "--optim.schedule=cosine", "--data.workers=1")
-    run_command(tmp_path / "whole", *flags)
+    assert main(arguments(tmp_path / "whole", *flags)) == 0
     process = subprocess.Popen(command(tmp_path / "killed", *flags), stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
     assert process.stdout is not None
     for line in process.stdout:
@@ -107,7 +112,9 @@ def test_kill_and_resume(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "summary.json").exists()
-    resumed = run_command(tmp_path / "killed", *flags, "--resume").stdout
+    capsys.readouterr()
+    assert main(arguments(tmp_path / "killed", *flags, "--resume")) == 0
+    resumed = capsys.readouterr().out
     assert "resuming" in resumed
     assert "epoch 1/" not in resumed
     last = torch.load(tmp_path / "killed" / "checkpoints" / "last.ckpt", weights_only=True)
