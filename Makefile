@@ -1,6 +1,8 @@
 # `make demo` and `make test` need python3 (3.11 or newer for the lock), its venv module and make; the rest is installed here.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process per core; each test uses one thread, and the tests of a file stay together.
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: demo test test-slow test-all check install lint types docs wheel oldest lock
 
@@ -20,10 +22,10 @@ demo: install
 
 # What a user's trust needs. The benches and the demonstration are tested by `make test-slow`.
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 test-all: test test-slow
 
