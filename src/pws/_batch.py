@@ -87,9 +87,9 @@ def batch_of(given: Any, forward: Forward | None = None) -> Batch:
     else:
         got = f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
         raise PwsError(
-            "a batch is (inputs, targets), or the inputs alone, where inputs is a tensor, a tuple of the model's arguments, "
-            f"a list of images or a dict of arguments; got {got}. Several inputs go into a tuple of their own: "
-            "((image, mask), target). For any other form pass forward=, a function of (model, batch)."
+            f"a batch is (inputs, targets), or the inputs alone; got {got}. Inputs are a tensor, a tuple or dict of the "
+            "model's arguments, or a list of images. Several inputs go into a tuple of their own: ((image, mask), target). "
+            "For any other form pass forward=, a function of (model, batch)."
         )
     _check_samples(batch.inputs)
     if forward is None:

@@ -70,7 +70,7 @@ def standardize(
         )
     if alpha is not None and alpha.shape != weight.shape[:1]:
         raise ShapeError(
-            f"alpha holds one scale a filter, shape ({weight.shape[0]},) for a weight of shape {tuple(weight.shape)}; "
+            f"alpha holds one scale per filter, shape ({weight.shape[0]},) for a weight of shape {tuple(weight.shape)}; "
             f"got {tuple(alpha.shape)}. Pass alpha.flatten() if it comes from a checkpoint with trailing ones."
         )
     check_gamma(gamma)

@@ -105,7 +105,7 @@ def calibrate(
     if not setting.done:
         raise PwsError(
             f"calibrate found no marked layer and no pws layer that ran in {type(model).__name__}. Mark its layers (pws.mark, "
-            "pws.convert), build it with pws.Conv2d and its kin, or check the `only` argument."
+            "pws.convert), build it with pws layers, or check the `only` argument."
         )
     return list(setting.done.values())
 

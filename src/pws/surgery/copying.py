@@ -27,7 +27,7 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 "the model that you built before sharding, and go on with that."
             ) from error
         raise PwsError(
-            f"{type(model).__name__} can't be copied: {one_line(error)}. One of its modules keeps a tensor that autograd made, "
-            "such as an activation or a pruned weight, or something else that has no copy: keep a detached tensor, or make the "
-            "pruning permanent by torch.nn.utils.prune.remove."
+            f"{type(model).__name__} can't be copied: {one_line(error)}. One of its modules keeps something that has no copy. "
+            "Mostly it is a tensor that autograd made, such as an activation or a pruned weight. Keep a detached tensor, or "
+            "make the pruning permanent by torch.nn.utils.prune.remove."
         ) from error

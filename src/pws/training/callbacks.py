@@ -91,7 +91,7 @@ class StepBar(RichProgressBar):
 
 
 class EpochLines(Callback):
-    """A line an epoch, for terminals and log files alike."""
+    """One line per epoch, for terminals and log files alike."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

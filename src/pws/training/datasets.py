@@ -165,7 +165,7 @@ def _chosen(config: DataConfig, count: int, seed: int) -> list[int] | None:
 def _folder(config: DataConfig, seed: int) -> Splits:
     root, side = Path(config.root), config.image_size or 224
     check_memory(
-        4 * 3 * config.batch_size * side**2, f"a batch of {config.batch_size:,} images of {side} pixels a side"
+        4 * 3 * config.batch_size * side**2, f"a batch of {config.batch_size:,} images of {side} pixels per side"
     )
     for part in ("train", "val"):
         if not (root / part).is_dir():

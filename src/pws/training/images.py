@@ -59,7 +59,7 @@ class TensorImages:
 
 
 class FolderImages:
-    """Images in files, one folder a class, read when asked for."""
+    """Images in files, one folder per class, read when asked for."""
 
     def __init__(
         self, folder: Path, prepare: Augment, augment: Augment | None, numbers: list[int] | None = None
@@ -93,4 +93,4 @@ def _image_folder(folder: Path) -> tv.ImageFolder:
     try:
         return tv.ImageFolder(str(folder))
     except (FileNotFoundError, RuntimeError) as error:
-        raise PwsError(f"{folder} must hold a folder a class with images in it: {error}") from error
+        raise PwsError(f"{folder} must hold one folder per class, with images in it: {error}") from error

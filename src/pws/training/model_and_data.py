@@ -129,7 +129,7 @@ def load_model(
         data: a dataset's name, or random.
         root: the dataset's folder.
         batch_size: images of the batch.
-        image_size: pixels a side; 224 for random images, the data's own if left out.
+        image_size: pixels per side; 224 for random images, the data's own if left out.
         input_shape: of one random sample, where the model takes no square images: sequences, volumes, tables.
 
     Raises:
