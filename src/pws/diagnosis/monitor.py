@@ -46,8 +46,8 @@ class Monitor(HealthHistory):
     steps. Of the other steps only the outputs are checked; if one is not finite, the forward pass runs again with the same
     random numbers. Gradients that the model or the loss takes are part of the forward pass.
 
-    A step is unhealthy if an output or the loss is not finite, if the shift share of a layer crosses `shift_bound`, or if a
-    layer's variance is lost or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and gives a
+    A step is unhealthy in three cases: an output or the loss is not finite; the shift share of a layer crosses `shift_bound`;
+    a layer's variance is lost or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and gives a
     `CollapseWarning`.
 
     A training step is one forward pass of `model` in training mode. If a step has several, set `monitor.clock` to a function
