@@ -47,8 +47,8 @@ class Monitor(HealthHistory):
     random numbers. Gradients that the model or the loss takes are part of the forward pass.
 
     A step is unhealthy in three cases: an output or the loss is not finite; the shift share of a layer crosses `shift_bound`;
-    a layer's variance is lost or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and gives a
-    `CollapseWarning`.
+    a layer's variance is lost or explodes. The monitor then keeps the last healthy and the first unhealthy diagnosis, and
+    gives a `CollapseWarning`.
 
     A training step is one forward pass of `model` in training mode. If a step has several, set `monitor.clock` to a function
     that returns the number of the step; the first pass of a step is measured.
