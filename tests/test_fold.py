@@ -144,7 +144,7 @@ def test_a_model_that_keeps_an_activation_is_refused() -> None:
     x = torch.randn(2, 3, 6, 6)
     model[0].seen = model(x)
     for refused in (lambda: pws.fold(model), lambda: pws.plan(model, x)):
-        with pytest.raises(pws.PwsError, match="keeps something that has no copy.*a tensor that autograd made"):
+        with pytest.raises(pws.PwsError, match=r"keeps something that has no copy.*a tensor that autograd made"):
             refused()
     model[0].seen = model[0].seen.detach()
     assert torch.equal(pws.fold(model)(x), model(x))
