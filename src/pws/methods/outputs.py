@@ -21,10 +21,13 @@ def gn() -> Method:
     return Method("gn", "Group Normalization: Wu and He 2018, 32 groups", plain_conv, norm=_group_norm)
 
 
+def groups_of(channels: int) -> int:
+    """Groups of a Group Norm: 32 as published. A group of one channel would be Instance Norm, so narrow layers get fewer."""
+    return [g for g in range(1, 33) if channels % g == 0 and g <= max(1, channels // 2)][-1]
+
+
 def _group_norm(channels: int) -> nn.Module:
-    # 32 groups as published; a group of a single channel would be Instance Norm, so narrow layers get fewer.
-    groups = [g for g in range(1, 33) if channels % g == 0 and g <= max(1, channels // 2)]
-    return nn.GroupNorm(groups[-1], channels)
+    return nn.GroupNorm(groups_of(channels), channels)
 
 
 def ln() -> Method:

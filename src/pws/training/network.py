@@ -33,12 +33,7 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
         PwsError: another number of classes, an unknown name, an option of another method, or images of a size or with
             values that the network can't take.
     """
-    classes = len(splits.classes)
-    if config.num_classes not in (None, classes):
-        raise PwsError(
-            f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
-            f"({', '.join(splits.classes[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
-        )
+    classes = check_classes(config, splits.classes)
     method = method or method_for(config)
     image, _ = splits.test.get([0])
     if ":" in config.name:
@@ -63,6 +58,17 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
     # Convolutions run faster in this layout, on the CPU (a training step of allconv takes 0.6 to 0.93 of the time) and on
     # GPUs with tensor cores alike; ImageBatches yields the images in it.
     return model.train().to(memory_format=torch.channels_last)
+
+
+def check_classes(config: ModelConfig, names: list[str]) -> int:
+    """The data's number of classes; raises `PwsError` if the recipe asks for another one."""
+    classes = len(names)
+    if config.num_classes not in (None, classes):
+        raise PwsError(
+            f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
+            f"({', '.join(names[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
+        )
+    return classes
 
 
 def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> None:
@@ -93,8 +99,13 @@ def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
 
 def method_for(config: ModelConfig) -> Method:
     """The recipe's method, with its options."""
+    return build_method(config.method, **method_options(config))
+
+
+def method_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of the method that the recipe sets."""
     options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma", "standardize_head")}
-    return build_method(config.method, **{key: value for key, value in options.items() if value is not None})
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def check_calibration(config: ModelConfig, model: nn.Module) -> None:
