@@ -136,7 +136,9 @@ def total(value: Any) -> Any:
 def on_device(value: Any, device: torch.device) -> Any:
     """The same with all tensors on a device: a batch, or nested tuples, lists and dicts."""
     if isinstance(value, Batch):
-        return Batch(on_device(value.inputs, device), on_device(value.targets, device), value.has_targets, value.forward)
+        return Batch(
+            on_device(value.inputs, device), on_device(value.targets, device), value.has_targets, value.forward
+        )
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):

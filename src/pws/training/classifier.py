@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -79,6 +80,16 @@ class Classifier(TaskModule):
         self.per_class: list[float] = self.class_accuracy.compute().tolist()
         for metric in (self.test_metrics, self.class_accuracy, self.test_loss):
             metric.reset()
+
+    def score_on(self, batches: Iterable[Any], images: int) -> float:
+        """Accuracy."""
+        right = seen = 0
+        for inputs, labels in batches:
+            right += int((self(inputs).argmax(1) == labels).sum())
+            seen += len(labels)
+            if seen >= images:
+                break
+        return right / seen
 
     def evaluation(self, checkpoint: str, parts: Parts) -> Evaluation:
         """Accuracy, loss, accuracy by class."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, ClassVar, Final, Literal
 
@@ -72,6 +72,10 @@ class TaskModule(LightningModule, ABC):
     @abstractmethod
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """The losses of a training batch by name; their sum is trained."""
+
+    @abstractmethod
+    def score_on(self, batches: Iterable[Any], images: int) -> float:
+        """The score on the first `images` images, or a few more, of test batches; in eval mode, without gradients."""
 
     @abstractmethod
     def score_line(self, metrics: dict[str, float]) -> str:

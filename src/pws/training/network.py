@@ -13,10 +13,10 @@ from pws._mark import marked
 from pws.methods import Method, build_method
 from pws.models import ResNet, build_model, model_of
 from pws.surgery import convert
+from pws.training.classifier import logits_of
 from pws.training.data import ImageBatches
 from pws.training.images import Splits
 from pws.training.memory import check_memory
-from pws.training.module import logits_of
 from pws.training.recipe import ModelConfig
 
 BYTES: Final = 12

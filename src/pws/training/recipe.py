@@ -249,7 +249,9 @@ class Recipe:
         else:
             _check_left_out(self, ("dropout", "standardize_head", "calibrate"), "task classify")
             if self.optim.label_smoothing:
-                raise PwsError("optim.label_smoothing is a setting of task classify: detectors have losses of their own.")
+                raise PwsError(
+                    "optim.label_smoothing is a setting of task classify: detectors have losses of their own."
+                )
         if self.name and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             raise PwsError(
                 "name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got "

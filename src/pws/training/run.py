@@ -141,9 +141,7 @@ def _trainer(
         raise PwsError(f"Lightning refuses the trainer settings {asdict(config)}: {error}") from error
 
 
-def _headline(
-    recipe: Recipe, data: RecipeData, module: TaskModule, folder: Path, start: Start, *, resume: bool
-) -> str:
+def _headline(recipe: Recipe, data: RecipeData, module: TaskModule, folder: Path, start: Start, *, resume: bool) -> str:
     count = sum(p.numel() for p in module.model.parameters())
     again = "no checkpoint was written yet, the run starts again: " if resume and start.checkpoint is None else ""
     return (

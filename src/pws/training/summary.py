@@ -15,7 +15,6 @@ from pws.training.callbacks import Clock
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.recipe import Recipe
 
-
 TEST: Final = "val_"
 """What the names of the test images' metrics begin with in a log."""
 

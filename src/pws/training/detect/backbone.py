@@ -27,7 +27,9 @@ def load_backbone(model: nn.Module, config: ModelConfig) -> None:
     """
     run = Path(str(config.backbone))
     if not (run / "recipe.yaml").is_file():
-        raise PwsError(f"model.backbone must be a run's folder; {run} has no recipe.yaml. Train a classifier there first.")
+        raise PwsError(
+            f"model.backbone must be a run's folder; {run} has no recipe.yaml. Train a classifier there first."
+        )
     theirs = load_recipe(run / "recipe.yaml")
     wanted = SAME_WEIGHTS.get(config.method, config.method)
     if theirs.task != "classify" or theirs.model.method != wanted:

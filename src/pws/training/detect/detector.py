@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -45,7 +46,9 @@ class Detector(TaskModule):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The detector's losses by torchvision's names."""
         found: Any = self.model(*batch)
-        if not isinstance(found, dict) or not all(isinstance(loss, Tensor) and loss.numel() == 1 for loss in found.values()):
+        if not isinstance(found, dict) or not all(
+            isinstance(loss, Tensor) and loss.numel() == 1 for loss in found.values()
+        ):
             raise PwsError(
                 "a detector must return a dict of losses in training, as torchvision's do; this model returned a "
                 f"{type(found).__name__}. Its forward takes a list of images and a list of targets."
@@ -64,6 +67,16 @@ class Detector(TaskModule):
             self.by_class = figures_by_class(self.metric, self.num_classes)
         self.metric.reset()
         self.log_dict({f"val_{kind}_{name}": value for kind, part in figures.items() for name, value in part.items()})
+
+    def score_on(self, batches: Iterable[Batch], images: int) -> float:
+        """Average precision of boxes."""
+        metric, seen = build_metric(masks=False), 0
+        for inputs, targets in batches:
+            update_metric(metric, self(inputs), targets)
+            seen += len(inputs)
+            if seen >= images:
+                break
+        return figures_of(metric)["box"]["ap"]
 
     def evaluation(self, checkpoint: str, parts: Parts) -> DetectionEvaluation:
         """COCO's figures and VOC's average precision, by class too."""

@@ -37,7 +37,7 @@ KINDS: Final = {"bbox": "box", "segm": "mask"}
 def build_metric(*, masks: bool) -> MeanAveragePrecision:
     """COCO's metric of boxes, and of masks where there are some."""
     kinds: Any = ("bbox", "segm") if masks else ("bbox",)
-    metric = MeanAveragePrecision(iou_type=kinds, backend="faster_coco_eval")
+    metric = MeanAveragePrecision(iou_type=kinds, compute_with_cache=False, backend="faster_coco_eval")
     metric.warn_on_many_detections = False  # COCO takes the best hundred of each image
     return metric
 
@@ -78,9 +78,9 @@ def known_or_none(figure: float) -> float | None:
 
 def figures_by_class(metric: MeanAveragePrecision, classes: int) -> list[dict[str, float | None]]:
     """The figures of each class, in the order of the labels: box_ap, mask_ap where there are masks, voc_ap50."""
-    metric.class_metrics, metric._computed = True, None
+    metric.class_metrics = True
     found = metric.compute()
-    metric.class_metrics, metric._computed = False, None
+    metric.class_metrics = False
     several, there = len(metric.iou_type) > 1, found["classes"].reshape(-1).tolist()
     result: list[dict[str, float | None]] = []
     images = [ImageBoxes(*parts) for parts in zip(*(getattr(metric, state) for state in STATES), strict=True)]
