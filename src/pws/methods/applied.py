@@ -1,2 +1,2 @@
-def apply_method(*a,**k):
+def apply_method(*a, **k):
     raise NotImplementedError

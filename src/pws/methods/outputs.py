@@ -18,7 +18,7 @@ def bn() -> Method:
 
 def gn() -> Method:
     """Group Normalization."""
-    return Method("gn", "Group Normalization: Wu and He 2018, 32 groups", plain_conv, norm=_group_norm)
+    return Method("gn", "Group Normalization: Wu and He 2018, 32 groups", plain_conv, norm=group_norm)
 
 
 def groups_of(channels: int) -> int:
@@ -26,7 +26,8 @@ def groups_of(channels: int) -> int:
     return [g for g in range(1, 33) if channels % g == 0 and g <= max(1, channels // 2)][-1]
 
 
-def _group_norm(channels: int) -> nn.Module:
+def group_norm(channels: int) -> nn.Module:
+    """Group Normalization with as many groups as `groups_of` says."""
     return nn.GroupNorm(groups_of(channels), channels)
 
 
@@ -71,4 +72,4 @@ def ws() -> Method:
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
         return kaiming(std_conv(in_channels, out_channels, kernel_size, **settings))
 
-    return Method("ws", "Weight Standardization with Group Norm: Qiao et al. 2019", conv, norm=_group_norm)
+    return Method("ws", "Weight Standardization with Group Norm: Qiao et al. 2019", conv, norm=group_norm)

@@ -54,7 +54,7 @@ def _built(config: ModelConfig, data: DetectionData) -> nn.Module:
     """With BatchNorm, and random weights."""
     size, classes = data.config.image_size, len(data.splits.classes)
     if ":" in config.name:
-        model = model_of(config.name, num_classes=classes + 1)
+        model: nn.Module = model_of(config.name, num_classes=classes + 1)
         transform = getattr(model, "transform", None)
         if size is not None and transform is not None:
             vars(transform).update(min_size=(size,), max_size=round(size * LONGEST))
