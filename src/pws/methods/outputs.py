@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pws._errors import PwsError
 from pws.methods.method import Method, kaiming, plain_conv
 from pws.methods.switch_norm import SwitchNorm2d
 from pws.methods.timm_layers import timm_layer
@@ -14,6 +15,18 @@ from pws.methods.timm_layers import timm_layer
 def bn() -> Method:
     """Batch Normalization."""
     return Method("bn", "Batch Normalization: Ioffe and Szegedy 2015", plain_conv, norm=nn.BatchNorm2d)
+
+
+def frozen_bn() -> Method:
+    """Batch Normalization whose statistics and affine parameters are constants: those of a trained network."""
+
+    def norm(_: int) -> nn.Module:
+        raise PwsError(
+            "frozen-bn keeps the statistics of a trained network, and this one starts from random weights. Use it in a model "
+            "of others or a detector, with model.backbone; or use bn."
+        )
+
+    return Method("frozen-bn", "Batch Normalization, frozen: He et al. 2017 (Mask R-CNN)", plain_conv, norm=norm)
 
 
 def gn() -> Method:

@@ -17,10 +17,17 @@ def branch_ends(model: nn.Module, batch: Batch) -> dict[str, float]:
 
 
 def _ends(run: Trace) -> list[set[str]]:
-    """For each addition, the sources of its operand behind the most layers that are not those of another operand too."""
+    """For each addition, the sources of its operand behind the most layers that are not those of another operand too.
+
+    They are as large as the sum, alone or joined. A feature pyramid adds a resized map, and a box decoder moves anchors by
+    what it computes: neither ends a residual branch.
+    """
     found = []
     for addition in run.sums:
         branch = max(addition.operands, key=lambda value: value.depth)
         others = [value for value in addition.operands if value is not branch]
-        found.append(set(branch.sources).difference(*(value.sources for value in others)) - {INPUT})
+        ends = set(branch.sources).difference(*(value.sources for value in others)) - {INPUT}
+        sizes = [run.sizes.get(name, 0) for name in ends]
+        fits = set(sizes) == {addition.size} or sum(sizes) == addition.size
+        found.append(ends if fits else set[str]())
     return found

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from pws._batch import tensors_in
 from pws._gain import ACTIVATIONS
 from pws.surgery.running import hooked, input_of, removed_after
-from pws.surgery.value import OUTPUT, UNKNOWN, Sum, Trace, Use, Value, merged
+from pws.surgery.value import OUTPUT, UNKNOWN, Trace, Use, Value, merged
 
 _HOOKS: Final = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")
 _ASSIGNMENTS: Final = tuple(
@@ -125,6 +125,7 @@ class Follower(TorchFunctionMode):
     def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name, given = self.names[module], input_of(args, kwargs)
         for tensor in tensors_in(output):
+            self.trace.sizes[name] = tensor.numel()
             value = self.value(tensor)
             if value.sources != {name} or value.parameters:
                 self.trace.foreign.add(name)
@@ -177,12 +178,9 @@ class Follower(TorchFunctionMode):
     def _made(self, name: str, given: list[Tensor], results: list[Tensor]) -> None:
         known = [(tensor, value) for tensor in given if (value := self.value(tensor)).is_known]
         if known:
-            value = merged(name, known, self._sum, self.trace.gates)
+            value = merged(name, known, self.trace.sums.append, self.trace.gates)
             for tensor in results:
                 self.put(tensor, value)
-
-    def _sum(self, operands: tuple[Value, ...]) -> None:
-        self.trace.sums.append(Sum(operands))
 
     def _write(self, tensor: Tensor) -> None:
         norms = self.storages.get(_storage(tensor), set())
