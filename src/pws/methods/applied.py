@@ -111,13 +111,12 @@ def _bare(steps: Plan) -> nn.Module:
 
 def _normalizer_free(model: nn.Module, example: Any) -> nn.Module:
     steps = plan(model, example, norms=NORMS)
-    ends = branch_ends(model, example_of(model, example))
+    ends = branch_ends(model, example_of(model, example), steps.named("standardize"))
     result = _bare(steps)
     std_conv, gain = timm_layer("nf", "std_conv", "ScaledStdConv2d"), variance_preserving_gain("relu")
     _rebuild(result, set(steps.named("standardize")), partial(std_conv, gamma=gain))
     for name in ends:
-        if name in steps.named("standardize"):
-            result.set_submodule(name, nn.Sequential(result.get_submodule(name), Scale()))
+        result.set_submodule(name, nn.Sequential(result.get_submodule(name), Scale()))
     return result
 
 

@@ -204,7 +204,7 @@ class Plan:
         untrained = {n: norm for n in self.fixed if not is_trained(norm := model.get_submodule(n))}
         setting.affines = {_affine_in(result.get_submodule(n)): norm_eps(norm) for n, norm in untrained.items()}
         if setting.names or setting.affines:
-            setting.shares = branch_ends(result, example_of(result, self.example, self.forward))
+            setting.shares = branch_ends(result, example_of(result, self.example, self.forward), names.values())
             setting.run(result, lambda: self.run_example(result))
         return result
 

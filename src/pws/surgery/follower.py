@@ -139,10 +139,12 @@ class Follower(TorchFunctionMode):
 
     def _leave_other(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """What a module without parameters made in a way that can't be followed (TorchScript, a function of its own) comes
-        from what it was given."""
-        lost = [tensor for tensor in tensors_in(output) if not self.value(tensor).is_known]
+        from what it was given; but what has no gradient of inputs that have one was made of their sizes alone: anchors."""
+        given = [*tensors_in((args, kwargs))]
+        made_of_sizes = any(tensor.requires_grad for tensor in given)
+        lost = [t for t in tensors_in(output) if not self.value(t).is_known and (t.requires_grad or not made_of_sizes)]
         if lost and next(module.parameters(), None) is None:
-            self._made(type(module).__name__.lower(), [*tensors_in((args, kwargs))], lost)
+            self._made(type(module).__name__.lower(), given, lost)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
