@@ -20,6 +20,9 @@ from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
+DIGIT_CLASSES: Final = [str(digit) for digit in range(10)]
+FASHION_PARTS: Final = ("train", "t10k")
+FASHION_CLASSES: Final[list[str]] = tv.FashionMNIST.classes
 
 
 def load_splits(config: DataConfig, seed: int) -> Splits:
@@ -38,6 +41,11 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
 
 
 def _digits(config: DataConfig, seed: int) -> Splits:
+    return _in_memory(*(config, seed, *digit_arrays(), DIGIT_CLASSES, (0.3053,), (0.3763,)), flip=False)
+
+
+def digit_arrays() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Pixels `(N, 1, 8, 8)` uint8 and labels of scikit-learn's digits: 1,437 training and 360 test images."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -45,8 +53,7 @@ def _digits(config: DataConfig, seed: int) -> Splits:
     labels = torch.tensor(raw.target)
     # Every fifth image is for testing: both parts hold all the writers, in the order of the file.
     test = torch.arange(len(labels)) % 5 == 0
-    train, held_out = (pixels[~test], labels[~test]), (pixels[test], labels[test])
-    return _in_memory(config, seed, train, held_out, [str(d) for d in range(10)], (0.3053,), (0.3763,), flip=False)
+    return (pixels[~test], labels[~test]), (pixels[test], labels[test])
 
 
 _FASHION_HELP: Final = (
@@ -62,24 +69,24 @@ def _fashion_mnist(config: DataConfig, seed: int) -> Splits:
             tv.FashionMNIST(config.root, download=True)
         except (RuntimeError, OSError) as error:
             raise PwsError(f"fashion-mnist: the download to {config.root} failed: {error}. {_FASHION_HELP}") from error
-    parts = {
-        part: (
-            read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None],
-            read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long(),
-        )
-        for part in ("train", "t10k")
-    }
-    for part, (images, labels) in parts.items():
-        if len(images) != len(labels):
-            raise PwsError(
-                f"fashion-mnist: {len(images)} {part} images, but {len(labels)} labels: get the files again."
-            )
-    return _in_memory(
-        *(config, seed, parts["train"], parts["t10k"], tv.FashionMNIST.classes, (0.2860,), (0.3530,)), flip=True
-    )
+    train, test = (fashion_arrays(part, folders) for part in FASHION_PARTS)
+    return _in_memory(*(config, seed, train, test, FASHION_CLASSES, (0.2860,), (0.3530,)), flip=True)
 
 
-def _find(name: str, folders: list[Path]) -> Path:
+def fashion_arrays(part: str, folders: Sequence[Path] = (DEBIAN_FASHION_MNIST,)) -> tuple[Tensor, Tensor]:
+    """Pixels `(N, 1, 28, 28)` uint8 and labels of a part of Fashion-MNIST, from the first folder that has its files.
+
+    Raises:
+        PwsError: the files are missing, corrupt or of different lengths.
+    """
+    images = read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None]
+    labels = read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long()
+    if len(images) != len(labels):
+        raise PwsError(f"fashion-mnist: {len(images)} {part} images, but {len(labels)} labels: get the files again.")
+    return images, labels
+
+
+def _find(name: str, folders: Sequence[Path]) -> Path:
     for folder in folders:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
@@ -127,7 +134,7 @@ def _in_memory(
     flip: bool,
 ) -> Splits:
     pixels, labels = train
-    chosen = _chosen(config, len(labels), seed)
+    chosen = chosen_images(config, len(labels), seed)
     if chosen is not None:
         pixels, labels = pixels[chosen], labels[chosen]
     size = (config.image_size, config.image_size) if config.image_size else (pixels.shape[-2], pixels.shape[-1])
@@ -151,7 +158,8 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8) if pixels.dtype == torch.uint8 else resized
 
 
-def _chosen(config: DataConfig, count: int, seed: int) -> list[int] | None:
+def chosen_images(config: DataConfig, count: int, seed: int) -> list[int] | None:
+    """The numbers of the training images that the recipe uses, drawn by the seed; None for all."""
     if config.train_images is None:
         return None
     if not 1 <= config.train_images <= count:
@@ -181,7 +189,7 @@ def _folder(config: DataConfig, seed: int) -> Splits:
         raise PwsError(
             f"{config.name}: train and val must hold the same class folders; these stand in one only: {odd}."
         )
-    train.numbers = _chosen(config, len(train.files), seed)
+    train.numbers = chosen_images(config, len(train.files), seed)
     return Splits(train, test, train.files.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

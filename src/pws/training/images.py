@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision import datasets as tv
+from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from pws._errors import PwsError, one_line
@@ -78,15 +79,25 @@ class FolderImages:
 
     def _read(self, number: int) -> tuple[Tensor, int]:
         path, label = self.files.samples[number]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels on
-                image = v2.functional.pil_to_tensor(self.files.loader(path))
-        except MemoryError:
-            raise
-        except Exception as error:  # a file may hold anything, and each format's reader has errors of its own
-            raise PwsError(f"cannot read the image {path}: {one_line(error)}. Remove or replace the file.") from error
+        image = read_image(path)
         return (image if self.augment else self.prepare(image)), label
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file in colour, `(3, H, W)` uint8.
+
+    Raises:
+        PwsError: it can't be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels on
+            pixels: Tensor = v2.functional.pil_to_tensor(default_loader(str(path)))
+            return pixels
+    except MemoryError:
+        raise
+    except Exception as error:  # a file may hold anything, and each format's reader has errors of its own
+        raise PwsError(f"cannot read the image {path}: {one_line(error)}. Remove or replace the file.") from error
 
 
 def _image_folder(folder: Path) -> tv.ImageFolder:

@@ -66,7 +66,7 @@ def _built(config: ModelConfig, data: DetectionData) -> nn.Module:
         width=config.width,
         head=config.head,
         anchor_size=config.anchor_size,
-        keypoints=data.splits.train.keypoints,
+        keypoints=len(data.splits.train.keypoint_names),
         options=config.options,
     )
     model = build_detector(config.name, spec)

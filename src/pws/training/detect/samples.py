@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 Target = dict[str, Tensor]
 """The objects of one image, in its pixels:
@@ -27,8 +30,12 @@ class DetectionImages(Protocol):
     """Images with their objects, by number."""
 
     has_masks: bool
-    keypoints: int
-    """Of each object; 0 if the data has none."""
+    classes: list[str]
+    """Their labels are 1, 2, ..."""
+    keypoint_names: list[str]
+    """Of each object's keypoints; empty if the data has none. Names that begin with left_ and right_ are a pair."""
+    numbers: list[int]
+    """Which images of the files are used, in their order."""
 
     def __len__(self) -> int: ...
 
@@ -50,3 +57,17 @@ class DetectionSplits:
     test: DetectionImages
     classes: list[str]
     """Their labels are 1, 2, ..."""
+
+
+def target_of(
+    boxes: Sequence[tuple[float, float, float, float]], labels: Sequence[int], size: tuple[int, int]
+) -> Target:
+    """The objects of an image of `size` (height, width) by their boxes (left, top, right, bottom) and labels."""
+    corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    sides = corners[:, 2:] - corners[:, :2]
+    return {
+        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
+        "area": sides[:, 0] * sides[:, 1],
+    }
