@@ -18,7 +18,8 @@ COMMANDS: Final = {
     "export": "write a run's network for other programs: pws export runs/NAME --format onnx",
     "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
     "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
-    "evaluate": "measure the accuracy of a run on the test images: pws evaluate runs/NAME",
+    "evaluate": "measure a run on its test images: pws evaluate runs/NAME",
+    "scenes": "draw detection data, with boxes and masks, without a download: pws scenes data/scenes",
 }
 GOES_ON: Final = {
     "train": "; `pws train runs/NAME --resume` goes on",

@@ -14,8 +14,10 @@ from PIL import Image, ImageDraw
 
 OUTLINE: Final = 25
 """Pixels brighter than this belong to the object."""
-SCALES: Final = (0.6, 3.0)
-"""Of an object of 28 pixels, on a canvas of any size."""
+SIDES: Final = (0.105, 0.525)
+"""The longer side of an object, in parts of the canvas: 0.6 to 3 times an object of 28 pixels on one of 160."""
+WHOLE: Final = (0.5, 1.0)
+"""The same of a single object."""
 EMPTY: Final = 0.05
 """The share of scenes without objects."""
 MOST: Final = 6
@@ -58,7 +60,7 @@ def draw_scene(cutouts: Cutouts, size: int, *, seed: int, part: int, number: int
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
     for _ in range(wanted):
         chosen = int(rng.integers(len(cutouts.labels)))
-        new = _place(rng, cutouts.pixels[chosen], size)
+        new = _place(rng, cutouts.pixels[chosen], size, SIDES)
         shown = [*(mask & ~new.mask for mask in masks), new.mask]
         whole = [*areas, new.area]
         if any(mask.sum() < max(SMALLEST, VISIBLE * area) for mask, area in zip(shown, whole, strict=True)):
@@ -80,17 +82,16 @@ class _Object:
     """Pixels of the whole object, those beyond the canvas too."""
 
 
-def _place(rng: np.random.Generator, pixels: Array, size: int) -> _Object:
-    """The object in a size and at a place of its own."""
-    scale = float(np.exp(rng.uniform(*np.log(SCALES)))) * 28 / max(pixels.shape)
-    sides = [max(4, round(scale * side)) for side in pixels.shape]
-    flipped = pixels[:, ::-1] if rng.random() < 0.5 else pixels
-    drawn = np.asarray(
-        Image.fromarray(np.ascontiguousarray(flipped)).resize((sides[1], sides[0]), Image.Resampling.BILINEAR)
-    )
-    top, left = (int(rng.integers(-side // 4, max(1, size - 3 * side // 4))) for side in sides)
+def _place(rng: np.random.Generator, pixels: Array, size: int, sides: tuple[float, float]) -> _Object:
+    """The object at a place of its own; its longer side is drawn from this range, in parts of the canvas."""
+    scale = size * float(np.exp(rng.uniform(*np.log(sides)))) / max(pixels.shape)
+    height, width = (max(4, round(scale * length)) for length in pixels.shape)
+    flipped = np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)
+    drawn = np.asarray(Image.fromarray(flipped).resize((width, height), Image.Resampling.BILINEAR))
+    # A quarter of it may lie beyond each border.
+    top, left = (int(rng.integers(-(side // 4), max(1, size - 3 * side // 4))) for side in (height, width))
     canvas = np.zeros((size, size), np.uint8)
-    rows, columns = slice(max(0, top), min(size, top + sides[0])), slice(max(0, left), min(size, left + sides[1]))
+    rows, columns = slice(max(0, top), min(size, top + height)), slice(max(0, left), min(size, left + width))
     canvas[rows, columns] = drawn[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     return _Object(canvas, canvas > OUTLINE, int((drawn > OUTLINE).sum()))
 
@@ -122,3 +123,14 @@ def _background(rng: np.random.Generator, size: int) -> Array:
             pen.ellipse(box, outline=colour, width=width, fill=colour if rng.random() < 0.3 else None)
     noise = rng.normal(0, rng.uniform(2, 12), (size, size, 1))
     return np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
+
+
+def draw_object(cutouts: Cutouts, size: int, *, seed: int, part: int, number: int) -> tuple[Array, int]:
+    """An image `(size, size, 3)` uint8 of one object, whole or nearly so, over most of the image; and its class."""
+    rng = np.random.default_rng([seed, part, number, 1])
+    chosen = int(rng.integers(len(cutouts.labels)))
+    image = _background(rng, size)
+    while True:
+        new = _place(rng, cutouts.pixels[chosen], size, WHOLE)
+        if new.mask.sum() >= 0.9 * new.area:
+            return _painted(rng, image, new), int(cutouts.labels[chosen])
