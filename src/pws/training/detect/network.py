@@ -11,7 +11,7 @@ from pws._errors import PwsError, memory_ran_out, one_line
 from pws.methods import Method, apply_method
 from pws.models import model_of
 from pws.models.detector_spec import LONGEST, DetectorSpec
-from pws.models.detectors import build_detector
+from pws.models.detectors import build_detector, hidden_layers
 from pws.surgery import calibrate
 from pws.training.detect.backbone import freeze_stages, load_backbone
 from pws.training.detect.data import DetectionBatches, DetectionData
@@ -79,6 +79,8 @@ def _with_method(model: nn.Module, config: ModelConfig, method: Method, example:
     options = method_options(config)
     if method.name == "pws-paper" and not options:
         return as_published(model, config.name.rpartition("-")[0], example)
+    if method.name == "pws" and hasattr(model, "backbone"):
+        options["standardize"] = hidden_layers(model)
     return apply_method(model, method.name, example, **options)
 
 
