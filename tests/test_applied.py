@@ -13,50 +13,23 @@ import reference
 import timm
 import torch
 import torchvision
+from small_detectors import small, two_objects
 from timm.layers import FrozenBatchNormAct2d
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.detection import MaskRCNN
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 import pws
-from pws.methods import APPLIED, apply_method
+from pws.methods import APPLIED, apply_method, build_method
 from pws.methods.weights import Scale
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* norms that are taken out")
 
 KEEP_WEIGHTS = ("bn", "frozen-bn", "gn", "ws")
 FROZEN = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
-
-
-def detector() -> nn.Module:
-    """Mask R-CNN with BatchNorm in its backbone, pyramid and heads."""
-    stages = {f"layer{number}": str(number - 1) for number in range(1, 5)}
-    body = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=nn.BatchNorm2d)
-    return MaskRCNN(
-        BackboneWithFPN(body, stages, [64, 128, 256, 512], 16, norm_layer=nn.BatchNorm2d),
-        min_size=64,
-        max_size=64,
-        rpn_post_nms_top_n_train=20,
-        rpn_post_nms_top_n_test=20,
-        box_head=FastRCNNConvFCHead((16, 7, 7), [16, 16], [32], norm_layer=nn.BatchNorm2d),
-        box_predictor=FastRCNNPredictor(32, 3),
-        mask_head=MaskRCNNHeads(16, [16], 1, norm_layer=nn.BatchNorm2d),
-        mask_predictor=MaskRCNNPredictor(16, 16, 3),
-    )
-
-
-def objects() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    masks = torch.zeros(1, 64, 64, dtype=torch.uint8)
-    masks[:, 8:40, 8:48] = 1
-    target = {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1]), "masks": masks}
-    return [torch.rand(3, 64, 64) for _ in range(2)], [target, target]
 
 
 def images() -> Tensor:
@@ -68,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=5), images),
     "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=5), images),
     "timm": (lambda: timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=5), images),
-    "detector": (detector, objects),
+    "detector": (lambda: small("mask-rcnn-resnet18", head="conv"), two_objects),
 }
 Given = tuple[nn.Module, Any, list[str]]
 Applied = tuple[str, nn.Module, nn.Module, Any]
@@ -152,7 +125,7 @@ def test_three_steps_with_gradients_for_all(applied: Applied) -> None:
         optimizer.step()
     for name, parameter in result.named_parameters():
         assert parameter.grad is not None, name
-        # An object of this size is on the lowest level alone.
+        # Objects of this size are on some of the levels alone.
         assert parameter.grad.any() or name.startswith(("backbone.fpn", "rpn", "roi_heads")), name
 
 
@@ -264,11 +237,28 @@ def test_branches_of_nf_add_nothing_at_the_start() -> None:
         assert_close(block(x), (shortcut + branch).relu(), "float32")
 
 
+def test_nf_clips_the_gradients_of_its_layers_and_of_no_other() -> None:
+    """`|g| <= 0.01 |w|` for each filter; those that predict keep theirs."""
+    model = apply_method(MODELS["timm"][0](), "nf", images())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    method = build_method("nf")
+    assert method.gradients is not None
+    method.gradients(model, torch.optim.SGD(model.parameters()))
+    classifier = ("classifier.weight", "classifier.bias", "conv_head.weight", "conv_head.bias")
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.ones_like(parameter)) == (name in classifier), name
+    weight = model.get_parameter("conv_stem.weight")
+    lengths = [tensor.flatten(1).norm(dim=1) for tensor in (weight.grad, weight)]
+    assert_close(lengths[0], 0.01 * lengths[1], "float32")
+
+
 def test_a_pyramid_of_nf_adds_something_at_the_start() -> None:
     """Its additions are no residual branches."""
-    result = apply_method(detector(), "nf", objects())
+    result = apply_method(small("faster-rcnn-resnet18"), "nf", two_objects())
     scales = [name for name, module in result.named_modules() if isinstance(module, Scale)]
-    assert scales == [f"backbone.body.layer{number}.0.conv2.1" for number in range(1, 5)]
+    assert scales == [f"backbone.body.layer{n}.{block}.conv2.1" for n in range(1, 5) for block in (0, 1)]
     assert all(level.std() > 1e-3 for level in result.backbone(torch.randn(1, 3, 64, 64)).values())
 
 

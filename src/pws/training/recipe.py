@@ -69,10 +69,11 @@ class ModelConfig:
         anchor_size: (detect) side of the smallest anchor, in pixels of the resized image.
         options: (detect) numbers of torchvision's class by its names, such as box_batch_size_per_image.
         dropout: probability with which each input of the head is left out of a training step.
-        gain: (pws) gain of every layer, a number or an activation's name; "relu" if left out, 2 ** 0.5 in the paper.
+        gain: (pws, networks of this package) gain of every layer, a number or an activation's name; "relu" if left out,
+            2 ** 0.5 in the paper.
         gamma: (pws, pws-paper) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
         relative_gamma: (pws) add gamma * 2 / fan_in instead.
-        standardize_head: (pws) standardize the head too; true if left out.
+        standardize_head: (pws, networks of this package) standardize the head too; true if left out.
         calibrate: scale kernels once, on the first training batch. "initalpha" is the paper's: output variance 2 for the stem
             and the first convolution of each block. "all" gives every standardized layer output variance 1.
     """
