@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -48,7 +48,7 @@ def apply_method(model: nn.Module, method: str, example: Any, **options: Any) ->
         model: any module with BatchNorm.
         method: one of the table's.
         example: what the model's forward takes, as for `pws.plan`.
-        options: gamma, of pws and pws-paper; relative_gamma, of pws.
+        options: gamma, of pws and pws-paper; relative_gamma and standardize (layers without a norm), of pws.
 
     Raises:
         UnknownNameError: none of these methods.
@@ -111,8 +111,16 @@ def _published(model: nn.Module, example: Any, *, gamma: float = 1e-3) -> nn.Mod
     return replace(result, {result.get_submodule(first.name): in_place_of(norm, one_group(channels_of(norm)))})
 
 
-def _ours(model: nn.Module, example: Any, *, gamma: float = 1e-3, relative_gamma: bool = False) -> nn.Module:
-    return plan(model, example, norms=FAMILIES, gamma=gamma, relative_gamma=relative_gamma).apply()
+def _ours(
+    model: nn.Module,
+    example: Any,
+    *,
+    gamma: float = 1e-3,
+    relative_gamma: bool = False,
+    standardize: Collection[str] = (),
+) -> nn.Module:
+    settings: dict[str, Any] = {"gamma": gamma, "relative_gamma": relative_gamma, "standardize": standardize}
+    return plan(model, example, norms=FAMILIES, **settings).apply()
 
 
 APPLIED: Final = MappingProxyType[str, Callable[..., nn.Module]](
