@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
     "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
     "evaluate": "measure the accuracy of a run on the test images: pws evaluate runs/NAME",
+    "predict": "look at image files with a run's network: pws predict runs/NAME photo.jpg",
 }
 GOES_ON: Final = {
     "train": "; `pws train runs/NAME --resume` goes on",

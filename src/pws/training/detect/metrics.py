@@ -61,10 +61,14 @@ def _predicted(prediction: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _expected(target: Target) -> dict[str, Tensor]:
-    ignored = target["iscrowd"].bool() | target.get("difficult", torch.zeros_like(target["iscrowd"])).bool()
     kept = {key: target[key] for key in ("boxes", "labels", "area")}
-    kept["iscrowd"] = ignored.long()
+    kept["iscrowd"] = ignored_in(target).long()
     return kept if "masks" not in target else {**kept, "masks": target["masks"].bool()}
+
+
+def ignored_in(target: Target) -> Tensor:
+    """Which objects are neither hits nor misses: crowds, and difficult ones."""
+    return target["iscrowd"].bool() | target.get("difficult", torch.zeros_like(target["iscrowd"])).bool()
 
 
 def figures_of(metric: MeanAveragePrecision) -> dict[str, dict[str, float]]:
