@@ -92,7 +92,9 @@ def _normalizer_free(model: nn.Module, example: Any) -> nn.Module:
     result = _of_timm("nf", result, layers, "ScaledStd", gamma=variance_preserving_gain("relu"))
     modules = dict(result.named_modules())
     scales = {modules[name]: Scale().to(next(modules[name].parameters())) for name in sorted(ends)}
-    return replace(result, {layer: nn.Sequential(layer, scale) for layer, scale in scales.items()})
+    return replace(
+        result, {layer: nn.Sequential(layer, scale).train(layer.training) for layer, scale in scales.items()}
+    )
 
 
 def _published(model: nn.Module, example: Any, *, gamma: float = 1e-3) -> nn.Module:
