@@ -91,10 +91,11 @@ def _normalizer_free(model: nn.Module, example: Any) -> nn.Module:
     ends = branch_ends(result, example_of(result, example), layers)
     result = _of_timm("nf", result, layers, "ScaledStd", gamma=variance_preserving_gain("relu"))
     modules = dict(result.named_modules())
-    scales = {modules[name]: Scale().to(next(modules[name].parameters())) for name in sorted(ends)}
-    return replace(
-        result, {layer: nn.Sequential(layer, scale).train(layer.training) for layer, scale in scales.items()}
-    )
+    return replace(result, {modules[name]: _scaled(modules[name]) for name in ends})
+
+
+def _scaled(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, Scale().to(next(layer.parameters()))).train(layer.training)
 
 
 def _published(model: nn.Module, example: Any, *, gamma: float = 1e-3) -> nn.Module:
