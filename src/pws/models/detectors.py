@@ -40,7 +40,7 @@ def _rcnn(backbone: str, spec: DetectorSpec, kind: type[tvd.FasterRCNN], **heads
         if spec.head == "mlp"
         else FastRCNNConvFCHead((spec.channels, 7, 7), [spec.channels] * 4, [features], norm_layer=norm)
     )
-    return kind(
+    model: nn.Module = kind(
         levels.backbone,
         rpn_anchor_generator=AnchorGenerator(sizes, (RATIOS,) * len(sizes)),
         box_head=box_head,
@@ -49,6 +49,7 @@ def _rcnn(backbone: str, spec: DetectorSpec, kind: type[tvd.FasterRCNN], **heads
         **heads,
         **spec.options,
     )
+    return model
 
 
 def _faster(backbone: str, spec: DetectorSpec) -> nn.Module:
@@ -90,9 +91,10 @@ def _retinanet(backbone: str, spec: DetectorSpec) -> nn.Module:
         *(spec.channels, anchors.num_anchors_per_location()[0], spec.num_classes + 1),
         norm_layer=partial(nn.GroupNorm, groups_of(spec.channels)),
     )
-    return tvd.RetinaNet(
+    model: nn.Module = tvd.RetinaNet(
         levels.backbone, spec.num_classes + 1, anchor_generator=anchors, head=head, **spec.sizes, **spec.options
     )
+    return model
 
 
 def _fcos(backbone: str, spec: DetectorSpec) -> nn.Module:
@@ -103,9 +105,10 @@ def _fcos(backbone: str, spec: DetectorSpec) -> nn.Module:
     head, norm = FCOSHead(spec.channels, 1, spec.num_classes + 1), partial(nn.GroupNorm, groups_of(spec.channels))
     head.classification_head = FCOSClassificationHead(spec.channels, 1, spec.num_classes + 1, norm_layer=norm)
     head.regression_head = FCOSRegressionHead(spec.channels, 1, norm_layer=norm)
-    return FCOS(
+    model: nn.Module = FCOS(
         levels.backbone, spec.num_classes + 1, anchor_generator=anchors, head=head, **spec.sizes, **spec.options
     )
+    return model
 
 
 @dataclass(frozen=True)

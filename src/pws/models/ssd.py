@@ -69,7 +69,8 @@ def build_ssd(_: str, spec: DetectorSpec) -> nn.Module:
     scales = [0.07, *(0.15 + 0.72 * level / max(1, levels - 2) for level in range(levels - 1)), 1.05]
     boxes = DefaultBoxGenerator([[2], *[[2, 3]] * (levels - 3), [2], [2]], scales=scales)
     size = (spec.image_size, spec.image_size)
-    return SSD(backbone, boxes, size, spec.num_classes + 1, **spec.options)
+    model: nn.Module = SSD(backbone, boxes, size, spec.num_classes + 1, **spec.options)
+    return model
 
 
 def build_ssdlite(_: str, spec: DetectorSpec) -> nn.Module:

@@ -93,7 +93,7 @@ def calibrate(
     if names:
         device = _scale_of(next(iter(names))).device
         batch = batch_of(batches, forward) if forward else on_device(_join(batches, model), device)
-        setting.shares = branch_ends(model, batch) if share_branches else {}
+        setting.shares = branch_ends(model, batch, names.values()) if share_branches else {}
         try:
             setting.run(model, lambda: batch.outputs(model))
         except PwsError:

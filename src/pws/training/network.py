@@ -10,9 +10,8 @@ from torch import nn
 from pws._errors import PwsError, memory_ran_out, one_line
 from pws._layers import StandardizedLayer
 from pws._mark import marked
-from pws.methods import Method, build_method
+from pws.methods import APPLIED, Method, apply_method, build_method
 from pws.models import ResNet, build_model, model_of
-from pws.surgery import convert
 from pws.training.classifier import logits_of
 from pws.training.data import ImageBatches
 from pws.training.images import Splits
@@ -80,21 +79,18 @@ def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> 
 
 
 def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
-    """As it is, or converted on training images."""
-    if config.method not in ("bn", "pws") or config.dropout or config.width != 1:
+    """With the recipe's method in place of its BatchNorm; its scales are those of training images."""
+    if config.method not in APPLIED or config.dropout or config.width != 1:
         raise PwsError(
-            f"a model of others ({config.name}) trains as it is (model.method: bn) or converted (pws), without model.width "
-            f"and model.dropout; got method {config.method}, width {config.width:g}, dropout {config.dropout:g}."
+            f"a model of others ({config.name}) trains with model.method {', '.join(APPLIED)}, without model.width and "
+            f"model.dropout; got method {config.method}, width {config.width:g}, dropout {config.dropout:g}."
         )
     every = max(1, len(splits.train) // CONVERTED_ON)  # folders hold their images class by class
     images, _ = ImageBatches(splits.train, splits, seed=0)[0, list(range(0, len(splits.train), every))[:CONVERTED_ON]]
     model = model_of(config.name, num_classes=len(splits.classes), in_channels=images.shape[1])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PwsError(f"{config.name} has nothing to train: none of its parameters takes a gradient (requires_grad).")
-    if config.method == "bn":
-        return model
-    settings = {key: getattr(config, key) for key in ("gamma", "relative_gamma")}
-    return convert(model, images, **{key: value for key, value in settings.items() if value is not None})
+    return apply_method(model, config.method, images, **method_options(config))
 
 
 def method_for(config: ModelConfig) -> Method:

@@ -55,10 +55,11 @@ class ModelConfig:
 
     Args:
         name: allconv; preact (56 layers), preact11, 29, 101; cifar-resnet18, 34; resnet18, 34, 50, 101, 152; stack4, 8, 10,
-            16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory, with method bn (as it is) or pws
-            (converted). For task detect: FAMILY-BACKBONE, such as mask-rcnn-resnet18; families faster-rcnn, mask-rcnn,
+            16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory: a model with BatchNorm, which the
+            method replaces. For task detect: FAMILY-BACKBONE, such as mask-rcnn-resnet18; families faster-rcnn, mask-rcnn,
             keypoint-rcnn, retinanet and fcos on resnet18, 34, 50 and mobilenetv3; ssd-vgg16 and ssdlite-mobilenetv3.
-        method: none, bn, gn, ln, in, sn, frn, wn, ws, centred, gc, nf, skipinit, pws-paper or pws.
+        method: none, bn, gn, ws, nf, pws-paper or pws. For networks of this package also ln, in, sn, frn, wn, centred, gc or
+            skipinit; for models of others and detectors also frozen-bn, whose norms keep the statistics that they have.
         width: factor on the number of channels of every layer.
         num_classes: number of classes that the data must have; taken from the data if left out.
         backbone: (detect) the folder of a classification run, whose weights the backbone starts with.

@@ -49,8 +49,8 @@ class DetectionData(RecipeData):
 
     def batches(self, images: DetectionImages, *, train: bool) -> DetectionBatches:
         """Training images augmented as the recipe says and without crowds; test images as they are."""
-        chosen = {True: "flip", False: None}.get(self.config.augment, self.config.augment)  # type: ignore[call-overload]
-        augment = None if chosen is None or not train else augmentation(chosen, self.config.image_size)
+        chosen = "flip" if self.config.augment is True else self.config.augment
+        augment = augmentation(chosen, self.config.image_size) if chosen and train else None
         return DetectionBatches(images, self.seed, augment, crowds=not train)
 
     def groups(self) -> Sequence[int] | None:

@@ -15,6 +15,7 @@ from pws.models.detectors import build_detector
 from pws.surgery import calibrate
 from pws.training.detect.backbone import freeze_stages, load_backbone
 from pws.training.detect.data import DetectionBatches, DetectionData
+from pws.training.detect.paper import as_published
 from pws.training.detect.samples import Target
 from pws.training.network import check_classes, method_options
 from pws.training.recipe import ModelConfig
@@ -39,7 +40,7 @@ def detector_for(config: ModelConfig, data: DetectionData, method: Method) -> nn
     """
     check_classes(config, data.splits.classes)
     example = examples_of(data)
-    model = apply_method(_built(config, data), method.name, example, **method_options(config))
+    model = _with_method(_built(config, data), config, method, example)
     if config.backbone is not None:
         load_backbone(model, config)
         if method.name.startswith("pws"):
@@ -54,7 +55,7 @@ def _built(config: ModelConfig, data: DetectionData) -> nn.Module:
     """With BatchNorm, and random weights."""
     size, classes = data.config.image_size, len(data.splits.classes)
     if ":" in config.name:
-        model = model_of(config.name, num_classes=classes + 1)
+        model: nn.Module = model_of(config.name, num_classes=classes + 1)
         transform = getattr(model, "transform", None)
         if size is not None and transform is not None:
             vars(transform).update(min_size=(size,), max_size=round(size * LONGEST))
@@ -72,6 +73,13 @@ def _built(config: ModelConfig, data: DetectionData) -> nn.Module:
     if config.name.startswith("mask") and not data.splits.train.has_masks:
         raise PwsError(f"Mask R-CNN needs data with masks, and {data.config.name} has boxes alone. Use faster-rcnn.")
     return model
+
+
+def _with_method(model: nn.Module, config: ModelConfig, method: Method, example: Example) -> nn.Module:
+    options = method_options(config)
+    if method.name == "pws-paper" and not options:
+        return as_published(model, config.name.rpartition("-")[0], example)
+    return apply_method(model, method.name, example, **options)
 
 
 def examples_of(data: DetectionData) -> Example:
