@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
     "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
     "evaluate": "measure a run on its test images: pws evaluate runs/NAME",
+    "predict": "look at image files with a run's network: pws predict runs/NAME photo.jpg",
     "scenes": "draw detection data, with boxes and masks, without a download: pws scenes data/scenes",
 }
 GOES_ON: Final = {

@@ -9,13 +9,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
 from pws._errors import PwsError, UnknownNameError
 from pws.training.array_files import read_idx, read_npz
-from pws.training.images import FolderImages, Splits, TensorImages
+from pws.training.images import FolderImages, Splits, TensorImages, resized
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 
@@ -145,17 +144,10 @@ def _in_memory(
     steps: list[Any] = [crop, *([v2.RandomHorizontalFlip()] if flip else [])]
     augment = v2.Compose(steps) if config.augment else None
     return Splits(
-        TensorImages(_resized(pixels, size), labels, augment),
-        TensorImages(_resized(test[0], size), test[1]),
+        TensorImages(resized(pixels, size), labels, augment),
+        TensorImages(resized(test[0], size), test[1]),
         *(list(classes), mean, std),
     )
-
-
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    resized = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.round().clamp(0, 255).to(torch.uint8) if pixels.dtype == torch.uint8 else resized
 
 
 def chosen_images(config: DataConfig, count: int, seed: int) -> list[int] | None:

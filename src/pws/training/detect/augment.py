@@ -13,7 +13,6 @@ from torchvision.transforms import v2
 from pws.training.detect.samples import Target
 from pws.training.recipe import Augmentation
 
-
 MEAN_COLOUR: Final = (123, 117, 104)
 """ImageNet's, which normalization makes 0."""
 
@@ -21,8 +20,8 @@ MEAN_COLOUR: Final = (123, 117, 104)
 class Augment:
     """A transform of an image and its objects, which stay in step; objects that leave the image go.
 
-    `flip` mirrors half of the images. `jitter` also scales them by 0.1 to 2 and crops or fills them to their size (to a square of
-    `image_size` if it is given). `ssd` distorts colours, zooms out and crops around objects, and flips.
+    `flip` mirrors half of the images. `jitter` also scales them by 0.1 to 2, and crops or fills them to their size (to a
+    square of `image_size` if it is given). `ssd` distorts colours, zooms out and crops around objects, and flips.
 
     Source: torchvision's reference settings for detection; `ssd` is Liu et al. 2016.
     """

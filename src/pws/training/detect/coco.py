@@ -55,7 +55,9 @@ class CocoImages:
         self.classes = [str(categories[key].get("name", key)) for key in sorted(categories)]
         """In the order of the ids."""
         self._labels = {key: label for label, key in enumerate(sorted(categories), 1)}
-        self.keypoint_names = next((list(map(str, c["keypoints"])) for c in categories.values() if c.get("keypoints")), [])
+        self.keypoint_names = next(
+            (list(map(str, c["keypoints"])) for c in categories.values() if c.get("keypoints")), []
+        )
         self._files = [self._file(key, entry) for key, entry in _by_id(content["images"], "image", annotations).items()]
         numbers = {key: number for number, key in enumerate(entry["id"] for entry in content["images"])}
         self._objects: list[list[_Object]] = [[] for _ in self._files]
@@ -90,7 +92,9 @@ class CocoImages:
                 f"{self.folder / file.name} has {pixels.shape[2]} x {pixels.shape[1]} pixels, and {self.annotations} says "
                 f"{file.width} x {file.height}. The boxes are of another image: get both again."
             )
-        target = target_of([thing.box for thing in objects], [thing.label for thing in objects], (file.height, file.width))
+        target = target_of(
+            [thing.box for thing in objects], [thing.label for thing in objects], (file.height, file.width)
+        )
         target["iscrowd"] = torch.tensor([thing.crowd for thing in objects], dtype=torch.int64)
         target["area"] = torch.tensor([thing.area for thing in objects], dtype=torch.float32)
         if self.has_masks:
@@ -103,11 +107,13 @@ class CocoImages:
         return pixels, target
 
     def _file(self, key: Any, entry: Mapping[str, Any]) -> _File:
-        name, height, width = (entry.get(field) for field in ("file_name", "height", "width"))
+        name: Any = entry.get("file_name")
+        height: Any = entry.get("height")
+        width: Any = entry.get("width")
         if not isinstance(name, str) or not _is_count(height) or not _is_count(width):
             raise PwsError(
-                f"{self.annotations}: an image has file_name, height and width; image {key} has {shown(name)}, {shown(height)}, "
-                f"{shown(width)}. Mend it, or remove the image."
+                f"{self.annotations}: an image has file_name, height and width; image {key} has {shown(name)}, "
+                f"{shown(height)}, {shown(width)}. Mend it, or remove the image."
             )
         if not (self.folder / name).is_file():
             raise PwsError(
@@ -134,7 +140,7 @@ class CocoImages:
         return _Object(key, box, label, crowd, float(area), mask, list(map(float, points)) if count else [])
 
     def _box(self, key: Any, entry: Mapping[str, Any], file: _File) -> tuple[float, float, float, float]:
-        given = entry.get("bbox")
+        given: Any = entry.get("bbox")
         if not _are_numbers(given) or len(given) != 4 or given[2] <= 0 or given[3] <= 0:
             raise self._wrong(key, f"its bbox must be left, top, width and height above 0; got {shown(given)}", file)
         left, top, right, bottom = given[0], given[1], given[0] + given[2], given[1] + given[3]
@@ -149,7 +155,7 @@ class CocoImages:
         if polygons and all(_are_numbers(part) and len(part) >= 6 and len(part) % 2 == 0 for part in mask):
             return
         if isinstance(mask, dict) and list(mask.get("size", [])) == [file.height, file.width]:
-            counts = mask.get("counts")
+            counts: Any = mask.get("counts")
             if isinstance(counts, str) or (_are_numbers(counts) and sum(counts) == file.height * file.width):
                 return
         raise self._wrong(
@@ -168,7 +174,9 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise PwsError(f"{path} does not exist. Point --data.root at the folder that holds annotations and images.") from None
+        raise PwsError(
+            f"{path} does not exist. Point --data.root at the folder that holds annotations and images."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise PwsError(f"{path} is not JSON: {one_line(error)}. Get the file again.") from error
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in LISTS):

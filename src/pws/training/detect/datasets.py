@@ -14,7 +14,8 @@ from pws.training.detect.samples import DetectionImages, DetectionSplits
 from pws.training.detect.voc import VocImages
 from pws.training.recipe import DataConfig
 
-LAYOUTS: Final = (("train", "train", "test", "test"), ("{}_train2017", "train2017", "{}_val2017", "val2017"))
+KIND: Final = "KIND"
+LAYOUTS: Final = (("train", "train", "test", "test"), ("KIND_train2017", "train2017", "KIND_val2017", "val2017"))
 """Names below annotations/ and of the image folders, of training and test images: ours, then COCO's."""
 DIGIT_SCENES: Final = (200, 50)
 """Training and test images."""
@@ -37,7 +38,9 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
         odd = sorted(set(train.classes) ^ set(test.classes)) or "another order"
         raise PwsError(f"{config.name}: training and test images must have the same classes; they differ in {odd}.")
     if not len(train) or not len(test):
-        raise PwsError(f"{config.name} in {config.root} has {len(train)} training and {len(test)} test images: none to use.")
+        raise PwsError(
+            f"{config.name} in {config.root} has {len(train)} training and {len(test)} test images: none to use."
+        )
     chosen = chosen_images(config, len(train), seed)
     if chosen is not None:
         train.numbers = [train.numbers[number] for number in chosen]
@@ -47,10 +50,10 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
 def _coco(kind: str) -> Callable[[Path], Parts]:
     def load(root: Path) -> Parts:
         for layout in LAYOUTS:
-            train, train_images, test, test_images = (part.format(kind) for part in layout)
+            train, train_images, test, test_images = (part.replace(KIND, kind) for part in layout)
             if (root / "annotations" / f"{train}.json").is_file():
                 return _both(root, (train, train_images), (test, test_images))
-        tried = " or ".join(f"annotations/{layout[0].format(kind)}.json" for layout in LAYOUTS)
+        tried = " or ".join(f"annotations/{layout[0].replace(KIND, kind)}.json" for layout in LAYOUTS)
         raise PwsError(f"{root} has no {tried}. Point --data.root at the folder that holds annotations and the images.")
 
     return load

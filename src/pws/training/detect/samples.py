@@ -66,7 +66,7 @@ def target_of(
     corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     sides = corners[:, 2:] - corners[:, :2]
     return {
-        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
         "labels": torch.tensor(labels, dtype=torch.int64),
         "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
         "area": sides[:, 0] * sides[:, 1],

@@ -16,7 +16,18 @@ from pws.training.detect.samples import Target
 ROWS, COLUMNS = 4, 6
 ENLARGED: Final = 320
 """Pixels of the shorter side of a picture at least: labels and lines keep their size."""
-COLOURS: Final = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#ffe119", "#469990")
+COLOURS: Final = (
+    "#e6194b",
+    "#3cb44b",
+    "#4363d8",
+    "#f58231",
+    "#911eb4",
+    "#42d4f4",
+    "#f032e6",
+    "#bfef45",
+    "#ffe119",
+    "#469990",
+)
 
 
 def scene_sheet(folder: Path) -> None:
@@ -46,4 +57,5 @@ def drawn(pixels: Tensor, target: Target, classes: list[str]) -> Tensor:
         wide = masks.as_subclass(Tensor).bool().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         large = draw_segmentation_masks(large, wide, alpha=0.35, colors=list(colours))
     boxes = target["boxes"].as_subclass(Tensor) * scale
-    return draw_bounding_boxes(large, boxes.round().to(torch.int64), names, colours, width=2)
+    result: Tensor = draw_bounding_boxes(large, boxes.round().to(torch.int64), names, colours, width=2)
+    return result

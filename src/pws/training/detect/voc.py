@@ -15,7 +15,21 @@ from pws.training.detect.samples import Target, target_of
 from pws.training.images import read_image
 
 CLASSES: Final = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse"),
+    *(
+        "aeroplane",
+        "bicycle",
+        "bird",
+        "boat",
+        "bottle",
+        "bus",
+        "car",
+        "cat",
+        "chair",
+        "cow",
+        "diningtable",
+        "dog",
+        "horse",
+    ),
     *("motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 
@@ -81,7 +95,9 @@ def _read(folder: Path, name: str) -> _Image:
     path, image = folder / "Annotations" / f"{name}.xml", folder / "JPEGImages" / f"{name}.jpg"
     for file in (path, image):
         if not file.is_file():
-            raise PwsError(f"{file} does not exist, and a split of {folder} names it. Get the file, or take {name} out.")
+            raise PwsError(
+                f"{file} does not exist, and a split of {folder} names it. Get the file, or take {name} out."
+            )
     text = path.read_bytes()
     if b"<!DOCTYPE" in text:  # it may define entities, which grow without end
         raise PwsError(f"{path} must be plain XML; it has a DOCTYPE. Get the file again.")
@@ -100,7 +116,9 @@ def _object(
 ) -> tuple[tuple[float, ...], int, bool]:
     name, which = (node.findtext("name") or "").strip(), f"object {number}"
     if name not in CLASSES:
-        raise PwsError(f"{path}, {which}: its name must be one of VOC's classes; got {shown(name)}. Valid: {', '.join(CLASSES)}")
+        raise PwsError(
+            f"{path}, {which}: its name must be one of VOC's classes; got {shown(name)}. Valid: {', '.join(CLASSES)}"
+        )
     left, top, right, bottom = (_number(path, which, node, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
     box = max(0.0, left - 1), max(0.0, top - 1), min(float(size[1]), right), min(float(size[0]), bottom)
     if box[2] <= box[0] or box[3] <= box[1]:

@@ -109,7 +109,9 @@ def _write_png(path: Path, pixels: Tensor) -> None:
 
 
 def _annotations(target: Target) -> Iterator[dict[str, Any]]:
-    for box, label, mask, points in zip(*(target[key] for key in ("boxes", "labels", "masks", "keypoints")), strict=True):
+    for box, label, mask, points in zip(
+        *(target[key] for key in ("boxes", "labels", "masks", "keypoints")), strict=True
+    ):
         left, top, right, bottom = box.tolist()
         encoded = run_lengths.encode(np.asfortranarray(mask.numpy()))
         visible = points.clone()
