@@ -301,3 +301,44 @@ def test_of_two_bounded_factors_the_one_with_a_sign_is_the_stream(weak: bool) ->
     gates = {layer.name for layer in found.layers if layer.gate}
     assert gates == {"1.scale", "2.scale", "3.scale"}
     assert (found.verdict.cause == "healthy") != weak
+
+
+class TwoHeads(nn.Module):
+    """A detector's shape: features, and two predictors; with `joined`, a layer takes both."""
+
+    def __init__(self, *, joined: bool = False) -> None:
+        super().__init__()
+        self.body, self.boxes, self.scores = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+        self.last = nn.Conv2d(6, 2, 1) if joined else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images).relu()
+        result: Tensor = self.last(torch.cat([self.boxes(features), self.scores(features)], 1))
+        return result
+
+
+@pytest.mark.parametrize(("joined", "predictors"), [(False, {"boxes", "scores"}), (True, set())])
+def test_several_layers_that_nothing_follows_predict(joined: bool, predictors: set[str]) -> None:
+    torch.manual_seed(0)
+    diagnosis = pws.diagnose(TwoHeads(joined=joined), torch.randn(4, 3, 8, 8), lambda out: out.square().mean())
+    assert {layer.name for layer in diagnosis.layers if layer.predicts} == predictors
+
+
+def test_a_predictor_that_learns_how_rare_objects_are_is_no_collapse() -> None:
+    """Its mean takes over its variance, and the variance grows a thousandfold: both are what a detector learns first."""
+    torch.manual_seed(0)
+    model = TwoHeads()
+    nn.init.normal_(model.scores.weight, std=1e-3)
+    optimizer = torch.optim.SGD(model.scores.parameters(), lr=0.5)
+    images = torch.rand(4, 3, 8, 8)
+    monitor = pws.Monitor(model, every=1)
+    with monitor:
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = F.softplus(model(images)[:, 4:]).mean()
+            monitor.observe(loss)
+            loss.backward()
+            optimizer.step()
+    scores = [next(la for la in d.layers if la.name == "scores") for d in monitor.history]
+    assert scores[-1].shift_share > 0.9 > scores[0].shift_share
+    assert monitor.first_unhealthy is None

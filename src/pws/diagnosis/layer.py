@@ -95,6 +95,9 @@ class LayerDiagnosis:
     gate: bool
     """Whether it only scales what other layers make (squeeze and excitation, the queries and keys of attention). Its variance
     is not that of the signal which goes through the network, so no verdict is drawn from it."""
+    predicts: bool
+    """Whether it is one of several layers whose output no other layer takes: the predictors of a detector. Their means learn
+    how rare objects are, and nothing behind them is amplified, so no collapse is read from what changes in them."""
     update_ratio: float | None
     """Norm of the kernel's change by a gradient step at learning rate 1, over the kernel's norm."""
     critical_lr: float | None

@@ -64,6 +64,7 @@ def layer_diagnosis(
         average_gradient_ratio=moved.average_ratio,
         normalized=_is_normalized(record),
         gate=record.gate,
+        predicts=record.predicts,
         update_ratio=moved.update_ratio,
         critical_lr=moved.critical_lr,
         filters=Filters(

@@ -40,6 +40,10 @@ class Gates:
         if node is not None:
             self._makers[node] = key
 
+    def ends(self) -> set[Any]:
+        """The layers whose output no other layer takes."""
+        return set(self._makers.values()) - set(self._uses)
+
     def found(self) -> set[Any]:
         """The layers whose every use is as a gate, or by a gate; forgets the graph."""
         self._makers.clear()

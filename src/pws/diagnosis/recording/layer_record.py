@@ -71,6 +71,8 @@ class LayerRecord:
     step_map: StepMap | None = None
     gate: bool = False
     """Whether it only scales what other layers make."""
+    predicts: bool = False
+    """Whether it is one of several layers whose output no other takes."""
     calls: list[CallRecord] = field(default_factory=list)
 
     @property

@@ -86,6 +86,9 @@ class Recorder:
                 handle.remove()
             self._stack.clear()
             self.backward.in_forward = False
+            ends = self._gates.ends()
+            for key in ends if len(ends) > 1 else ():
+                self.layers[key].predicts = True
             for key in self._gates.found():
                 self.layers[key].gate = True
         self._map_computed_kernels()

@@ -11,9 +11,8 @@ from pws.diagnosis.report.number_format import listed, number
 
 def remark_on(layer: LayerDiagnosis) -> str:
     """What there is to say about a layer besides its numbers."""
-    return "; ".join(
-        filter(None, (layer.note, "a norm follows" if layer.normalized else "", "a gate" if layer.gate else ""))
-    )
+    words = {"a norm follows": layer.normalized, "a gate": layer.gate, "it predicts": layer.predicts}
+    return "; ".join(filter(None, (layer.note, *(word for word, holds in words.items() if holds))))
 
 
 def layers_by_note(measurement: Measurement) -> dict[str, list[str]]:

@@ -92,8 +92,8 @@ def _outcome(unhealthy: Measurement, start: Measurement) -> str:
 
 
 def _pairs(now: Measurement, then: Measurement) -> list[tuple[LayerDiagnosis, LayerDiagnosis]]:
-    """Each layer now and then, without the gates."""
-    before = {layer.name: layer for layer in then.layers if not layer.gate}
+    """Each layer now and then, without the gates and predictors."""
+    before = {layer.name: layer for layer in then.layers if not (layer.gate or layer.predicts)}
     return [(layer, before[layer.name]) for layer in now.layers if layer.name in before]
 
 
@@ -102,7 +102,8 @@ def _changed_since(unhealthy: Measurement, before: Measurement) -> Verdict | Non
     then = {layer.name: layer.output.variance for layer in before.layers if layer.output.variance > 0}
     for layer in unhealthy.layers:
         change = layer.output.variance / then.get(layer.name, math.nan)
-        if not layer.finite or not (layer.gate or 1 / FACTOR < change < FACTOR or math.isnan(change)):
+        aside = layer.gate or layer.predicts
+        if not layer.finite or not (aside or 1 / FACTOR < change < FACTOR or math.isnan(change)):
             return _changed(layer, unhealthy, before, then.get(layer.name, 0.0))
     return None
 
