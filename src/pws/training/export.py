@@ -145,12 +145,12 @@ def _run_onnx(content: bytes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _torch_export(model: nn.Module, images: Images) -> tuple[bytes, Outputs]:
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    shapes = ({0: torch.export.Dim("batch")},) if isinstance(images, Tensor) else None
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     buffer = BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    logits: Tensor = torch.export.load(buffer).module()(images)
-    return buffer.getvalue(), logits
+    return buffer.getvalue(), _outputs(torch.export.load(buffer).module(), images)
 
 
 def _safetensors(model: nn.Module, images: Images) -> tuple[bytes, Outputs]:
