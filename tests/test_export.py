@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 from io import BytesIO
@@ -15,8 +16,12 @@ import pytest
 import torch
 
 from pws.cli import main
+from pws.models.detector_spec import DetectorSpec
+from pws.models.detectors import build_detector
 from pws.surgery import fold
-from pws.training.model_and_data import load_run
+from pws.training import export as export_module
+from pws.training.detect.compare import detection_difference
+from pws.training.model_and_data import ModelAndData, load_run
 
 TRAIN = (
     *(
@@ -132,3 +137,115 @@ def test_a_full_disk_leaves_no_half_file_and_no_noise(
     assert not list(tmp_path.iterdir())
     assert main(arguments) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def tiny(name: str) -> ModelAndData:
+    """A detector of random weights that finds objects, and two images of its data."""
+    torch.manual_seed(0)
+    model = build_detector(name, DetectorSpec(num_classes=3, image_size=64, width=0.03, anchor_size=16)).eval()
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.rand(3, 64, 80, generator=generator) for _ in range(2)]
+    return ModelAndData("tiny", model, images, [])
+
+
+@pytest.fixture
+def detector_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("pws.training.export.load_run", lambda *_: tiny("mask-rcnn-resnet18"))
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def test_a_detectors_onnx_file_takes_images_of_any_size(detector_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(detector_run), "--format", "onnx"]) == 0
+    said = capfd.readouterr()
+    assert re.search(r"model.onnx: \d+ detections differ from the network's by at most \d\.\de-", said.out)
+    assert said.err == ""
+    session = onnxruntime.InferenceSession(detector_run / "model.onnx", providers=["CPUExecutionProvider"])
+    (image,) = session.get_inputs()
+    assert (image.name, image.shape) == ("image", [3, "height", "width"])
+    model = fold(tiny("mask-rcnn-resnet18").model).eval()
+    for height, width in ((64, 80), (90, 70)):
+        pixels = torch.rand(3, height, width)
+        with torch.no_grad():
+            (expected,) = model([pixels])
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(None, {"image": pixels.numpy()}), strict=True))
+        assert names == ["boxes", "labels", "scores", "masks"]
+        assert len(expected["scores"]) > 10
+        assert found["masks"].shape == (len(expected["scores"]), 1, height, width)
+        assert np.abs(found["scores"] - expected["scores"].numpy()).max() < 1e-4
+        sure = (expected["scores"].diff().abs() > 1e-5).nonzero()[:, 0] + 1  # in no tie with the one before
+        sure = sure[np.isin(sure, sure - 1)]
+        assert len(sure) > 5
+        assert np.abs(found["boxes"][sure] - expected["boxes"][sure].numpy()).max() < 0.01
+        assert (found["labels"][sure] == expected["labels"][sure].numpy()).all()
+
+
+def test_a_detectors_weights(detector_run: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert main(["export", str(detector_run), "--format", "safetensors"]) == 0
+    expected = fold(tiny("mask-rcnn-resnet18").model).state_dict()
+    found = load_file(detector_run / "model.safetensors")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_torch_export_refuses_a_detector(detector_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(detector_run), "--format", "torch-export"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pws: the torch-export exporter can't write this network: ")
+    assert "Another --format may" in said
+    assert not list(detector_run.iterdir())
+
+
+def test_a_detectors_file_that_differs_is_not_written(
+    detector_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def moved(content: bytes, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = original(content, inputs)
+        return {**found, "boxes": found["boxes"] + 0.1}
+
+    original = export_module._run_onnx
+    monkeypatch.setattr(export_module, "_run_onnx", moved)
+    assert main(["export", str(detector_run), "--format", "onnx"]) == 2
+    assert "differ from the network's by 1." in capsys.readouterr().err  # 0.1 of 80 pixels: 1.2e-03
+    assert not list(detector_run.iterdir())
+
+
+def detections(scores: list[float]) -> dict[str, torch.Tensor]:
+    count = len(scores)
+    boxes = torch.arange(count * 4.0).reshape(count, 4)
+    masks = torch.linspace(0, 1, count * 6).reshape(count, 1, 2, 3)
+    return {"boxes": boxes, "labels": torch.arange(count) % 2, "scores": torch.tensor(scores), "masks": masks}
+
+
+def test_detections_are_compared_in_any_order() -> None:
+    expected = detections([0.9, 0.8, 0.7, 0.2])
+    order = torch.tensor([1, 0, 3, 2])
+    assert detection_difference({name: value[order] for name, value in expected.items()}, expected, 100) == 0
+    nothing = {name: value[:0] for name, value in expected.items()}
+    assert detection_difference(nothing, nothing, 100) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "difference"),
+    [
+        ("boxes", torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 0, 0], [0, 0, 0, 0]]), 0.05),
+        ("scores", torch.tensor([0.0, 0.03, 0, 0]), 0.03),
+        ("masks", torch.full((4, 1, 2, 3), 0.25), 0.25),
+        # A class that nothing else has; a mask whose box is rounded another way; what is found with the lowest score.
+        ("labels", torch.tensor([0, 5, 0, 5]), float("inf")),
+        ("masks", torch.tensor([1.0, 0, 0, 0])[:, None, None, None], 0),
+        ("boxes", torch.tensor([[0.0], [0], [0], [50]]), 0),
+    ],
+)
+def test_the_difference_of_detections(name: str, change: torch.Tensor, difference: float) -> None:
+    expected = detections([0.9, 0.8, 0.7, 0.2])
+    found = {**expected, name: expected[name] + change}
+    assert detection_difference(found, expected, 100) == pytest.approx(difference, abs=1e-6)
+
+
+def test_a_missing_detection_is_a_difference() -> None:
+    expected = detections([0.9, 0.8, 0.7])
+    assert detection_difference({name: value[:2] for name, value in expected.items()}, expected, 100) == float("inf")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,8 +72,9 @@ def export(run: str, kind: str, out: Path | None = None, checkpoint: str = "best
     folded = fold(loaded.model).eval()
     images = loaded.images if isinstance(loaded.images, Tensor) else _with_most_objects(folded, loaded)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # exporters warn of themselves; what they wrote is compared
+        # Exporters warn of themselves, and where they fail they print the network; what they wrote is compared.
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
             content, found = write(folded, images)
     except ImportError as error:
         raise PwsError(f"the format {kind} needs {error.name}: pip install 'pws-torch[export]'.") from error
@@ -145,12 +147,12 @@ def _run_onnx(content: bytes, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _torch_export(model: nn.Module, images: Images) -> tuple[bytes, Outputs]:
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    shapes = ({0: torch.export.Dim("batch")},) if isinstance(images, Tensor) else None
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
     buffer = BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    logits: Tensor = torch.export.load(buffer).module()(images)
-    return buffer.getvalue(), logits
+    return buffer.getvalue(), _outputs(torch.export.load(buffer).module(), images)
 
 
 def _safetensors(model: nn.Module, images: Images) -> tuple[bytes, Outputs]:

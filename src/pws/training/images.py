@@ -77,7 +77,8 @@ class TensorImages:
                 f"this run's images are {channels} channels of {str(self.pixels.dtype).removeprefix('torch.')}, and an image "
                 "file holds bytes in grey or colour: nothing tells how one becomes the other. Predict in Python."
             )
-        pixels = v2.functional.rgb_to_grayscale(image) if channels == 1 else image
+        # Of bytes torchvision would cut the fraction off, and grey pixels would come out darker by 1.
+        pixels = v2.functional.rgb_to_grayscale(image.float()).round().to(torch.uint8) if channels == 1 else image
         return resized(pixels[None], (height, width))[0]
 
     def name(self, number: int) -> str:

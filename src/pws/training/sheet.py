@@ -33,13 +33,15 @@ SIDE: Final = 420
 """Pixels of a test image's longer side on the sheet."""
 DPI: Final = 100
 SCORE: Final = 0.5
+Judged = tuple[tuple[float, ...], Any]
+"""How bad the outputs of an image are, and what is drawn of them."""
 
 
 @dataclass(frozen=True)
 class Shown:
     """A test image on the sheet."""
 
-    badness: float
+    badness: tuple[float, ...]
     picture: Image.Image
     text: str
 
@@ -56,7 +58,7 @@ class WorstImages(Callback, ABC):
         self.seen = 0
 
     @abstractmethod
-    def judged(self, outputs: Any, batch: Any) -> Iterator[tuple[float, Any]]:
+    def judged(self, outputs: Any, batch: Any) -> Iterator[Judged]:
         """How bad the outputs are of each image of a batch, and what `draw` needs of them."""
 
     @abstractmethod
@@ -72,7 +74,7 @@ class WorstImages(Callback, ABC):
                 picture, text = self.draw(self.seen, found)
                 name = shortened(self.parts.test.name(self.seen), SIDE // 10)
                 kept = [*self.shown, Shown(badness, picture, f"{name}\n{text}")]
-                self.shown = sorted(kept, key=lambda one: -one.badness)[:COUNT]
+                self.shown = sorted(kept, key=lambda one: one.badness, reverse=True)[:COUNT]
             self.seen += 1
 
 
@@ -81,11 +83,12 @@ class LargestLoss(WorstImages):
 
     WORST = "the largest loss"
 
-    def judged(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Iterator[tuple[float, Any]]:
+    def judged(self, outputs: Tensor, batch: tuple[Tensor, Tensor]) -> Iterator[Judged]:
         """By cross-entropy."""
         labels = batch[1]
         losses = F.cross_entropy(outputs, labels, reduction="none").tolist()
-        yield from zip(losses, zip(outputs.softmax(1).cpu(), labels.tolist(), losses, strict=True), strict=True)
+        for found in zip(outputs.softmax(1).cpu(), labels.tolist(), losses, strict=True):
+            yield (found[-1],), found
 
     def draw(self, number: int, found: tuple[Tensor, int, float]) -> tuple[Image.Image, str]:
         """With its true class and the likeliest one."""
@@ -110,12 +113,11 @@ class LowestF1(WorstImages):
 
     WORST = f"the lowest F1 at score {SCORE} and overlap {OVERLAP}; green: what is there"
 
-    def judged(self, outputs: dict[str, Any], batch: Any) -> Iterator[tuple[float, Any]]:
-        """By the harmonic mean of precision and recall of boxes."""
+    def judged(self, outputs: dict[str, Any], batch: Any) -> Iterator[Judged]:
+        """By the harmonic mean of precision and recall of boxes; of equal ones by the number of mistakes."""
         for found, target in zip(outputs["found"], batch[1], strict=True):
             right, false, missed = counts(found, target)
-            wrong = false + missed
-            yield (wrong / (2 * right + wrong) if wrong else 0.0), (found, target, right, false, missed)
+            yield (-_f1(right, false + missed), false + missed), (found, target, right, false, missed)
 
     def draw(self, number: int, found: Any) -> tuple[Image.Image, str]:
         """With what is there and what was found."""
@@ -123,10 +125,13 @@ class LowestF1(WorstImages):
         names = self.parts.classes
         objects = found_objects(prediction, names, SCORE) + true_objects(target, names)
         image, _ = self.parts.test.get(number)
-        wrong = false + missed
-        f1 = 2 * right / (2 * right + wrong) if wrong else 1.0
-        said = f"F1 {f1:.2f}: {right} right, {false} false, {missed} missed"
+        said = f"F1 {_f1(right, false + missed):.2f}: {right} right, {false} false, {missed} missed"
         return draw_objects(image.as_subclass(Tensor), objects, SIDE), said
+
+
+def _f1(right: int, wrong: int) -> float:
+    """1 where nothing is there and nothing was found."""
+    return 2 * right / (2 * right + wrong) if wrong else 1.0
 
 
 def counts(found: dict[str, Tensor], target: Target) -> tuple[int, int, int]:

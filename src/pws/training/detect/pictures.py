@@ -67,7 +67,7 @@ def _write_names(
     picture: Image.Image, objects: Sequence[SeenObject], boxes: list[Place], colours: Sequence[Colour]
 ) -> None:
     """Class and score beside each box; the names of the least sure objects are left out where no place is free."""
-    pen, font = ImageDraw.Draw(picture), font_of(max(13, max(picture.size) // 45))
+    pen, font = ImageDraw.Draw(picture), font_of(max(15, max(picture.size) // 45))
     taken: list[Place] = []
     for one, box, colour in zip(objects, boxes, colours, strict=True):
         text = one.name if one.score is None else f"{one.name} {one.score:.2f}"
