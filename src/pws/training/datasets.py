@@ -19,6 +19,8 @@ from pws.training.images import FolderImages, Splits, TensorImages
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 
+Pair = tuple[Tensor, Tensor]
+"""Images `(N, C, H, W)` and their labels."""
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -38,6 +40,12 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
 
 
 def _digits(config: DataConfig, seed: int) -> Splits:
+    train, test = digit_images()
+    return _in_memory(config, seed, train, test, [str(d) for d in range(10)], (0.3053,), (0.3763,), flip=False)
+
+
+def digit_images() -> list[Pair]:
+    """scikit-learn's digits, for training and for testing."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -45,8 +53,7 @@ def _digits(config: DataConfig, seed: int) -> Splits:
     labels = torch.tensor(raw.target)
     # Every fifth image is for testing: both parts hold all the writers, in the order of the file.
     test = torch.arange(len(labels)) % 5 == 0
-    train, held_out = (pixels[~test], labels[~test]), (pixels[test], labels[test])
-    return _in_memory(config, seed, train, held_out, [str(d) for d in range(10)], (0.3053,), (0.3763,), flip=False)
+    return [(pixels[part], labels[part]) for part in (~test, test)]
 
 
 _FASHION_HELP: Final = (
@@ -62,30 +69,31 @@ def _fashion_mnist(config: DataConfig, seed: int) -> Splits:
             tv.FashionMNIST(config.root, download=True)
         except (RuntimeError, OSError) as error:
             raise PwsError(f"fashion-mnist: the download to {config.root} failed: {error}. {_FASHION_HELP}") from error
-    parts = {
-        part: (
-            read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None],
-            read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long(),
-        )
-        for part in ("train", "t10k")
-    }
-    for part, (images, labels) in parts.items():
+    train, test = fashion_mnist_images(folders, _FASHION_HELP)
+    return _in_memory(config, seed, train, test, tv.FashionMNIST.classes, (0.2860,), (0.3530,), flip=True)
+
+
+def fashion_mnist_images(folders: list[Path], help: str) -> list[Pair]:
+    """Fashion-MNIST, for training and for testing; `help` ends the error about a missing file."""
+    parts = []
+    for part in ("train", "t10k"):
+        images = read_idx(_find(f"{part}-images-idx3-ubyte", folders, help), (28, 28))[:, None]
+        labels = read_idx(_find(f"{part}-labels-idx1-ubyte", folders, help), ()).long()
         if len(images) != len(labels):
             raise PwsError(
                 f"fashion-mnist: {len(images)} {part} images, but {len(labels)} labels: get the files again."
             )
-    return _in_memory(
-        *(config, seed, parts["train"], parts["t10k"], tv.FashionMNIST.classes, (0.2860,), (0.3530,)), flip=True
-    )
+        parts.append((images, labels))
+    return parts
 
 
-def _find(name: str, folders: list[Path]) -> Path:
+def _find(name: str, folders: list[Path], help: str) -> Path:
     for folder in folders:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path
     looked = ", ".join(str(folder) for folder in folders)
-    raise PwsError(f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. {_FASHION_HELP}")
+    raise PwsError(f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. {help}")
 
 
 def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[DataConfig, int], Splits]:
@@ -118,8 +126,8 @@ def _npz(config: DataConfig, seed: int) -> Splits:
 def _in_memory(
     config: DataConfig,
     seed: int,
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    train: Pair,
+    test: Pair,
     classes: list[str],
     mean: Sequence[float],
     std: Sequence[float],
@@ -127,7 +135,7 @@ def _in_memory(
     flip: bool,
 ) -> Splits:
     pixels, labels = train
-    chosen = _chosen(config, len(labels), seed)
+    chosen = chosen_images(config, len(labels), seed)
     if chosen is not None:
         pixels, labels = pixels[chosen], labels[chosen]
     size = (config.image_size, config.image_size) if config.image_size else (pixels.shape[-2], pixels.shape[-1])
@@ -151,7 +159,8 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8) if pixels.dtype == torch.uint8 else resized
 
 
-def _chosen(config: DataConfig, count: int, seed: int) -> list[int] | None:
+def chosen_images(config: DataConfig, count: int, seed: int) -> list[int] | None:
+    """The numbers of the training images that `config` asks for, drawn by the seed; None for all of `count`."""
     if config.train_images is None:
         return None
     if not 1 <= config.train_images <= count:
@@ -181,7 +190,7 @@ def _folder(config: DataConfig, seed: int) -> Splits:
         raise PwsError(
             f"{config.name}: train and val must hold the same class folders; these stand in one only: {odd}."
         )
-    train.numbers = _chosen(config, len(train.files), seed)
+    train.numbers = chosen_images(config, len(train.files), seed)
     return Splits(train, test, train.files.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

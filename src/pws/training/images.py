@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -78,15 +79,32 @@ class FolderImages:
 
     def _read(self, number: int) -> tuple[Tensor, int]:
         path, label = self.files.samples[number]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels on
-                image = v2.functional.pil_to_tensor(self.files.loader(path))
-        except MemoryError:
-            raise
-        except Exception as error:  # a file may hold anything, and each format's reader has errors of its own
-            raise PwsError(f"cannot read the image {path}: {one_line(error)}. Remove or replace the file.") from error
+        image = read_image(Path(path))
         return (image if self.augment else self.prepare(image)), label
+
+
+def read_image(path: Path) -> Tensor:
+    """The pixels `(3, H, W)` uint8 of a file in any of Pillow's formats and modes; 16 bits become 8, alpha is dropped.
+
+    Raises:
+        PwsError: no image can be read from it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels on
+            with Image.open(path) as file:
+                image: Tensor = v2.functional.pil_to_tensor(_in_rgb(file))
+                return image
+    except MemoryError:
+        raise
+    except Exception as error:  # a file may hold anything, and each format's reader has errors of its own
+        raise PwsError(f"cannot read the image {path}: {one_line(error)}. Remove or replace the file.") from error
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would cut what is above 255
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 256).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _image_folder(folder: Path) -> tv.ImageFolder:

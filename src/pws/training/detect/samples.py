@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
+from torchvision import tv_tensors
+
+from pws._errors import PwsError
+from pws.training.images import read_image
 
 Target = dict[str, Tensor]
 """The objects of one image, in its pixels:
@@ -18,8 +24,8 @@ Target = dict[str, Tensor]
     keypoints   (N, K, 3) float32  x, y, visibility (0 not labelled), where the data has them
     difficult   (N,) bool        (VOC) trained on, but neither hit nor miss in evaluation
 
-Boxes are torchvision's `tv_tensors.BoundingBoxes`, masks `Mask` and keypoints carry their image's size, so that
-transforms.v2 moves them with the image.
+Boxes are torchvision's `tv_tensors.BoundingBoxes` and masks its `Mask`, so that transforms.v2 moves them with the image;
+keypoints are a plain tensor that `augmentation` moves. A keypoint's coordinates are those of a pixel, from 0 on.
 """
 
 
@@ -29,6 +35,8 @@ class DetectionImages(Protocol):
     has_masks: bool
     keypoints: int
     """Of each object; 0 if the data has none."""
+    flip_pairs: list[tuple[int, int]]
+    """Keypoints that a mirror swaps, such as the left and the right eye."""
 
     def __len__(self) -> int: ...
 
@@ -50,3 +58,43 @@ class DetectionSplits:
     test: DetectionImages
     classes: list[str]
     """Their labels are 1, 2, ..."""
+
+
+def make_target(
+    boxes: Tensor,
+    labels: Tensor,
+    size: tuple[int, int],
+    *,
+    iscrowd: Tensor | None = None,
+    masks: Tensor | None = None,
+) -> Target:
+    """The objects of an image of that height and width, with their areas."""
+    wrapped = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+    target: Target = {
+        **{"boxes": wrapped, "labels": labels},
+        "iscrowd": torch.zeros_like(labels) if iscrowd is None else iscrowd,
+        "area": areas(boxes.float(), masks),
+    }
+    if masks is not None:
+        target["masks"] = tv_tensors.Mask(masks)
+    return target
+
+
+def areas(boxes: Tensor, masks: Tensor | None) -> Tensor:
+    """Pixels of each mask, or of each box where there are no masks."""
+    if masks is not None:
+        return masks.as_subclass(Tensor).sum((1, 2), dtype=torch.float32)
+    plain = boxes.as_subclass(Tensor)
+    return (plain[:, 2] - plain[:, 0]) * (plain[:, 3] - plain[:, 1])
+
+
+def read_sized(path: Path, size: tuple[int, int], source: Path) -> Tensor:
+    """The pixels of an image that is of the height and width that its annotation file `source` gives."""
+    pixels = read_image(path)
+    if tuple(pixels.shape[1:]) != size:
+        height, width = pixels.shape[1:]
+        raise PwsError(
+            f"{source}: {path} is {size[1]} x {size[0]} pixels there, and the file itself {width} x {height}. Was it resized "
+            "or turned after it was labelled? The boxes would be wrong: get the image again, or mend its size and boxes."
+        )
+    return pixels

@@ -1,0 +1,77 @@
+"""Images with COCO's annotations: JSON beside a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pws._errors import PwsError
+from pws.training.detect.coco_file import CocoImage, flip_pairs, read_coco
+from pws.training.detect.coco_masks import mask_of
+from pws.training.detect.samples import Target, make_target, read_sized
+
+
+class CocoImages:
+    """The images of one JSON file; the masks of an image are decoded when it is asked for.
+
+    Args:
+        annotations: the JSON file. It is checked whole, and the image files are looked for.
+        images: the folder of the images.
+
+    Raises:
+        PwsError: an entry is wrong, or an image is missing: the message names the file and the object.
+    """
+
+    def __init__(self, annotations: Path, images: Path) -> None:
+        content = read_coco(annotations)
+        self.annotations, self.folder = annotations, images
+        self.classes, self.has_masks = content.classes, content.has_masks
+        self.keypoints = len(content.keypoints)
+        self.flip_pairs = flip_pairs(content.keypoints)
+        self.images = content.images
+        missing = [image.name for image in self.images if not (images / image.name).is_file()]
+        if missing:
+            raise PwsError(
+                f"{annotations} names {len(missing)} images that are not in {images}; the first is {missing[0]}. Put them "
+                "there, or use the file's own images."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def size(self, number: int) -> tuple[int, int]:
+        """Height and width, as the JSON gives them."""
+        image = self.images[number]
+        return image.height, image.width
+
+    def name(self, number: int) -> str:
+        """The image's file."""
+        return str(self.folder / self.images[number].name)
+
+    def get(self, number: int) -> tuple[Tensor, Target]:
+        """The pixels and the objects."""
+        pixels = read_sized(Path(self.name(number)), self.size(number), self.annotations)
+        return pixels, self._target(self.images[number])
+
+    def _target(self, image: CocoImage) -> Target:
+        objects, size = image.objects, (image.height, image.width)
+        target = make_target(
+            torch.tensor([o.box for o in objects]).reshape(-1, 4),
+            torch.tensor([o.label for o in objects], dtype=torch.int64),
+            size,
+            iscrowd=torch.tensor([o.crowd for o in objects], dtype=torch.int64),
+            masks=self._masks(image) if self.has_masks else None,
+        )
+        given = torch.tensor([o.area for o in objects])
+        target["area"] = torch.where(given > 0, given, target["area"])
+        if self.keypoints:
+            points = torch.tensor([o.keypoints for o in objects])
+            target["keypoints"] = points.reshape(-1, self.keypoints, 3)
+        return target
+
+    def _masks(self, image: CocoImage) -> Tensor:
+        shapes = [o.shape for o in image.objects if o.shape is not None]
+        none = torch.zeros(0, image.height, image.width, dtype=torch.uint8)
+        return torch.stack([mask_of(s, image.height, image.width) for s in shapes]) if shapes else none
