@@ -225,8 +225,8 @@ def test_evaluate_agrees_with_the_run(run_folder: Path, capsys: pytest.CaptureFi
     assert main(["evaluate", str(run_folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     summary = json.loads((run_folder / "summary.json").read_text())
-    assert found["accuracy"] == pytest.approx(summary["best_accuracy"])
-    assert found["loss"] == pytest.approx(summary["test_loss"], rel=1e-5)
+    assert found["accuracy"] == pytest.approx(summary["best"])
+    assert found["loss"] == pytest.approx(summary["metrics"]["loss"], rel=1e-5)
     assert found["accuracy"] <= found["top5"] <= 1
     counts = np.bincount(_digit_test_labels(), minlength=10)
     mean = sum(value * count for value, count in zip(found["per_class"].values(), counts, strict=True)) / counts.sum()

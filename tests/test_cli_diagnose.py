@@ -359,7 +359,7 @@ def test_a_monitored_run_is_the_run(run_folder: Path, tmp_path: Path, capsys: py
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run_folder, tmp_path / "run")]
-    for key in ("status", "accuracy", "test_loss", "train_loss", "steps", "epochs", "first_non_finite_step"):
+    for key in ("status", "metrics", "train_loss", "steps", "epochs", "first_non_finite_step"):
         assert summaries[0][key] == summaries[1][key], key
     assert not (tmp_path / "run" / "diagnosis.html").exists()
 
@@ -418,5 +418,5 @@ def test_a_monitored_run_resumes(run_folder: Path, tmp_path: Path, capsys: pytes
     shutil.copytree(run_folder, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     assert main([*TRAIN, f"--runs={tmp_path}", "--name=run", "--resume", "--monitor"]) == 0
-    assert math.isfinite(json.loads((tmp_path / "run" / "summary.json").read_text())["accuracy"])
+    assert math.isfinite(json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["accuracy"])
     assert "resuming" in capsys.readouterr().out

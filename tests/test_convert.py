@@ -457,7 +457,7 @@ def test_every_layer_transmits_its_variance_after_conversion(name: str) -> None:
     torch.manual_seed(0)
     plan = pws.plan(REAL[name](), images(8, 3, 64, 64))
     converted = plan.apply()
-    ends = pws.surgery.branches.branch_ends(converted, batch_of(images(8, 3, 64, 64)))
+    ends = pws.surgery.branches.branch_ends(converted, batch_of(images(8, 3, 64, 64)), pws.marked(converted))
     batch = (torch.randn(8, 3, 64, 64), torch.arange(8))
     diagnosis = pws.diagnose(converted.eval(), batch, F.cross_entropy)
     for layer in diagnosis.layers:

@@ -11,8 +11,8 @@ from pws._errors import PwsError
 from pws._preserve import random_state
 from pws.diagnosis import average_gradient_ratio, first_non_finite
 from pws.training import OptimConfig
+from pws.training.classifier import Classifier
 from pws.training.data import ImageData
-from pws.training.module import Classifier
 from pws.training.recipe import DataConfig
 
 

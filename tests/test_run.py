@@ -25,8 +25,9 @@ from pws._mark import adopt
 from pws.cli import main
 from pws.training import Recipe, evaluate, load_recipe, train
 from pws.training.callbacks import ClipGrad
+from pws.training.classifier import Classifier
 from pws.training.data import ImageData
-from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.module import NonFiniteLossError
 from pws.training.monitor import MonitorCallback
 from pws.training.network import method_for, model_for
 
@@ -78,8 +79,8 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
     recipe = tiny("--trainer.epochs=3")
     summary = train(recipe, tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert stored["accuracy"] == summary.accuracy
-    assert stored["best_accuracy"] >= stored["accuracy"]
+    assert stored["metrics"] == summary.metrics
+    assert stored["best"] >= stored["metrics"]["accuracy"]
     assert (stored["status"], stored["steps"], stored["epochs"]) == ("finished", 12, 3)
     assert stored["first_non_finite_step"] is None
     assert stored["train_seconds"] > 0
@@ -89,7 +90,9 @@ def test_a_run_leaves_everything(tmp_path: Path) -> None:
     resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert (resolved["model"]["width"], resolved["optim"]["momentum"]) == (0.08, 0.9)
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
-    assert [float(r["val_accuracy"]) for r in rows if r["val_accuracy"]][-1] == pytest.approx(summary.accuracy)
+    assert [float(r["val_accuracy"]) for r in rows if r["val_accuracy"]][-1] == pytest.approx(
+        summary.metrics["accuracy"]
+    )
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
 
@@ -152,8 +155,8 @@ def test_two_processes_train_as_one(tmp_path: Path, setting: tuple[str, ...]) ->
     run_command(tmp_path / "two", *flags, "--trainer.devices=2")
     assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-9)
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
-    assert (two["steps"], two["accuracy"]) == (one.steps, one.accuracy)
-    assert two["test_loss"] == pytest.approx(one.test_loss, rel=1e-6)
+    assert (two["steps"], two["metrics"]["accuracy"]) == (one.steps, one.metrics["accuracy"])
+    assert two["metrics"]["loss"] == pytest.approx(one.metrics["loss"], rel=1e-6)
     assert two["train_loss"] == pytest.approx(one.train_loss, rel=1e-6)
 
 
@@ -216,7 +219,7 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert summary.steps == 6
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6
-    assert evaluate(tmp_path / "run", "last").accuracy == pytest.approx(summary.accuracy)
+    assert evaluate(tmp_path / "run", "last").accuracy == pytest.approx(summary.metrics["accuracy"])
 
 
 def test_non_finite_loss_names_step_and_layer(tmp_path: Path) -> None:
@@ -229,7 +232,7 @@ def test_non_finite_loss_names_step_and_layer(tmp_path: Path) -> None:
     assert stored["status"] == "non-finite"
     assert stored["first_non_finite_step"] == caught.value.step
     assert 1 <= caught.value.step <= 4
-    assert stored["accuracy"] is None
+    assert stored["metrics"] == {}
 
 
 def test_early_stop(tmp_path: Path) -> None:
@@ -242,7 +245,7 @@ def test_learning_rate_and_clipping_reach_the_optimizer(tmp_path: Path) -> None:
     start = train(tiny(*flags, "--optim.lr=0"), tmp_path / "a", quiet=True)
     train(tiny(*flags, "--optim.lr=0.1"), tmp_path / "b", quiet=True)
     assert start.steps == 1
-    assert start.accuracy is not None
+    assert "accuracy" in start.metrics
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     squares = sum(float((first[key] - second[key]).double().square().sum()) for key in first)
     assert math.sqrt(squares) == pytest.approx(0.1 * 0.5, rel=1e-3)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pws.cli import main
 from pws.training import load_recipe
-from pws.training.module import Classifier
+from pws.training.classifier import Classifier
 from pws.training.run_folder import LOCK
 
 EPOCHS = 4
@@ -76,8 +76,8 @@ def stopped(whole: Path, tmp_path: Path) -> Path:
 def assert_like(folder: Path, whole: Path) -> None:
     """The run ended as the one that nothing happened to."""
     assert (
-        json.loads((folder / "summary.json").read_text())["accuracy"]
-        == json.loads((whole / "summary.json").read_text())["accuracy"]
+        json.loads((folder / "summary.json").read_text())["metrics"]
+        == json.loads((whole / "summary.json").read_text())["metrics"]
     )
     found, wanted = weights(folder), weights(whole)
     assert found.keys() == wanted.keys()

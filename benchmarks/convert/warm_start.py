@@ -16,8 +16,8 @@ from pws.bench.result_file import Result, read_result, write_result
 from pws.methods import build_method
 from pws.models import build_model, model_of
 from pws.surgery import plan
+from pws.training.classifier import Classifier
 from pws.training.data import ImageBatches, ImageData
-from pws.training.module import Classifier
 from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe import DataConfig, OptimConfig
 

@@ -70,6 +70,12 @@ class Batch:
         return total(loss(outputs, self.targets) if takes_targets else loss(outputs))
 
 
+def takes_targets(model: Callable[..., Any]) -> bool:
+    """Whether its forward has an argument for the targets."""
+    takes = _parameters(model)
+    return any(name in takes for name in TARGETS)
+
+
 def batch_of(given: Any, forward: Forward | None = None) -> Batch:
     """Read a batch. A tensor or a dict is the inputs alone; a pair is `(inputs, targets)`, a 1-tuple `(inputs,)`.
 
@@ -125,6 +131,19 @@ def total(value: Any) -> Any:
         if losses and all(tensor.numel() == 1 for tensor in losses):
             return torch.stack([loss.reshape(()) for loss in losses]).sum()
     return value
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """The same with all tensors on a device: a batch, or nested tuples, lists and dicts."""
+    if isinstance(value, Batch):
+        return Batch(
+            on_device(value.inputs, device), on_device(value.targets, device), value.has_targets, value.forward
+        )
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: on_device(item, device) for key, item in value.items()}
+    return type(value)(on_device(item, device) for item in value) if isinstance(value, tuple | list) else value
 
 
 def check_finite(values: Any, role: str) -> None:

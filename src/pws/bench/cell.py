@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor
 
 from pws.bench.grid import Cell
 from pws.bench.result_file import commit
 from pws.methods import Method
 from pws.training.callbacks import Clock
-from pws.training.data import ImageData
-from pws.training.module import Classifier, NonFiniteLossError
-from pws.training.network import method_for, model_for
+from pws.training.data import RecipeData
+from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.quiet import bare_trainer, real_interrupts
+from pws.training.summary import TEST
+from pws.training.tasks import data_of, module_of
 
 
 @dataclass
@@ -27,7 +27,7 @@ class CellResult:
     """How a cell ended."""
 
     accuracy: float | None
-    """The share of all test images, in [0, 1]; None if the loss went non-finite."""
+    """The task's score in [0, 1]: accuracy, or average precision of boxes; None if the loss went non-finite."""
     train_loss: float | None
     """Mean of the last tenth of the steps."""
     non_finite_step: int | None
@@ -37,18 +37,18 @@ class CellResult:
     """The time of training, without the evaluations."""
     commit: str
     curve: list[tuple[int, float]] = field(default_factory=list)
-    """Steps done, accuracy on the first test images."""
+    """Steps done, score on the first test images."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """All metrics of all test images."""
 
 
 def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Method | None = None) -> CellResult:
     """Train the cell on one thread; `method` replaces the recipe's."""
     torch.set_num_threads(1)
     recipe = cell.recipe
-    data = ImageData(recipe.data, recipe.seed)
+    data = data_of(recipe)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    method = method or method_for(recipe.model)
-    model = model_for(recipe.model, data.splits, method)
-    module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate, method)
+    module = module_of(recipe, data, method)
     clock, watch = Clock(), _Curve(data, evaluations, evaluation_images)
     trainer = bare_trainer(
         accelerator="cpu",
@@ -60,20 +60,20 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
         callbacks=[clock, watch],
     )
     failure: NonFiniteLossError | None = None
-    accuracy = None
+    metrics: dict[str, float] = {}
     try:
         with warnings.catch_warnings(), real_interrupts():
             warnings.simplefilter("ignore")
             trainer.fit(module, datamodule=data)
             clock.stop()
-            accuracy = trainer.validate(module, datamodule=data, verbose=False)[0]["val_accuracy"]
+            metrics = dict(trainer.validate(module, datamodule=data, verbose=False)[0])
     except NonFiniteLossError as error:
         clock.stop()
         failure = error
     last = watch.losses[-max(1, len(watch.losses) // 10) :]
     loss = sum(last) / len(last) if last else math.nan
     return CellResult(
-        accuracy=accuracy,
+        accuracy=metrics.get(module.SCORE),
         train_loss=round(loss, 4) if math.isfinite(loss) else None,
         non_finite_step=failure.step if failure else None,
         non_finite_layer=failure.layer if failure else None,
@@ -81,13 +81,14 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
         seconds=round(clock.seconds - watch.seconds, 2),
         commit=commit(),
         curve=watch.curve,
+        metrics={name.removeprefix(TEST): value for name, value in metrics.items()},
     )
 
 
 class _Curve(Callback):
-    """Keeps the losses, and takes the accuracy on the first test images a number of times."""
+    """Keeps the losses, and takes the score on the first test images a number of times."""
 
-    def __init__(self, data: ImageData, evaluations: int, images: int) -> None:
+    def __init__(self, data: RecipeData, evaluations: int, images: int) -> None:
         self.data, self.evaluations, self.images = data, evaluations, images
         self.losses: list[float] = []
         self.curve: list[tuple[int, float]] = []
@@ -99,18 +100,10 @@ class _Curve(Callback):
         every = max(1, int(trainer.estimated_stepping_batches) // self.evaluations)
         if trainer.global_step % every == 0:
             started = time.perf_counter()
-            self.curve.append((trainer.global_step, round(self._accuracy(module), 4)))
+            assert isinstance(module, TaskModule)
+            module.eval()
+            with torch.no_grad():
+                score = module.score_on(self.data.val_dataloader(), self.images)
+            module.train()
+            self.curve.append((trainer.global_step, round(score, 4)))
             self.seconds += time.perf_counter() - started
-
-    @torch.no_grad()
-    def _accuracy(self, module: LightningModule) -> float:
-        module.eval()
-        right = seen = 0
-        for images, labels in self.data.val_dataloader():
-            logits: Tensor = module(images)
-            right += int((logits.argmax(1) == labels).sum())
-            seen += len(labels)
-            if seen >= self.images:
-                break
-        module.train()
-        return right / seen

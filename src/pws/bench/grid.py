@@ -166,6 +166,7 @@ def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, Settings]:
         "model.name": str,
         "data.batch_size": "batch {}".format,
         "data.train_images": lambda count: "all images" if count is None else f"{int(count):,} images",
+        "model.head": "{} head".format,
         "data.augment": lambda augment: "augmented" if augment else "not augmented",
         "optim.lr": lambda lr: f"LR {float(lr):g}",  # YAML reads 1e-3 as a word
     }

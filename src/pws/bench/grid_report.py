@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pws._files import write_whole
 from pws.bench.grid_plots import draw_heat, draw_lines
-from pws.bench.grid_tables import accuracy_table, range_table, steps_table
+from pws.bench.grid_tables import accuracy_table, mask_table, range_table, steps_table
+
+SCORES: Final = {"classify": "Test accuracy", "detect": "Average precision of boxes (COCO)"}
+"""What a cell shows, by task."""
 
 
 def write_grid_report(result: Mapping[str, Any], stem: Path) -> list[Path]:
@@ -25,14 +28,15 @@ def markdown(result: Mapping[str, Any]) -> str:
     """All tables of a result, with what was measured, where and by what."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     commits = ", ".join(dict.fromkeys(cell["commit"] for cell in result["cells"]))
-    ranges = range_table(result)
+    ranges, masks, task = range_table(result), mask_table(result), result["settings"].get("task", "classify")
     parts = [
         f"# {result['title']}",
         f"Made by `{result['command']}`, cells at commit {commits}, on {result['device']}, one thread per cell; {versions}.",
-        "Test accuracy in %: mean and deviation over the seeds. nan@k: the loss went non-finite at step k.",
+        f"{SCORES[task]} in %: mean and deviation over the seeds. nan@k: the loss went non-finite at step k.",
         accuracy_table(result),
-        f"Steps until {100 * result['target']:g} % of the first test images are right: median over the seeds, - if half of "
-        "them or more never get there.",
+        *(["Average precision of masks in %.", masks] if masks else []),
+        f"Steps until the first test images give {100 * result['target']:g} %: median over the seeds, - if half of them or "
+        "more never get there.",
         steps_table(result),
     ]
     if ranges:

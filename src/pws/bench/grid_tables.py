@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from pws.bench.grid import ONLY_COLUMN, cell_settings
 from pws.training.guessing import GUESSING_ACCURACY
 from pws.training.recipe_file import recipe_of
+
+MASK_AP: Final = "mask_ap"
+"""What a cell of a detector with masks holds beside its score."""
 
 
 @dataclass
@@ -21,7 +24,7 @@ class StoredCell:
     column: str
     seed: int
     accuracy: float | None
-    """The share of all test images, in [0, 1]; None if the loss went non-finite."""
+    """The task's score in [0, 1]: accuracy, or average precision of boxes; None if the loss went non-finite."""
     non_finite_step: int | None
     steps_to_target: int | None
     """The step at which the accuracy on the first test images reached the target; None if it did not."""
@@ -60,12 +63,13 @@ class SeedSummary:
         return nan if not ended else f"{ended}, {count} of {count + len(self.accuracies)} {nan}"
 
 
-def over_seeds(result: Mapping[str, Any]) -> dict[tuple[str, str], SeedSummary]:
-    """Row and column to summary, of a result file's content."""
+def over_seeds(result: Mapping[str, Any], figure: str = "accuracy") -> dict[tuple[str, str], SeedSummary]:
+    """Row and column to summary of a figure, of a result file's content; cells without the figure are left out."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in result["cells"]:
-        groups.setdefault((cell["row"], cell["column"]), []).append(cell)
-    return {key: _summary(cells) for key, cells in groups.items()}
+        if figure in cell:
+            groups.setdefault((cell["row"], cell["column"]), []).append(cell)
+    return {key: _summary(cells, figure) for key, cells in groups.items()}
 
 
 def settings_of(result: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,21 +78,29 @@ def settings_of(result: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str,
     return cell_settings(result["settings"], result["columns"][column], row, result["rows"][row], cell["seed"])
 
 
-def _summary(cells: Sequence[Mapping[str, Any]]) -> SeedSummary:
+def _summary(cells: Sequence[Mapping[str, Any]], figure: str) -> SeedSummary:
     middle = statistics.median(
         math.inf if cell["steps_to_target"] is None else cell["steps_to_target"] for cell in cells
     )
     return SeedSummary(
-        tuple(cell["accuracy"] for cell in cells if cell["accuracy"] is not None),
+        tuple(cell[figure] for cell in cells if cell[figure] is not None),
         tuple(cell["non_finite_step"] for cell in cells if cell["non_finite_step"] is not None),
         middle if math.isfinite(middle) else None,
     )
 
 
-def accuracy_table(result: Mapping[str, Any]) -> str:
-    """Markdown: rows by columns, the best of each column in bold."""
-    summaries = over_seeds(result)
-    best = {c: max(summaries[r, c].mean or 0 for r in result["rows"] if (r, c) in summaries) for c in _columns(result)}
+def mask_table(result: Mapping[str, Any]) -> str:
+    """The average precision of masks, of the columns that have it; empty if none has."""
+    return accuracy_table(result, MASK_AP)
+
+
+def accuracy_table(result: Mapping[str, Any], figure: str = "accuracy") -> str:
+    """Markdown: rows by columns of the task's score, or of another figure; the best of each column in bold."""
+    summaries = over_seeds(result, figure)
+    shown = [c for c in _columns(result) if any((r, c) in summaries for r in result["rows"])]
+    if not shown:
+        return ""
+    best = {c: max(summaries[r, c].mean or 0 for r in result["rows"] if (r, c) in summaries) for c in shown}
 
     def text(row: str, column: str) -> str:
         summary = summaries.get((row, column))
@@ -96,7 +108,7 @@ def accuracy_table(result: Mapping[str, Any]) -> str:
             return "-"
         return f"**{summary}**" if summary.mean is not None and summary.mean == best[column] else str(summary)
 
-    return _markdown(result, text)
+    return _markdown(result, text, shown)
 
 
 def steps_table(result: Mapping[str, Any]) -> str:
@@ -107,7 +119,7 @@ def steps_table(result: Mapping[str, Any]) -> str:
         summary = summaries.get((row, column))
         return "-" if summary is None or summary.steps_to_target is None else f"{summary.steps_to_target:g}"
 
-    return _markdown(result, text)
+    return _markdown(result, text, _columns(result))
 
 
 def range_table(result: Mapping[str, Any]) -> str:
@@ -161,8 +173,8 @@ def _head(titles: Iterable[str]) -> list[str]:
     return ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
 
 
-def _markdown(result: Mapping[str, Any], text: Any) -> str:
-    columns, present = _columns(result), {cell["row"] for cell in result["cells"]}
+def _markdown(result: Mapping[str, Any], text: Callable[[str, str], str], columns: Sequence[str]) -> str:
+    present = {cell["row"] for cell in result["cells"]}
     lines = _head(["method", *columns])
     for row in result["rows"]:
         if row in present:

@@ -69,8 +69,9 @@ def _closing(summary: Summary, folder: Path) -> str:
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.2f} %"
 
+    words = summary.score.replace("_ap", " AP")
     return (
-        f"test accuracy {percent(summary.accuracy)} (best {percent(summary.best_accuracy)}), {summary.steps} steps in "
+        f"test {words} {percent(summary.metrics.get(summary.score))} (best {percent(summary.best)}), {summary.steps} steps in "
         f"{summary.train_seconds:.0f} s, {summary.images_per_second:.0f} images/s, {summary.peak_memory_mb:.0f} MB\n"
         f"{folder}/: summary.json, recipe.yaml, metrics.csv, tensorboard/, checkpoints/   (pws evaluate {folder})"
     )

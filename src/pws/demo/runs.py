@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from pws.diagnosis import CollapseWarning, Monitor
 from pws.optim.bound import STEP_BOUND
+from pws.training.classifier import Classifier
 from pws.training.data import ImageData
 from pws.training.guessing import GUESSING_ACCURACY, GUESSING_LOSS
-from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.module import NonFiniteLossError
 from pws.training.monitor import MonitorCallback
 from pws.training.network import model_for
 from pws.training.quiet import bare_trainer, real_interrupts

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pws._batch import example_of, tensors_in
 from pws._preserve import random_state
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, images: Tensor, rewind: Callable[[], None] | None = None) -> str | None:
-    """The name of the first layer, in execution order, whose output for `images` holds NaN or infinity, or None.
+def first_non_finite(model: nn.Module, batch: Any, rewind: Callable[[], None] | None = None) -> str | None:
+    """The name of the first layer, in execution order, whose output for a batch holds NaN or infinity, or None.
 
     The model runs once more in its present mode; BatchNorm's running statistics move by that one batch. `rewind` gives the
     random generators back what they were before the pass that failed; they go on as they are now.
@@ -24,7 +26,7 @@ def first_non_finite(model: nn.Module, images: Tensor, rewind: Callable[[], None
 
     def check(name: str) -> object:
         def hook(_: nn.Module, __: object, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not torch.isfinite(output).all():
+            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(output)):
                 found.append(name)
 
         return hook
@@ -33,7 +35,7 @@ def first_non_finite(model: nn.Module, images: Tensor, rewind: Callable[[], None
     try:
         if rewind is not None:
             rewind()
-        model(images)
+        example_of(model, batch).outputs(model)
     finally:
         go_on()
         for handle in handles:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from pws._errors import PwsError
 from pws.methods.method import Method, kaiming, plain_conv
 from pws.methods.switch_norm import SwitchNorm2d
 from pws.methods.timm_layers import timm_layer
@@ -16,15 +17,31 @@ def bn() -> Method:
     return Method("bn", "Batch Normalization: Ioffe and Szegedy 2015", plain_conv, norm=nn.BatchNorm2d)
 
 
+def frozen_bn() -> Method:
+    """Batch Normalization whose statistics and affine parameters are constants: those of a trained network."""
+
+    def norm(_: int) -> nn.Module:
+        raise PwsError(
+            "frozen-bn keeps the statistics of a trained network, and this one starts from random weights. Use it in a model "
+            "of others or a detector, with model.backbone; or use bn."
+        )
+
+    return Method("frozen-bn", "Batch Normalization, frozen: He et al. 2017 (Mask R-CNN)", plain_conv, norm=norm)
+
+
 def gn() -> Method:
     """Group Normalization."""
-    return Method("gn", "Group Normalization: Wu and He 2018, 32 groups", plain_conv, norm=_group_norm)
+    return Method("gn", "Group Normalization: Wu and He 2018, 32 groups", plain_conv, norm=group_norm)
 
 
-def _group_norm(channels: int) -> nn.Module:
-    # 32 groups as published; a group of a single channel would be Instance Norm, so narrow layers get fewer.
-    groups = [g for g in range(1, 33) if channels % g == 0 and g <= max(1, channels // 2)]
-    return nn.GroupNorm(groups[-1], channels)
+def groups_of(channels: int) -> int:
+    """Groups of a Group Norm: 32 as published. A group of one channel would be Instance Norm, so narrow layers get fewer."""
+    return [g for g in range(1, 33) if channels % g == 0 and g <= max(1, channels // 2)][-1]
+
+
+def group_norm(channels: int) -> nn.Module:
+    """Group Normalization with as many groups as `groups_of` says."""
+    return nn.GroupNorm(groups_of(channels), channels)
 
 
 def ln() -> Method:
@@ -68,4 +85,4 @@ def ws() -> Method:
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
         return kaiming(std_conv(in_channels, out_channels, kernel_size, **settings))
 
-    return Method("ws", "Weight Standardization with Group Norm: Qiao et al. 2019", conv, norm=_group_norm)
+    return Method("ws", "Weight Standardization with Group Norm: Qiao et al. 2019", conv, norm=group_norm)

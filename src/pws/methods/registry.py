@@ -15,6 +15,7 @@ METHODS: Final = MappingProxyType(
     {
         "none": weights.none,
         "bn": outputs.bn,
+        "frozen-bn": outputs.frozen_bn,
         "gn": outputs.gn,
         "ln": outputs.ln,
         "in": outputs.instance,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pws._autocast import fresh_casts
-from pws._batch import REJECTIONS, Batch, Forward, batch_of, check_finite
+from pws._batch import REJECTIONS, Batch, Forward, batch_of, check_finite, on_device, takes_targets
 from pws._errors import PwsError, one_line
 from pws._layers import StandardizedLayer
 from pws._mark import filters_of
@@ -60,14 +60,15 @@ def calibrate(
     hold the same model, and sets the same scales.
 
     The model runs in eval mode without gradient, where BatchNorm uses its running statistics. If some layers run in train mode
-    alone (auxiliary heads), it then runs in train mode. If it does not take the batch there, a warning says so, and those
-    layers stay. Its modes, buffers and every other parameter are left as they were.
+    alone (auxiliary heads) or got nothing to work on (a detector's mask head without boxes), it then runs in train mode, with
+    the targets where the model takes them. If it does not take the batch there, or still gives those layers nothing, a warning
+    says so, and they stay. Its modes, buffers and every other parameter are left as they were.
 
     Args:
         model: any module that holds marked layers or pws layers.
         batches: the model's input (a tensor, or a dict of arguments), or an iterable of batches as a DataLoader gives them:
             inputs, or `(inputs, targets)` (put one `(images, labels)` into a list). They are joined: choose no more samples
-            than one forward pass has memory for.
+            than one forward pass has memory for. A model whose forward has an argument for targets gets those too.
         target: the output variance wanted; the paper uses 2.
         per_channel: one factor per channel, from that channel's own variance, instead of one per layer.
         mean: shift each bias so that its channel's output has this mean (BatchNorm's is 0), and take the variance about the
@@ -91,8 +92,8 @@ def calibrate(
     setting = Setting(names, target, per_channel, mean)
     if names:
         device = _scale_of(next(iter(names))).device
-        batch = batch_of(batches, forward) if forward else _on_device(_join(batches), device)
-        setting.shares = branch_ends(model, batch) if share_branches else {}
+        batch = batch_of(batches, forward) if forward else on_device(_join(batches, model), device)
+        setting.shares = branch_ends(model, batch, names.values()) if share_branches else {}
         try:
             setting.run(model, lambda: batch.outputs(model))
         except PwsError:
@@ -130,6 +131,8 @@ class Setting:
     affines: Mapping[nn.Module, float] = field(default_factory=dict)
     """What stands in for norms of the input, to the eps of the norm: set from what it is given."""
     set_affines: set[nn.Module] = field(default_factory=set)
+    idle: set[nn.Module] = field(default_factory=set)
+    """Layers that ran on nothing: no box reached a detector's head."""
 
     @fresh_casts()
     def run(self, model: nn.Module, forward: Callable[[], object]) -> None:
@@ -141,6 +144,7 @@ class Setting:
                 forward()
             if len(self.done) < len({_scale_of(layer) for layer in layers}):
                 self._in_training(model, forward)
+        self._warn_of_idle()
         reshard(model)
         self._write()
 
@@ -158,6 +162,15 @@ class Setting:
                 stacklevel=2,
             )
 
+    def _warn_of_idle(self) -> None:
+        idle = [self.names[layer] for layer in self.names if layer in self.idle and _scale_of(layer) not in self.done]
+        if idle:
+            warnings.warn(
+                f"{len(idle)} layers, such as {idle[0]!r}, were given nothing to work on, and keep the scale of their weights. "
+                "In a detector no box reached them: calibrate on images with objects, together with their targets.",
+                stacklevel=2,
+            )
+
     def _set_affine(self, affine: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(affine, Affine)
         if affine not in self.set_affines:
@@ -165,6 +178,9 @@ class Setting:
             affine.standardize(args[0].detach(), self.affines[affine])
 
     def _set(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not output.numel():
+            self.idle.add(layer)
+            return output
         scale, bias, channel = _scale_of(layer), _bias_of(layer), 1 - _kernel_of(layer).dim()
         channel_last = output.movedim(channel, -1)
         centred = channel_last if bias is None else channel_last - bias
@@ -253,14 +269,15 @@ def _check_variance(variance: Tensor, rounding: float, name: str) -> None:
         )
 
 
-def _join(batches: Any) -> Batch:
-    """One batch of all inputs, whatever their structure; targets are left out."""
-    parts = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
-    inputs = [batch_of(part).inputs for part in parts]
+def _join(batches: Any, model: nn.Module) -> Batch:
+    """One batch of all inputs, whatever their structure; with the targets, if the model takes them."""
+    parts = [batch_of(p) for p in ([batches] if isinstance(batches, Tensor | Mapping) else list(batches))]
+    with_targets = takes_targets(model) and all(part.has_targets for part in parts)
     try:
-        if not inputs:
+        if not parts:
             raise TypeError("no batch at all")
-        joined = Batch(_joined(inputs), None, False)
+        targets = _joined([part.targets for part in parts]) if with_targets else None
+        joined = Batch(_joined([part.inputs for part in parts]), targets, with_targets)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PwsError(
             f"calibrate needs at least one batch, and batches that can be joined: {one_line(error)}. Give the model's input, "
@@ -281,13 +298,3 @@ def _joined(parts: Sequence[Any]) -> Any:
     if isinstance(first, list):
         return [item for part in parts for item in part]
     raise TypeError(f"inputs are tensors, or tuples, dicts or lists of them; got {type(first).__name__}")
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Batch):
-        return Batch(_on_device(value.inputs, device), None, False)
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _on_device(item, device) for key, item in value.items()}
-    return type(value)(_on_device(item, device) for item in value) if isinstance(value, tuple | list) else value

@@ -14,7 +14,7 @@ from pws._errors import PwsError, UnknownNameError
 from pws._standardize import check_gamma
 from pws.surgery._plan import FORMS, Form, Plan
 from pws.surgery.norms import NORMS, is_trained
-from pws.surgery.planner import Keep, Planner
+from pws.surgery.planner import Planner, Selector
 from pws.surgery.trace import trace
 from pws.surgery.warm_start import Progress
 
@@ -24,7 +24,8 @@ def plan(
     example: Any,
     *,
     norms: Collection[str] = ("batch",),
-    keep: Keep | Collection[Keep] = (),
+    keep: Selector | Collection[Selector] = (),
+    standardize: Selector | Collection[Selector] = (),
     gamma: float = 1e-3,
     relative_gamma: bool = False,
     warm_start: bool = False,
@@ -50,6 +51,8 @@ def plan(
         norms: families to remove: "batch" (BatchNorm of all dimensions, synchronized, frozen, with activation), "group",
             "layer" (of images), "instance".
         keep: layers and norms to leave alone: names or patterns (`layer4.*`), classes, or a predicate of name and module.
+        standardize: layers to standardize though no norm stands beside them, such as the hidden layers of a detector's heads;
+            given as `keep`, which wins.
         gamma: gamma of the standardized layers.
         relative_gamma: whether their gamma is relative to the fan-in.
         warm_start: keep what a trained model computes, as closely as filters of mean zero allow. Each layer is fitted to its
@@ -76,27 +79,28 @@ def plan(
     def is_norm(module: nn.Module) -> bool:
         return any(test(module) for test in tests)
 
-    if not any(map(is_norm, model.modules())):
+    kept, chosen = _selectors(keep, model, "keep"), _selectors(standardize, model, "standardize")
+    if not chosen and not any(map(is_norm, model.modules())):
         raise PwsError(
             f"{type(model).__name__} has no norm to take out: none of the families {', '.join(norms)}. "
-            "Others are chosen by norms=: " + ", ".join(NORMS) + "."
+            f"Others are chosen by norms=: {', '.join(NORMS)}. Layers without a norm are chosen by standardize=."
         )
     run = trace(model, example_of(model, example, forward), is_norm)
-    kept = [keep] if isinstance(keep, str | type) or callable(keep) else list(keep)
-    _check_keep(kept, model)
-    made = Planner(model, run, is_norm, kept, warm_start=warm_start, form=form)
+    made = Planner(model, run, is_norm, kept, chosen, warm_start=warm_start, form=form)
     planned = made.plan(gamma, relative_gamma, example, progress, forward)
     if not warm_start:
         _warn_of_trained(planned)
     return planned
 
 
-def _check_keep(kept: list[Keep], model: nn.Module) -> None:
-    """Raise `UnknownNameError` for a name or pattern that nothing has."""
+def _selectors(given: Selector | Collection[Selector], model: nn.Module, purpose: str) -> list[Selector]:
+    """What was given, as a list; raises `UnknownNameError` for a name or pattern that nothing has."""
+    selectors = [given] if isinstance(given, str | type) or callable(given) else list(given)
     names = [name for name, _ in model.named_modules() if name]
-    for rule in kept:
+    for rule in selectors:
         if isinstance(rule, str) and not any(fnmatchcase(name, rule) for name in names):
-            raise UnknownNameError("layer or norm to keep", rule, names)
+            raise UnknownNameError(f"layer or norm to {purpose}", rule, names)
+    return selectors
 
 
 def _warn_of_trained(planned: Plan) -> None:
@@ -117,7 +121,8 @@ def convert(
     *,
     calibrate: bool = True,
     norms: Collection[str] = ("batch",),
-    keep: Keep | Collection[Keep] = (),
+    keep: Selector | Collection[Selector] = (),
+    standardize: Selector | Collection[Selector] = (),
     gamma: float = 1e-3,
     relative_gamma: bool = False,
     warm_start: bool = False,
@@ -136,6 +141,7 @@ def convert(
         calibrate: scale the kernels on the example, so that each layer keeps the variance that its norm gave it.
         norms: families of norms to remove, as in `pws.plan`.
         keep: layers and norms to leave alone, as in `pws.plan`.
+        standardize: layers to standardize without a norm, as in `pws.plan`.
         gamma: gamma of the standardized layers.
         relative_gamma: whether their gamma is relative to the fan-in.
         warm_start: keep what a trained model computes, as in `pws.plan`.
@@ -161,6 +167,7 @@ def convert(
         example,
         norms=norms,
         keep=keep,
+        standardize=standardize,
         gamma=gamma,
         relative_gamma=relative_gamma,
         warm_start=warm_start,

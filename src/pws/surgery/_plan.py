@@ -16,7 +16,7 @@ from pws._files import write_whole
 from pws.surgery._calibrate import Setting
 from pws.surgery.branches import branch_ends
 from pws.surgery.copying import copy_of
-from pws.surgery.norms import affine_of, is_trained, norm_eps, scale_and_shift
+from pws.surgery.norms import affine_of, held_by, is_trained, norm_eps, scale_and_shift
 from pws.surgery.plan_file import plan_text, read_plan
 from pws.surgery.stand_ins import HOOKS, Affine, Copy
 from pws.surgery.standardized import add_bias, is_standardized, standardize_layer, to_layers
@@ -204,7 +204,7 @@ class Plan:
         untrained = {n: norm for n in self.fixed if not is_trained(norm := model.get_submodule(n))}
         setting.affines = {_affine_in(result.get_submodule(n)): norm_eps(norm) for n, norm in untrained.items()}
         if setting.names or setting.affines:
-            setting.shares = branch_ends(result, example_of(result, self.example, self.forward))
+            setting.shares = branch_ends(result, example_of(result, self.example, self.forward), names.values())
             setting.run(result, lambda: self.run_example(result))
         return result
 
@@ -251,8 +251,7 @@ class Plan:
     def _without_norm(self, name: str, norm: nn.Module) -> nn.Module:
         """What is left of a norm: nothing, a copy, its scale and shift, or the activation of a module that holds one (timm's
         BatchNormAct2d)."""
-        held = [getattr(norm, part, None) for part in ("drop", "act")]
-        rest = [module for module in held if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)]
+        rest = held_by(norm)
         for module in rest:
             if hasattr(module, "inplace"):
                 module.inplace = False  # type: ignore[assignment]

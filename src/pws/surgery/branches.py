@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import nn
 
 from pws._batch import Batch
@@ -9,18 +11,24 @@ from pws.surgery.trace import trace
 from pws.surgery.value import INPUT, Trace
 
 
-def branch_ends(model: nn.Module, batch: Batch) -> dict[str, float]:
-    """Name of each layer that ends a residual branch, to its share of the variance: 1 over the number of additions."""
+def branch_ends(model: nn.Module, batch: Batch, layers: Collection[str]) -> dict[str, float]:
+    """Name of each of these layers that ends a residual branch, to its share of the variance: 1 over the number of additions."""
     run = trace(model, batch, lambda _: False)
-    ends = [found for found in _ends(run) if found]
+    ends = [found for ends in _ends(run) if (found := ends & set(layers))]
     return {name: 1 / len(ends) for found in ends for name in found}
 
 
 def _ends(run: Trace) -> list[set[str]]:
-    """For each addition, the sources of its operand behind the most layers that are not those of another operand too."""
+    """For each addition, the sources of its operand behind the most layers that are not those of another operand too.
+
+    They are at least as large as the sum, alone or joined: a feature pyramid adds a map that was resized to one of its peers,
+    which is no residual branch.
+    """
     found = []
     for addition in run.sums:
         branch = max(addition.operands, key=lambda value: value.depth)
         others = [value for value in addition.operands if value is not branch]
-        found.append(set(branch.sources).difference(*(value.sources for value in others)) - {INPUT})
+        ends = set(branch.sources).difference(*(value.sources for value in others)) - {INPUT}
+        sizes = [run.sizes.get(name, 0) for name in ends]
+        found.append(ends if sum(sizes) >= addition.size else set[str]())
     return found

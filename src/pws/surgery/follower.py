@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from pws._batch import tensors_in
 from pws._gain import ACTIVATIONS
 from pws.surgery.running import hooked, input_of, removed_after
-from pws.surgery.value import OUTPUT, UNKNOWN, Sum, Trace, Use, Value, merged
+from pws.surgery.value import OUTPUT, UNKNOWN, Trace, Use, Value, merged
 
 _HOOKS: Final = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook")
 _ASSIGNMENTS: Final = tuple(
@@ -125,6 +125,7 @@ class Follower(TorchFunctionMode):
     def _leave_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         name, given = self.names[module], input_of(args, kwargs)
         for tensor in tensors_in(output):
+            self.trace.sizes[name] = tensor.numel()
             value = self.value(tensor)
             if value.sources != {name} or value.parameters:
                 self.trace.foreign.add(name)
@@ -138,10 +139,12 @@ class Follower(TorchFunctionMode):
 
     def _leave_other(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """What a module without parameters made in a way that can't be followed (TorchScript, a function of its own) comes
-        from what it was given."""
-        lost = [tensor for tensor in tensors_in(output) if not self.value(tensor).is_known]
+        from what it was given; but what has no gradient of inputs that have one was made of their sizes alone: anchors."""
+        given = [*tensors_in((args, kwargs))]
+        made_of_sizes = any(tensor.requires_grad for tensor in given)
+        lost = [t for t in tensors_in(output) if not self.value(t).is_known and (t.requires_grad or not made_of_sizes)]
         if lost and next(module.parameters(), None) is None:
-            self._made(type(module).__name__.lower(), [*tensors_in((args, kwargs))], lost)
+            self._made(type(module).__name__.lower(), given, lost)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -177,12 +180,9 @@ class Follower(TorchFunctionMode):
     def _made(self, name: str, given: list[Tensor], results: list[Tensor]) -> None:
         known = [(tensor, value) for tensor in given if (value := self.value(tensor)).is_known]
         if known:
-            value = merged(name, known, self._sum, self.trace.gates)
+            value = merged(name, known, self.trace.sums.append, self.trace.gates)
             for tensor in results:
                 self.put(tensor, value)
-
-    def _sum(self, operands: tuple[Value, ...]) -> None:
-        self.trace.sums.append(Sum(operands))
 
     def _write(self, tensor: Tensor) -> None:
         norms = self.storages.get(_storage(tensor), set())

@@ -38,6 +38,12 @@ def has_own_forward(norm: nn.Module) -> bool:
     return "forward" in vars(norm) or library not in _LIBRARIES
 
 
+def held_by(norm: nn.Module) -> list[nn.Module]:
+    """What a module that holds a norm does behind it: the activation of timm's BatchNormAct2d."""
+    held = [getattr(norm, part, None) for part in ("drop", "act")]
+    return [module for module in held if isinstance(module, nn.Module) and not isinstance(module, nn.Identity)]
+
+
 def is_frozen(norm: nn.Module) -> bool:
     """Whether no training changes it: statistics and affine parameters are constants."""
     return _is_frozen_class(norm)

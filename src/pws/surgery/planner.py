@@ -31,7 +31,8 @@ _IS_MARKED: Final = ("keep", "it is marked")
 _PLAIN: Final = (_ON_INPUT, _DEPTHWISE)
 """What a warm start leaves as it is, but without its norm."""
 
-Keep = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""A name or pattern, a class, or a predicate of name and module."""
 
 
 class Planner:
@@ -42,12 +43,14 @@ class Planner:
         model: nn.Module,
         run: Trace,
         is_norm: Callable[[nn.Module], bool],
-        keep: list[Keep],
+        keep: list[Selector],
+        chosen: list[Selector],
         *,
         warm_start: bool,
         form: Form,
     ) -> None:
         self.run, self.is_norm, self.keep, self.warm_start, self.form = run, is_norm, keep, warm_start, form
+        self.chosen = chosen
         self.modules = dict(run.model.named_modules())
         lazy = any(isinstance(m, nn.modules.lazy.LazyModuleMixin) for m in model.modules())
         self.model = run.model if lazy else model
@@ -137,7 +140,7 @@ class Planner:
     def _refusal(self, name: str) -> tuple[str, str] | None:
         """Action and reason for a layer that can't or must not be standardized."""
         module = self.modules[name]
-        if self._is_kept(name):
+        if self._is_among(name, self.keep):
             return "keep", "asked for"
         if isinstance(module, StandardizedLayer):
             return _IS_LAYER
@@ -165,9 +168,9 @@ class Planner:
         groups: Any = getattr(module, "groups", 1)
         return _DEPTHWISE if self.warm_start and groups > 1 and groups == module.in_channels else None
 
-    def _is_kept(self, name: str) -> bool:
+    def _is_among(self, name: str, selectors: list[Selector]) -> bool:
         module = self.modules[name]
-        for rule in self.keep:
+        for rule in selectors:
             if isinstance(rule, str):
                 found = fnmatchcase(name, rule)
             elif isinstance(rule, type):
@@ -188,7 +191,7 @@ class Planner:
             gates |= more
 
     def _norm(self, name: str) -> tuple[str, str]:
-        if self._is_kept(name):
+        if self._is_among(name, self.keep):
             return "keep", "asked for"
         if has_own_forward(self.modules[name]):
             return "keep", "its forward is not torch's: what else it does would be lost"
@@ -231,6 +234,8 @@ class Planner:
         refusal = self.refusals[name]
         if refusal:
             return refusal
+        if self._is_among(name, self.chosen):
+            return "standardize", "asked for"
         norms = sorted(self.run.takers.get(name, set()) & self.gone)
         if norms:
             return "standardize", f"its output went to {_list(norms)}"

@@ -63,6 +63,8 @@ class Sum:
     """An addition of tensors that come from different sources."""
 
     operands: tuple[Value, ...]
+    size: int
+    """Entries of the result."""
 
 
 @dataclass
@@ -78,6 +80,8 @@ class Trace:
     """Sources that only scale another tensor."""
     takers: dict[str, set[str]] = field(default_factory=dict)
     """Source to what took it: names of layers and norms, `OUTPUT`."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Entries of the output of each layer, in its last call."""
     dims: dict[str, int] = field(default_factory=dict)
     """The number of dimensions of the inputs of layers and norms."""
     foreign: set[str] = field(default_factory=set)
@@ -95,7 +99,7 @@ UNKNOWN: Final = Value()
 Known = list[tuple[Tensor, Value]]
 
 
-def merged(name: str, known: Known, on_sum: Callable[[tuple[Value, ...]], None], gates: set[str]) -> Value:
+def merged(name: str, known: Known, on_sum: Callable[[Sum], None], gates: set[str]) -> Value:
     """What the function `name` of torch makes of tensors, some of which may be parameters.
 
     Args:
@@ -130,7 +134,7 @@ def _operation(name: str) -> str:
     return name.removeprefix("r").removeprefix("i") if name not in ACTIVATIONS else name
 
 
-def _of_signals(name: str, known: Known, on_sum: Callable[[tuple[Value, ...]], None], gates: set[str]) -> Value:
+def _of_signals(name: str, known: Known, on_sum: Callable[[Sum], None], gates: set[str]) -> Value:
     values = list(dict.fromkeys(value for _, value in known))
     steps = _union(value.steps for value in values)
     base = Value(
@@ -143,7 +147,7 @@ def _of_signals(name: str, known: Known, on_sum: Callable[[tuple[Value, ...]], N
     )
     operation = _operation(name)
     if operation in _SUMS and len(values) > 1:
-        on_sum(tuple(values))
+        on_sum(Sum(tuple(values), max(tensor.numel() for tensor, _ in known)))
         # Where one operand was not scaled by a parameter, the sum is as large as that one.
         scales = values[0].parameters.intersection(*(value.parameters for value in values))
         return replace(base, steps=steps | {"sum"}, activation=None, parameters=scales)

@@ -1,16 +1,18 @@
 """Training on Lightning's engine: recipes, data, runs. Needs the extra `train`."""
 
-from pws.training._evaluate import Evaluation, evaluate
+from pws.training._evaluate import evaluate
 from pws.training.callbacks import ClipGrad
 from pws.training.monitor import MonitorCallback
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.recipe_file import load_recipe, shipped_recipes
+from pws.training.results import DetectionEvaluation, Evaluation
 from pws.training.run import train
 from pws.training.summary import Summary
 
 __all__ = [
     "ClipGrad",
     "DataConfig",
+    "DetectionEvaluation",
     "Evaluation",
     "ModelConfig",
     "MonitorCallback",

@@ -1,4 +1,4 @@
-"""Top-1, top-5, loss and accuracy by class of a run's checkpoint."""
+"""A run's checkpoint on the test images."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from pathlib import Path
 
 from pws._errors import PwsError
 from pws.training.checkpoints import checkpoint_path, load_weights
-from pws.training.data import ImageData
-from pws.training.module import Classifier
-from pws.training.network import model_for
+from pws.training.data import RecipeData
+from pws.training.module import TaskModule
 from pws.training.quiet import bare_trainer, real_interrupts
+from pws.training.recipe import Recipe
 from pws.training.recipe_file import load_recipe
+from pws.training.results import DetectionEvaluation, Evaluation
+from pws.training.tasks import data_of, module_of
 
 
-@dataclass
-class Evaluation:
-    """A checkpoint on the test images; accuracies in [0, 1]."""
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's network with the weights of a checkpoint, and the run's data."""
 
-    checkpoint: str
-    images: int
-    accuracy: float
-    top5: float
-    """Top-k with k the number of classes where there are fewer than five."""
-    loss: float
-    per_class: dict[str, float]
+    recipe: Recipe
+    module: TaskModule
+    data: RecipeData
+    checkpoint: Path
 
 
-def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
-    """Evaluate a run's checkpoint: "best", "last" or the path of a file.
+def load_trained(run: Path, checkpoint: str = "best") -> TrainedRun:
+    """A run with its checkpoint: "best", "last" or the path of a file.
 
     Raises:
         PwsError: the run or the checkpoint is missing, corrupt, or of another architecture.
@@ -36,18 +35,24 @@ def evaluate(run: Path, checkpoint: str = "best") -> Evaluation:
     if not (run / "recipe.yaml").is_file():
         raise PwsError(f"{run} is no run folder: it has no recipe.yaml. Give the folder that `pws train` printed.")
     recipe = load_recipe(run / "recipe.yaml")
-    data = ImageData(recipe.data, recipe.seed)
-    module = Classifier(model_for(recipe.model, data.splits), recipe.optim, len(data.splits.classes))
+    data = data_of(recipe)
+    module = module_of(recipe, data)
     path = checkpoint_path(run, checkpoint)
     load_weights(module, path, recipe)
-    trainer = bare_trainer()
+    return TrainedRun(recipe, module, data, path)
+
+
+def evaluate(run: Path, checkpoint: str = "best") -> Evaluation | DetectionEvaluation:
+    """Evaluate a run's checkpoint on the test images.
+
+    Args:
+        run: the folder of the run.
+        checkpoint: "best", "last" or the path of a file.
+
+    Raises:
+        PwsError: the run or the checkpoint is missing, corrupt, or of another architecture.
+    """
+    loaded = load_trained(run, checkpoint)
     with real_interrupts():
-        results = trainer.validate(module, datamodule=data, verbose=False)[0]
-    return Evaluation(
-        checkpoint=str(path),
-        images=len(data.splits.test),
-        accuracy=results["val_accuracy"],
-        top5=results["val_top5"],
-        loss=results["val_loss"],
-        per_class=dict(zip(data.splits.classes, module.per_class, strict=True)),
-    )
+        bare_trainer().validate(loaded.module, datamodule=loaded.data, verbose=False)
+    return loaded.module.evaluation(str(loaded.checkpoint), loaded.data.splits)

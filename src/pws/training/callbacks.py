@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -22,13 +23,15 @@ def is_first_process() -> bool:
 
 
 class Clock(Callback):
-    """Seconds spent in training, validation left out, and the best accuracy; kept over a resume in the checkpoint."""
+    """Seconds spent in training, validation left out, and the best score; kept over a resume in the checkpoint."""
 
-    KEPT: Final = ("seconds", "best_accuracy", "validated_step")
+    KEPT: Final = ("seconds", "best", "validated_step")
 
-    def __init__(self) -> None:
+    def __init__(self, score: str = "") -> None:
+        self.score = score
+        """The metric that the best is kept of."""
         self.seconds = 0.0
-        self.best_accuracy = 0.0
+        self.best = 0.0
         self.validated_step = -1
         self._started = 0.0
 
@@ -42,9 +45,9 @@ class Clock(Callback):
         self.stop()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Keep the best accuracy, and when it was looked at last."""
+        """Keep the best score, and when it was looked at last."""
         self.validated_step = trainer.global_step
-        self.best_accuracy = max(self.best_accuracy, float(trainer.callback_metrics.get("val_accuracy", 0.0)))
+        self.best = max(self.best, float(trainer.callback_metrics.get(self.score, 0.0)))
 
     def stop(self) -> None:
         """Add what has passed since the last start; nothing if the clock stands."""
@@ -83,28 +86,31 @@ class StepBar(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
-        loss = trainer.callback_metrics.get("train_loss_step")
-        return {} if loss is None else {"loss": f"{float(loss):.4f}"}
+        shown = {key: value for key, value in trainer.callback_metrics.items() if key.endswith("_step")}
+        return {_short(key): f"{float(value):.4g}" for key, value in shown.items()}
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted like the epoch's line
 
 
+def _short(key: str) -> str:
+    return key.removeprefix("train_").removesuffix("_step").removeprefix("loss_")
+
+
 class EpochLines(Callback):
     """One line per epoch, for terminals and log files alike."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, score_line: Callable[[dict[str, float]], str]) -> None:
+        self.clock, self.score_line = clock, score_line
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print the epoch's line."""
-        metrics = trainer.callback_metrics
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         if self.clock.validated_step != trainer.global_step:  # max_steps ended the epoch before its validation
             return
         print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-            f"loss {float(metrics['train_loss_epoch']):.4f}  test loss {float(metrics['val_loss']):.4f}  "
-            f"test accuracy {100 * float(metrics['val_accuracy']):.2f} %  {self.clock.seconds:.0f} s",
+            f"loss {metrics['train_loss_epoch']:.4f}  {self.score_line(metrics)}  {self.clock.seconds:.0f} s",
             flush=True,
         )

@@ -101,18 +101,40 @@ def read_checkpoint(path: Path, module: nn.Module, recipe: Recipe, *, resume: bo
         DamagedCheckpointError: the file can't be loaded, or its content does not match its checksum.
         PwsError: there is no such file, or it is of another program, network or recipe.
     """
+    checkpoint = _read(path, RESUMED if resume else USED)
+    _check_weights(path, checkpoint["state_dict"], module)
+    _check_recipe(path, checkpoint.get("recipe"), recipe, RESULT if resume else ("task", "model"))
+    _check_unchanged(path, checkpoint)
+    return checkpoint
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """The tensors of a checkpoint that `pws train` wrote, of any network.
+
+    Raises:
+        DamagedCheckpointError: the file can't be loaded, or its content does not match its checksum.
+        PwsError: there is no such file, or it is of another program.
+    """
+    checkpoint = _read(path, USED)
+    _check_unchanged(path, checkpoint)
+    weights: Mapping[str, Any] = checkpoint["state_dict"]
+    return weights
+
+
+def _read(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     if not path.is_file():
         raise PwsError(
             f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch."
         )
     checkpoint: dict[str, Any] = _load(path)
-    _check_fields(path, checkpoint, RESUMED if resume else USED)
-    _check_weights(path, checkpoint["state_dict"], module)
-    _check_recipe(path, checkpoint.get("recipe"), recipe, RESULT if resume else ("model",))
+    _check_fields(path, checkpoint, needed)
+    return checkpoint
+
+
+def _check_unchanged(path: Path, checkpoint: dict[str, Any]) -> None:
     stored = checkpoint.get(CHECKSUM)
     if stored is not None and stored != _checksum_found(checkpoint):
         raise DamagedCheckpointError(path, "does not match its checksum: it was changed after `pws train` wrote it")
-    return checkpoint
 
 
 def _load(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Image data: what each dataset is, and batches that depend on the seed, the epoch and the image alone.
+"""The data of a run: batches that depend on the seed, the epoch and the image alone.
 
 A batch is asked for by epoch and image numbers, and each image's augmentation is seeded by (seed, epoch, image). So the
 same images come in the same shape whatever the number of processes, of loader workers, or of restarts.
@@ -6,8 +6,11 @@ same images come in the same shape whatever the number of processes, of loader w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -21,6 +24,18 @@ from pws.training.recipe import DataConfig
 
 Key = tuple[int, list[int]]
 """Epoch and image numbers of a batch."""
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
+    """Random numbers of torch that are those of this image in this epoch; then they go on as before."""
+    before = torch.get_rng_state()
+    # torch.manual_seed would reseed every GPU's generator too.
+    torch.default_generator.manual_seed(((seed * 1_000_003 + epoch) * 1_000_000_007 + number) % 2**63)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
@@ -44,26 +59,33 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def _augmented(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         assert self.images.augment is not None
-        before = torch.get_rng_state()
-        # torch.manual_seed would reseed every GPU's generator too.
-        torch.default_generator.manual_seed(((self.seed * 1_000_003 + epoch) * 1_000_000_007 + number) % 2**63)
-        try:
+        with seeded(self.seed, epoch, number):
             pixels, label = self.images.get([number])
             return self.images.augment(pixels), label
-        finally:
-            torch.set_rng_state(before)
 
 
 class TrainSampler(Sampler[Key]):
     """Each epoch's batches for one process: an order drawn from seed and epoch, cut into batches, cut into parts.
 
     A step's batch is shared out: process r of R takes every R-th of its images from r on, in `accumulate` equal parts.
-    Images that do not fill a last batch are left out for this epoch.
+    Images that do not fill a last batch are left out for this epoch. With `groups`, the group of each image, a batch holds
+    images of one group as long as there are enough of them: the last ones of each group are put together.
     """
 
-    def __init__(self, count: int, batch_size: int, *, seed: int, rank: int, world: int, accumulate: int) -> None:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
+        accumulate: int,
+        groups: Sequence[int] | None = None,
+    ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
+        self.groups = groups
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -75,10 +97,25 @@ class TrainSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        if self.groups is not None:
+            order = torch.tensor(_grouped(order.tolist(), self.groups, self.batch_size))
         for start in range(0, self.count - self.batch_size + 1, self.batch_size):
             own = order[start + self.rank : start + self.batch_size : self.world]
             for part in own.chunk(self.accumulate):
                 yield self.epoch, part.tolist()
+
+
+def _grouped(order: list[int], groups: Sequence[int], batch_size: int) -> list[int]:
+    """The same images: whole batches of one group as they fill up, then the rest."""
+    waiting: dict[int, list[int]] = {}
+    result: list[int] = []
+    for number in order:
+        batch = waiting.setdefault(groups[number], [])
+        batch.append(number)
+        if len(batch) == batch_size:
+            result += batch
+            batch.clear()
+    return result + [number for group in sorted(waiting) for number in waiting[group]]
 
 
 def check_shares(count: int, batch_size: int, world: int, accumulate: int) -> None:
@@ -118,20 +155,45 @@ class Shares:
     accumulate: int = 1
 
 
-class ImageData(LightningDataModule):
+class Parts(Protocol):
+    """A dataset's two parts, and the names of its classes."""
+
+    @property
+    def train(self) -> Sized:
+        """What is trained on."""
+
+    @property
+    def test(self) -> Sized:
+        """What is not."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Their names, in the order of the labels."""
+
+
+class RecipeData(LightningDataModule, ABC):
     """The loaders of a recipe's data."""
+
+    splits: Parts
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         super().__init__()
         self.config, self.seed = config, seed
         self.first_epoch = 0
         """Where a resumed run goes on: Lightning draws the first batches before it tells the sampler the epoch."""
-        self.splits = load_splits(config, seed)
 
-    def _loader(self, images: Images, sampler: Sampler[Key]) -> DataLoader[tuple[Tensor, Tensor]]:
+    @abstractmethod
+    def batches(self, images: Any, *, train: bool) -> Dataset[Any]:
+        """Batches by `Key` of one part of the data."""
+
+    def groups(self) -> Sequence[int] | None:
+        """The group of each training image, where batches hold images of one group."""
+        return None
+
+    def _loader(self, batches: Dataset[Any], sampler: Sampler[Key]) -> DataLoader[Any]:
         workers = self.config.workers
         return DataLoader(
-            ImageBatches(images, self.splits, self.seed),
+            batches,
             batch_size=None,  # the sampler yields whole batches
             sampler=sampler,
             num_workers=workers,
@@ -146,7 +208,7 @@ class ImageData(LightningDataModule):
             return Shares()
         return Shares(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented if the recipe says so."""
         shares, images = self.shares(), self.splits.train
         sampler = TrainSampler(
@@ -155,12 +217,31 @@ class ImageData(LightningDataModule):
             rank=shares.rank,
             world=shares.world,
             accumulate=shares.accumulate,
+            groups=self.groups(),
         )
         sampler.set_epoch(self.first_epoch)
-        return self._loader(images, sampler)
+        return self._loader(self.batches(images, train=True), sampler)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """The test images, in order."""
         shares, images = self.shares(), self.splits.test
-        batch_size = max(1, min(500, self.config.batch_size * 4))
-        return self._loader(images, TestSampler(len(images), batch_size, rank=shares.rank, world=shares.world))
+        sampler = TestSampler(len(images), self.test_batch_size(), rank=shares.rank, world=shares.world)
+        return self._loader(self.batches(images, train=False), sampler)
+
+    def test_batch_size(self) -> int:
+        """Images of a batch without gradients."""
+        return max(1, min(500, self.config.batch_size * 4))
+
+
+class ImageData(RecipeData):
+    """Images with a label each."""
+
+    splits: Splits
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        super().__init__(config, seed)
+        self.splits = load_splits(config, seed)
+
+    def batches(self, images: Images, *, train: bool) -> ImageBatches:
+        """Normalized images and labels; training images are augmented by themselves."""
+        return ImageBatches(images, self.splits, self.seed)

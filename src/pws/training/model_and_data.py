@@ -13,17 +13,16 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pws._batch import tensors_in
+from pws._batch import on_device, tensors_in, total
 from pws._errors import PwsError, UnknownNameError
 from pws.models import model_of
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData, check_shares
 from pws.training.datasets import DATASETS
 from pws.training.memory import check_memory
-from pws.training.module import Classifier
-from pws.training.network import check_calibration, model_for
 from pws.training.recipe import DataConfig
 from pws.training.recipe_file import find_recipe, load_recipe
+from pws.training.tasks import data_of, module_of
 
 FORECAST_BATCHES: Final = 6
 RANDOM: Final = "random"
@@ -36,16 +35,20 @@ class ModelAndData:
 
     title: str
     model: nn.Module
-    images: Tensor
-    labels: Tensor | None
-    """None where the loss draws random ones."""
+    images: Any
+    """A tensor, or a detector's list of images."""
+    labels: Any
+    """A tensor, or a detector's list of targets; None where the loss draws random ones."""
     lr: float | None = None
     momentum: float = 0.0
-    more: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    more: list[tuple[Any, Any]] = field(default_factory=list)
     """The training batches that follow, for a forecast."""
 
     def loss(self, outputs: Any, labels: Tensor | None = None) -> Tensor:
-        """Cross-entropy of the first floating-point output; over each pixel for an output of maps."""
+        """Cross-entropy of the first floating-point output; over each pixel for an output of maps. A detector's own losses."""
+        if isinstance(self.labels, list):
+            losses: Tensor = total(outputs)
+            return losses
         logits = next((t for t in tensors_in(outputs) if t.is_floating_point() and t.dim() > 1), None)
         if logits is None:
             raise PwsError(f"the model must return logits (N, classes, ...); it returned a {type(outputs).__name__}.")
@@ -62,9 +65,7 @@ class ModelAndData:
     def to(self, device: torch.device) -> None:
         """Move everything."""
         self.model.to(device)
-        self.images = self.images.to(device)
-        self.labels = None if self.labels is None else self.labels.to(device)
-        self.more = [(images.to(device), labels.to(device)) for images, labels in self.more]
+        self.images, self.labels, self.more = on_device((self.images, self.labels, self.more), device)
 
     @property
     def batch(self) -> tuple[Any, ...]:
@@ -95,12 +96,10 @@ def load_run(given: str, checkpoint: str = "last", batch_size: int | None = None
     recipe = load_recipe(folder / "recipe.yaml" if is_run else find_recipe(given))
     if weights is None and is_run and checkpoint != "init":
         weights = checkpoint_path(folder, checkpoint)
-    data = ImageData(replace(recipe.data, batch_size=batch_size or recipe.data.batch_size), recipe.seed)
+    data = data_of(replace(recipe, data=replace(recipe.data, batch_size=batch_size or recipe.data.batch_size)))
     check_shares(len(data.splits.train), data.config.batch_size, world=1, accumulate=1)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    model = model_for(recipe.model, data.splits)
-    check_calibration(recipe.model, model)
-    module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate)
+    module = module_of(recipe, data)
     (images, labels), *more = islice(data.train_dataloader(), FORECAST_BATCHES)
     if weights is not None:
         load_weights(module, weights, recipe)

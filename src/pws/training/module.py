@@ -1,19 +1,17 @@
-"""The classifier that Lightning trains."""
+"""What Lightning trains, whatever the task: the optimizer, its schedule, and an end to the run when a number is not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from pws._errors import PwsError
 from pws._mark import marked
@@ -24,8 +22,10 @@ from pws.models import ResNet
 from pws.optim import NonFiniteGradientError
 from pws.surgery import calibrate
 from pws.training.callbacks import ClipGrad
+from pws.training.data import Parts
 from pws.training.optimizer import build_optimizer, step_bound
 from pws.training.recipe import OptimConfig
+from pws.training.results import DetectionEvaluation, Evaluation
 from pws.training.schedule import lr_factor
 
 
@@ -48,38 +48,42 @@ class NonFiniteLossError(ArithmeticError):
         self.step, self.layer, self.verdict, self.what = step, layer, verdict, what
 
 
-class Classifier(LightningModule):
-    """Cross-entropy, the recipe's optimizer and schedule, an end to the run when the loss or a gradient is not finite.
+class TaskModule(LightningModule, ABC):
+    """A network in training; a task says what its losses and metrics are.
 
-    `method` is asked for its bound on the step and for what it does to the gradients; None does nothing to them.
+    A batch is `(inputs, targets)`. `method` is asked for its bound on the step and for what it does to the gradients; None does
+    nothing to them.
     """
+
+    SCORE: ClassVar[str]
+    """The logged metric that tells the best checkpoint: the larger, the better."""
 
     def __init__(
         self,
         model: nn.Module,
         optim: OptimConfig,
-        num_classes: int,
         calibration: Literal["none", "initalpha", "all"] = "none",
         method: Method | None = None,
     ) -> None:
         super().__init__()
         self.model, self.optim, self.calibration, self.method = model, optim, calibration, method
-        self.num_classes = num_classes
-        self.test_metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-            }
-        )
-        self.class_accuracy = MulticlassAccuracy(num_classes, average="none")
-        self.test_loss = MeanMetric(nan_strategy="disable")  # the default would leave a batch of NaN out of the mean
-        self._images: Tensor | None = None
-        self.overflowing: str | None = None
-        """The layer whose output overflowed first on the test images."""
+        self._batch: Any = None
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images."""
-        return logits_of(self.model(images), self.num_classes)
+    @abstractmethod
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """The losses of a training batch by name; their sum is trained."""
+
+    @abstractmethod
+    def score_on(self, batches: Iterable[Any], images: int) -> float:
+        """The score on the first `images` images, or a few more, of test batches; in eval mode, without gradients."""
+
+    @abstractmethod
+    def score_line(self, metrics: dict[str, float]) -> str:
+        """What an epoch's line says of the test images."""
+
+    @abstractmethod
+    def evaluation(self, checkpoint: str, parts: Parts) -> Evaluation | DetectionEvaluation:
+        """What the validation that ran last has found, on the test images of `parts`."""
 
     def on_fit_start(self) -> None:
         """Calibrate on the first step's batch, unless a resumed run carries the kernels in its checkpoint."""
@@ -100,21 +104,25 @@ class Classifier(LightningModule):
         layers = self.model.initalpha_layers()
         calibrate(self.model, batches, target=2.0, only=lambda _, layer: layer in layers)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        """Mean cross-entropy of the batch."""
-        images, labels = batch
-        self._images, self._rewind = images, random_state(self.model)
-        loss = F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        """The sum of the batch's losses."""
+        self._batch, self._rewind = batch, random_state(self.model)
+        losses = self.losses(batch)
+        loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
         mean = _mean_over_processes(loss)
         if not torch.isfinite(mean):
-            self._explain(images)
-        self.log("train_loss", mean, on_step=True, on_epoch=True, batch_size=len(labels))
+            self._explain(batch)
+        logged: dict[str, Any] = {"on_step": True, "on_epoch": True, "batch_size": len(batch[0])}
+        self.log("train_loss", mean, **logged)
+        if len(losses) > 1:
+            self.log_dict({f"train_{name}": part.detach() for name, part in losses.items()}, **logged)
         return loss
 
-    def _explain(self, images: Tensor) -> None:
+    def _explain(self, batch: Any) -> None:
         """Raise what happened: the same error in all processes, of which perhaps only one has seen it."""
-        bad = (~torch.isfinite(images).flatten(1).all(1)).nonzero().flatten().tolist()
-        seen = _from_all_processes((bad, None if bad else first_non_finite(self.model, images, self._rewind)))
+        images = batch[0]
+        bad = [number for number, image in enumerate(images) if not torch.isfinite(image).all()]
+        seen = from_all_processes((bad, None if bad else first_non_finite(self.model, batch, self._rewind)))
         for numbers, _ in seen:
             if numbers:
                 raise PwsError(
@@ -124,30 +132,6 @@ class Classifier(LightningModule):
                 )
         layers = [layer for _, layer in seen if layer]
         raise NonFiniteLossError(self.global_step, layers[0] if layers else None)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        """Add a batch to the metrics."""
-        images, labels = batch
-        rewind = random_state(self.model)
-        logits = self(images).float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        self.test_metrics.update(logits, labels)
-        self.class_accuracy.update(logits, labels)
-        self.test_loss.update(losses)
-        if self.overflowing is None and not torch.isfinite(losses).all():
-            self.overflowing = first_non_finite(self.model, images, rewind)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val_accuracy, val_top5 and val_loss, over all processes."""
-        loss = self.test_loss.compute()
-        if not torch.isfinite(loss):
-            layers = [layer for layer in _from_all_processes(self.overflowing) if layer]
-            raise NonFiniteLossError(self.trainer.global_step, layers[0] if layers else None)
-        values = {f"val_{name}": value for name, value in self.test_metrics.compute().items()}
-        self.log_dict({**values, "val_loss": loss})
-        self.per_class: list[float] = self.class_accuracy.compute().tolist()
-        for metric in (self.test_metrics, self.class_accuracy, self.test_loss):
-            metric.reset()
 
     def configure_callbacks(self) -> list[Callback]:
         """The bound on the step's length, if there is one and the optimizer does not hold it itself."""
@@ -166,7 +150,7 @@ class Classifier(LightningModule):
         try:
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         except NonFiniteGradientError as error:
-            layer = None if self._images is None else first_non_finite(self.model, self._images, self._rewind)
+            layer = None if self._batch is None else first_non_finite(self.model, self._batch, self._rewind)
             raise NonFiniteLossError(self.trainer.global_step, layer, what="a gradient") from error
 
     def configure_optimizers(self) -> Any:
@@ -179,18 +163,8 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def logits_of(outputs: Any, classes: int) -> Tensor:
-    """The outputs of a classifier; raises `PwsError` unless they are floating-point numbers `(N, classes)`."""
-    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if not isinstance(outputs, Tensor) or outputs.shape[1:] != (classes,) or not outputs.is_floating_point():
-        raise PwsError(
-            f"a classifier must return logits (N, classes), here (N, {classes}) for the data's {classes} classes; the model "
-            f"returned {shape}. Build it for as many classes (a factory may take num_classes), and let it return them alone."
-        )
-    return outputs
-
-
-def _from_all_processes(seen: Any) -> list[Any]:
+def from_all_processes(seen: Any) -> list[Any]:
+    """What each process has seen."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [seen]
     gathered: list[Any] = [None] * distributed.get_world_size()

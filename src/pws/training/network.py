@@ -10,13 +10,12 @@ from torch import nn
 from pws._errors import PwsError, memory_ran_out, one_line
 from pws._layers import StandardizedLayer
 from pws._mark import marked
-from pws.methods import Method, build_method
+from pws.methods import APPLIED, Method, apply_method, build_method
 from pws.models import ResNet, build_model, model_of
-from pws.surgery import convert
+from pws.training.classifier import logits_of
 from pws.training.data import ImageBatches
 from pws.training.images import Splits
 from pws.training.memory import check_memory
-from pws.training.module import logits_of
 from pws.training.recipe import ModelConfig
 
 BYTES: Final = 12
@@ -33,12 +32,7 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
         PwsError: another number of classes, an unknown name, an option of another method, or images of a size or with
             values that the network can't take.
     """
-    classes = len(splits.classes)
-    if config.num_classes not in (None, classes):
-        raise PwsError(
-            f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
-            f"({', '.join(splits.classes[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
-        )
+    classes = check_classes(config, splits.classes)
     method = method or method_for(config)
     image, _ = splits.test.get([0])
     if ":" in config.name:
@@ -65,6 +59,17 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
     return model.train().to(memory_format=torch.channels_last)
 
 
+def check_classes(config: ModelConfig, names: list[str]) -> int:
+    """The data's number of classes; raises `PwsError` if the recipe asks for another one."""
+    classes = len(names)
+    if config.num_classes not in (None, classes):
+        raise PwsError(
+            f"model.num_classes must be the data's number of classes; got {config.num_classes}, the data has {classes} "
+            f"({', '.join(names[:5])}{', ...' if classes > 5 else ''}). Leave it out, or check data.name and root."
+        )
+    return classes
+
+
 def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> None:
     """Raise `PwsError` if the network can't be trained in the machine's memory: its parameters grow with the width squared."""
     with torch.random.fork_rng(devices=[]):
@@ -74,27 +79,29 @@ def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> 
 
 
 def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
-    """As it is, or converted on training images."""
-    if config.method not in ("bn", "pws") or config.dropout or config.width != 1:
+    """With the recipe's method in place of its BatchNorm; its scales are those of training images."""
+    if config.method not in APPLIED or config.dropout or config.width != 1:
         raise PwsError(
-            f"a model of others ({config.name}) trains as it is (model.method: bn) or converted (pws), without model.width "
-            f"and model.dropout; got method {config.method}, width {config.width:g}, dropout {config.dropout:g}."
+            f"a model of others ({config.name}) trains with model.method {', '.join(APPLIED)}, without model.width and "
+            f"model.dropout; got method {config.method}, width {config.width:g}, dropout {config.dropout:g}."
         )
     every = max(1, len(splits.train) // CONVERTED_ON)  # folders hold their images class by class
     images, _ = ImageBatches(splits.train, splits, seed=0)[0, list(range(0, len(splits.train), every))[:CONVERTED_ON]]
     model = model_of(config.name, num_classes=len(splits.classes), in_channels=images.shape[1])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PwsError(f"{config.name} has nothing to train: none of its parameters takes a gradient (requires_grad).")
-    if config.method == "bn":
-        return model
-    settings = {key: getattr(config, key) for key in ("gamma", "relative_gamma")}
-    return convert(model, images, **{key: value for key, value in settings.items() if value is not None})
+    return apply_method(model, config.method, images, **method_options(config))
 
 
 def method_for(config: ModelConfig) -> Method:
     """The recipe's method, with its options."""
+    return build_method(config.method, **method_options(config))
+
+
+def method_options(config: ModelConfig) -> dict[str, Any]:
+    """The options of the method that the recipe sets."""
     options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma", "standardize_head")}
-    return build_method(config.method, **{key: value for key, value in options.items() if value is not None})
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def check_calibration(config: ModelConfig, model: nn.Module) -> None:

@@ -24,7 +24,15 @@ from pws.training.rules import (
     check_rules,
 )
 
-MODEL_RULES: Final[dict[str, Rule]] = {"width": WIDTH, "num_classes": AT_LEAST_ONE, "dropout": BELOW_ONE}
+TaskName = Literal["classify", "detect"]
+Augmentation = Literal["flip", "jitter", "ssd"]
+MODEL_RULES: Final[dict[str, Rule]] = {
+    "width": WIDTH,
+    "dropout": BELOW_ONE,
+    "anchor_size": SIDE,
+    "trainable_stages": NOT_NEGATIVE,
+    "num_classes": AT_LEAST_ONE,
+}
 DATA_RULES: Final[dict[str, Rule]] = {
     "image_size": SIDE,
     "workers": LOADERS,
@@ -48,10 +56,17 @@ class ModelConfig:
     Args:
         name: allconv; preact (56 layers), preact11, 29, 101; cifar-resnet18, 34; resnet18, 34, 50, 101, 152; stack4, 8, 10,
             16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory, with method bn (as it is) or pws
-            (converted).
+            (converted). For task detect: FAMILY-BACKBONE, such as mask-rcnn-resnet18; families faster-rcnn, mask-rcnn,
+            keypoint-rcnn, retinanet and fcos on resnet18, 34, 50 and mobilenetv3; ssd-vgg16 and ssdlite-mobilenetv3.
         method: none, bn, gn, ln, in, sn, frn, wn, ws, centred, gc, nf, skipinit, pws-paper or pws.
         width: factor on the number of channels of every layer.
         num_classes: number of classes that the data must have; taken from the data if left out.
+        backbone: (detect) the folder of a classification run, whose weights the backbone starts with.
+        trainable_stages: (detect) the last so many of the backbone's five stages are trained; all if it starts from random
+            weights, else 3.
+        head: (detect, R-CNN) mlp, two linear layers on each region, or conv, four convolutions and a linear layer.
+        anchor_size: (detect) side of the smallest anchor, in pixels of the resized image.
+        options: (detect) numbers of torchvision's class by its names, such as box_batch_size_per_image.
         dropout: probability with which each input of the head is left out of a training step.
         gain: (pws) gain of every layer, a number or an activation's name; "relu" if left out, 2 ** 0.5 in the paper.
         gamma: (pws, pws-paper) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
@@ -65,6 +80,11 @@ class ModelConfig:
     method: str = "pws"
     width: float = 1.0
     num_classes: int | None = None
+    backbone: str | None = None
+    trainable_stages: int | None = None
+    head: Literal["mlp", "conv"] = "mlp"
+    anchor_size: int = 32
+    options: dict[str, int | float] = field(default_factory=dict)
     dropout: float = 0.0
     gain: float | str | None = None
     gamma: float | None = None
@@ -82,13 +102,16 @@ class DataConfig:
 
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), or
-            npz (root is a file in MedMNIST's layout).
+            npz (root is a file in MedMNIST's layout). For task detect: digit-scenes, scenes (made by pws scenes), coco,
+            coco-keypoints, voc.
         root: folder of the files; digits needs none.
         download: let torchvision download what is missing (fashion-mnist, cifar10, cifar100).
         batch_size: images per step of the optimizer, over all devices and accumulated batches together.
         augment: random crop of the image padded by an eighth, and flip (not for digits); for imagenet and folder a random
-            resized crop and flip.
-        image_size: side in pixels that images are resized to; their own if left out, 224 for imagenet and folder.
+            resized crop and flip. For task detect: flip (true is the same), jitter (scale jitter, crop and flip) or ssd
+            (photometric distortion, zoom out, crop and flip).
+        image_size: side in pixels that images are resized to; their own if left out, 224 for imagenet and folder. For task
+            detect the shorter side; 800 if left out, 320 for SSD, whose images are squares.
         train_images: use only this many training images, drawn by the seed.
         workers: number of loader processes.
     """
@@ -97,7 +120,7 @@ class DataConfig:
     root: str = "data"
     download: bool = False
     batch_size: int = 128
-    augment: bool = False
+    augment: bool | Augmentation = False
     image_size: int | None = None
     train_images: int | None = None
     workers: int = 0
@@ -173,7 +196,7 @@ class TrainerConfig:
         strategy: auto or ddp.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true.
         accumulate: split each step's batch into this many parts, one after the other.
-        early_stop: stop after this many epochs without a better test accuracy.
+        early_stop: stop after this many epochs without a better test accuracy, or average precision of boxes.
     """
 
     epochs: int = 10
@@ -201,6 +224,7 @@ class Recipe:
 
     Args:
         name: the run's folder below --runs; the recipe file's name if left out.
+        task: classify, or detect (objects with boxes, masks and keypoints).
         seed: seed of the weights, the order of images and the augmentation.
         model: the network and its method.
         data: the images.
@@ -209,6 +233,7 @@ class Recipe:
     """
 
     name: str = ""
+    task: TaskName = "classify"
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -217,8 +242,28 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_rules({"seed": SEED}, self)
+        if self.task == "classify":
+            _check_left_out(self, ("backbone", "trainable_stages", "head", "anchor_size", "options"), "task detect")
+            if isinstance(self.data.augment, str):
+                raise PwsError(f"data.augment is true or false for task classify; got {self.data.augment!r}.")
+        else:
+            _check_left_out(self, ("dropout", "standardize_head", "calibrate"), "task classify")
+            if self.optim.label_smoothing:
+                raise PwsError(
+                    "optim.label_smoothing is a setting of task classify: detectors have losses of their own."
+                )
         if self.name and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             raise PwsError(
                 "name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got "
                 f"{shown(self.name)}."
+            )
+
+
+def _check_left_out(recipe: Recipe, settings: tuple[str, ...], task: str) -> None:
+    """Raise `PwsError` for a setting of the model that another task has."""
+    default = ModelConfig()
+    for name in settings:
+        if getattr(recipe.model, name) != getattr(default, name):
+            raise PwsError(
+                f"model.{name} is a setting of {task}, and this recipe's task is {recipe.task}. Leave it out, or set task."
             )

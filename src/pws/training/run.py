@@ -12,21 +12,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import nn
 
 from pws._errors import PwsError
 from pws._files import write_whole
 from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process
 from pws.training.checkpoints import CheckpointFiles
-from pws.training.data import ImageData, check_shares
+from pws.training.data import RecipeData, check_shares
 from pws.training.metrics_file import MetricsFile
-from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
-from pws.training.network import check_calibration, method_for, model_for
 from pws.training.quiet import real_interrupts
 from pws.training.recipe import Recipe
 from pws.training.run_folder import SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.summary import Summary, summarize
+from pws.training.tasks import data_of, module_of
 
 
 def train(
@@ -47,14 +46,11 @@ def train(
         NonFiniteLossError: the loss went non-finite; summary.json says so too.
     """
     watch = None if monitor is None else watcher(monitor)
-    data = ImageData(recipe.data, recipe.seed)
+    data = data_of(recipe)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    model = model_for(recipe.model, data.splits)
-    check_calibration(recipe.model, model)
-    method = method_for(recipe.model)
-    module = Classifier(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate, method)
-    clock = Clock()
-    trainer = _trainer(recipe, folder, clock, watch, quiet=quiet)
+    module = module_of(recipe, data)
+    clock = Clock(module.SCORE)
+    trainer = _trainer(recipe, module, folder, clock, watch, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     with claimed(folder, recipe, resume=resume):
         start = resume_from(folder, recipe, module) if resume else Start()
@@ -62,7 +58,7 @@ def train(
         if is_first_process():
             if resume:
                 take_up(folder, recipe)
-            _say(_headline(recipe, data, model, folder, start, resume=resume), start, quiet=quiet)
+            _say(_headline(recipe, data, module, folder, start, resume=resume), start, quiet=quiet)
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
         trainer.loggers = [MetricsFile(folder, start.rows), board]
         failure, metrics = _fit(trainer, module, data, start.checkpoint, clock)
@@ -78,7 +74,7 @@ def train(
 
 
 def _fit(
-    trainer: Trainer, module: Classifier, data: ImageData, last: Path | None, clock: Clock
+    trainer: Trainer, module: TaskModule, data: RecipeData, last: Path | None, clock: Clock
 ) -> tuple[NonFiniteLossError | None, dict[str, float]]:
     """Train; the failure, if the loss went non-finite, and the last metrics."""
     failure, metrics = None, {}
@@ -98,19 +94,21 @@ def _fit(
     return failure, metrics
 
 
-def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback | None, *, quiet: bool) -> Trainer:
+def _trainer(
+    recipe: Recipe, module: TaskModule, folder: Path, clock: Clock, watch: MonitorCallback | None, *, quiet: bool
+) -> Trainer:
     config = recipe.trainer
     # Behind the validation: a checkpoint is the end of a whole epoch. Lightning's own `save_last` would store only those
     # epochs that are better than all before.
     keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor="val_accuracy", mode="max", **keep)
+    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=module.SCORE, mode="max", **keep)
     callbacks: list[Callback] = [clock, best, ModelCheckpoint(folder / "checkpoints", filename="last", **keep)]
     if watch is not None:
         callbacks.append(watch)
     if config.early_stop is not None:
-        callbacks.append(EarlyStopping("val_accuracy", mode="max", patience=config.early_stop, strict=False))
+        callbacks.append(EarlyStopping(module.SCORE, mode="max", patience=config.early_stop, strict=False))
     if not quiet:
-        callbacks.append(EpochLines(clock))
+        callbacks.append(EpochLines(clock, module.score_line))
     if bar := (not quiet and sys.stdout.isatty()):
         callbacks.append(StepBar())
     try:
@@ -143,8 +141,8 @@ def _trainer(recipe: Recipe, folder: Path, clock: Clock, watch: MonitorCallback 
         raise PwsError(f"Lightning refuses the trainer settings {asdict(config)}: {error}") from error
 
 
-def _headline(recipe: Recipe, data: ImageData, model: nn.Module, folder: Path, start: Start, *, resume: bool) -> str:
-    count = sum(p.numel() for p in model.parameters())
+def _headline(recipe: Recipe, data: RecipeData, module: TaskModule, folder: Path, start: Start, *, resume: bool) -> str:
+    count = sum(p.numel() for p in module.model.parameters())
     again = "no checkpoint was written yet, the run starts again: " if resume and start.checkpoint is None else ""
     return (
         f"{again}{'resuming' if start.checkpoint else 'training'} {recipe.model.name} with {recipe.model.method} "

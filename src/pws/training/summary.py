@@ -6,13 +6,17 @@ import platform
 import resource
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Final
 
 import torch
 from lightning.pytorch import Trainer
 
 from pws.training.callbacks import Clock
-from pws.training.module import Classifier, NonFiniteLossError
+from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.recipe import Recipe
+
+TEST: Final = "val_"
+"""What the names of the test images' metrics begin with in a log."""
 
 
 @dataclass
@@ -21,10 +25,12 @@ class Summary:
 
     status: str
     """"finished", or "non-finite"."""
-    accuracy: float | None
-    """Test accuracy after the last epoch, in [0, 1]."""
-    best_accuracy: float | None
-    test_loss: float | None
+    score: str
+    """The metric that decides which checkpoint is the best: accuracy or box_ap."""
+    best: float | None
+    """The best score of all epochs, in [0, 1]."""
+    metrics: dict[str, float]
+    """Those of the test images after the last epoch; empty if the loss went non-finite."""
     train_loss: float | None
     epochs: int
     steps: int
@@ -43,7 +49,7 @@ class Summary:
 
 def summarize(
     trainer: Trainer,
-    module: Classifier,
+    module: TaskModule,
     clock: Clock,
     recipe: Recipe,
     metrics: dict[str, float],
@@ -56,9 +62,9 @@ def summarize(
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Summary(
         status="non-finite" if failure else "finished",
-        accuracy=None if failure else metrics.get("val_accuracy"),
-        best_accuracy=clock.best_accuracy or None,
-        test_loss=None if failure else metrics.get("val_loss"),
+        score=module.SCORE.removeprefix(TEST),
+        best=clock.best or None,
+        metrics={} if failure else {k.removeprefix(TEST): v for k, v in metrics.items() if k.startswith(TEST)},
         train_loss=None if failure else metrics.get("train_loss_epoch"),
         epochs=trainer.current_epoch,
         steps=steps,

@@ -1,0 +1,2 @@
+def augmentation(name, size):
+    raise NotImplementedError

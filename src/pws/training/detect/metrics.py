@@ -1,0 +1,93 @@
+"""COCO's figures of a detector, and VOC's average precision at an overlap of 0.5."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+
+from pws.training.detect.samples import Target
+from pws.training.detect.voc_ap import ImageBoxes, voc_ap50
+
+FIGURES: Final = {
+    "map": "ap",
+    "map_50": "ap50",
+    "map_75": "ap75",
+    "map_small": "ap_small",
+    "map_medium": "ap_medium",
+    "map_large": "ap_large",
+    "mar_1": "ar1",
+    "mar_10": "ar10",
+    "mar_100": "ar100",
+    "mar_small": "ar_small",
+    "mar_medium": "ar_medium",
+    "mar_large": "ar_large",
+}
+"""COCO's twelve figures: torchmetrics' name to ours."""
+STATES: Final = (
+    *("detection_box", "detection_scores", "detection_labels"),
+    *("groundtruth_box", "groundtruth_labels", "groundtruth_crowds"),
+)
+"""Where torchmetrics keeps what `ImageBoxes` holds."""
+KINDS: Final = {"bbox": "box", "segm": "mask"}
+
+
+def build_metric(*, masks: bool) -> MeanAveragePrecision:
+    """COCO's metric of boxes, and of masks where there are some."""
+    kinds: Any = ("bbox", "segm") if masks else ("bbox",)
+    metric = MeanAveragePrecision(iou_type=kinds, compute_with_cache=False, backend="faster_coco_eval")
+    metric.warn_on_many_detections = False  # COCO takes the best hundred of each image
+    return metric
+
+
+def update_metric(metric: MeanAveragePrecision, predictions: list[dict[str, Tensor]], targets: list[Target]) -> None:
+    """Add a batch; objects that are crowds, or difficult, are neither hits nor misses."""
+    found = [_predicted(prediction) for prediction in predictions]
+    metric.update(found, [_expected(target) for target in targets])
+
+
+def _predicted(prediction: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = {key: prediction[key] for key in ("boxes", "scores", "labels")}
+    masks = prediction.get("masks")
+    return kept if masks is None else {**kept, "masks": masks[:, 0] > 0.5}
+
+
+def _expected(target: Target) -> dict[str, Tensor]:
+    ignored = target["iscrowd"].bool() | target.get("difficult", torch.zeros_like(target["iscrowd"])).bool()
+    kept = {key: target[key] for key in ("boxes", "labels", "area")}
+    kept["iscrowd"] = ignored.long()
+    return kept if "masks" not in target else {**kept, "masks": target["masks"].bool()}
+
+
+def figures_of(metric: MeanAveragePrecision) -> dict[str, dict[str, float]]:
+    """COCO's twelve figures by kind (box, mask), in [0, 1]; -1 where the data have no object of that size."""
+    found = metric.compute()
+    several = len(metric.iou_type) > 1
+    return {
+        KINDS[kind]: {ours: float(found[f"{kind}_{theirs}" if several else theirs]) for theirs, ours in FIGURES.items()}
+        for kind in metric.iou_type
+    }
+
+
+def known_or_none(figure: float) -> float | None:
+    """None for -1, torchmetrics' figure of nothing."""
+    return None if figure < 0 else figure
+
+
+def figures_by_class(metric: MeanAveragePrecision, classes: int) -> list[dict[str, float | None]]:
+    """The figures of each class, in the order of the labels: box_ap, mask_ap where there are masks, voc_ap50."""
+    metric.class_metrics = True
+    found = metric.compute()
+    metric.class_metrics = False
+    several, there = len(metric.iou_type) > 1, found["classes"].reshape(-1).tolist()
+    result: list[dict[str, float | None]] = []
+    images = [ImageBoxes(*parts) for parts in zip(*(getattr(metric, state) for state in STATES), strict=True)]
+    for label in range(1, classes + 1):
+        figures: dict[str, float | None] = {}
+        for kind in metric.iou_type:
+            values = found[f"{kind}_map_per_class" if several else "map_per_class"].reshape(-1)
+            figures[f"{KINDS[kind]}_ap"] = known_or_none(float(values[there.index(label)])) if label in there else None
+        result.append({**figures, "voc_ap50": voc_ap50(images, label)})
+    return result

@@ -1,0 +1,50 @@
+"""The tasks of a recipe: what each one's data, network and training are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from torch import nn
+
+from pws.methods import Method
+from pws.training.classifier import Classifier
+from pws.training.data import ImageData, RecipeData
+from pws.training.detect.data import DetectionData
+from pws.training.detect.detector import Detector
+from pws.training.detect.network import detector_for
+from pws.training.module import TaskModule
+from pws.training.network import check_calibration, method_for, model_for
+from pws.training.recipe import Recipe, TaskName
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task brings."""
+
+    data: Callable[..., RecipeData]
+    """From the recipe's data settings and its seed."""
+    network: Callable[..., nn.Module]
+    """From the recipe's model settings, the data and the method."""
+    module: Callable[..., TaskModule]
+    """From the network, the optimizer's settings, the number of classes, the calibration and the method."""
+
+
+TASKS: Final[dict[TaskName, Task]] = {
+    "classify": Task(ImageData, lambda config, data, method: model_for(config, data.splits, method), Classifier),
+    "detect": Task(DetectionData, detector_for, Detector),
+}
+
+
+def data_of(recipe: Recipe) -> RecipeData:
+    """The recipe's data."""
+    return TASKS[recipe.task].data(recipe.data, recipe.seed)
+
+
+def module_of(recipe: Recipe, data: RecipeData, method: Method | None = None) -> TaskModule:
+    """The recipe's network, ready to be trained; `method` replaces the recipe's."""
+    task, method = TASKS[recipe.task], method or method_for(recipe.model)
+    model = task.network(recipe.model, data, method)
+    check_calibration(recipe.model, model)
+    return task.module(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate, method)
