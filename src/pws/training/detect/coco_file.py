@@ -13,6 +13,8 @@ from pws.training.detect.coco_masks import Shape, checked_shape
 from pws.training.detect.faults import Box, FaultError, box_inside, is_number, naming, numbers
 
 Record = dict[str, Any]
+LONGEST: Final = 2**16
+"""Pixels of an image's side."""
 BOX_FORM: Final = "COCO's bbox is [left, top, width, height]."
 
 
@@ -119,20 +121,22 @@ def _classes(path: Path, categories: dict[int, Record]) -> tuple[list[str], list
             if not isinstance(points, list) or not all(isinstance(point, str) for point in points):
                 raise FaultError(f"needs a list of names as its keypoints; got {shown(points)}.")
             if points and keypoints not in ([], points):
-                raise FaultError(f"has the keypoints {shown(points)}, another category {shown(keypoints)}. They must agree.")
+                raise FaultError(
+                    f"has the keypoints {shown(points)}, another category {shown(keypoints)}. They must agree."
+                )
             classes.append(name)
             keypoints = points or keypoints
     return classes, keypoints
 
 
 def _image(path: Path, record: Record) -> CocoImage:
-    name, sides = record.get("file_name"), (record.get("height"), record.get("width"))
+    name, height, width = (record.get(key) for key in ("file_name", "height", "width"))
     with naming(path, f"image {record['id']!r} ({shown(name)})"):
         if not isinstance(name, str) or not name or "\0" in name:
             raise FaultError("needs a file_name.")
-        if not all(type(side) is int and 1 <= side <= 2**16 for side in sides):
-            raise FaultError(f"needs its height and width in pixels; got {shown(sides)}.")
-    return CocoImage(name, *sides)
+        if not (type(height) is int and type(width) is int and 1 <= height <= LONGEST and 1 <= width <= LONGEST):
+            raise FaultError(f"needs its height and width in pixels; got {shown(height)} and {shown(width)}.")
+    return CocoImage(name, height, width)
 
 
 def _listed(known: dict[Any, Any], record: Record, key: str, where: str) -> Any:

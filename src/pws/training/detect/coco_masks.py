@@ -23,7 +23,9 @@ def checked_shape(segmentation: Any, height: int, width: int) -> Shape:
         FaultError: it is empty or malformed, or of another size than the image.
     """
     if not segmentation:
-        raise FaultError("has no segmentation, others of this file have: each object needs one, or none. Mend or remove it.")
+        raise FaultError(
+            "has no segmentation, others of this file have: each object needs one, or none. Mend or remove it."
+        )
     if isinstance(segmentation, dict):
         return _checked_rle(segmentation, height, width)
     if isinstance(segmentation, list):

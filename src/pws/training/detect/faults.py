@@ -51,7 +51,9 @@ def box_inside(box: Box, height: int, width: int, form: str) -> Box:
         raise FaultError(f"has a box without width or height: {corners}. {form} Mend or remove it.")
     beyond = max(-left, -top, right - width, bottom - height)
     if beyond > ROUNDING:
-        raise FaultError(f"has a box beyond its image of {width} x {height} pixels: {corners}. {form} Mend or remove it.")
+        raise FaultError(
+            f"has a box beyond its image of {width} x {height} pixels: {corners}. {form} Mend or remove it."
+        )
     clipped = max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))
     if clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
         raise FaultError(f"has a box outside of its image of {width} x {height} pixels: {corners}. Mend or remove it.")

@@ -69,7 +69,7 @@ def make_target(
     masks: Tensor | None = None,
 ) -> Target:
     """The objects of an image of that height and width, with their areas."""
-    wrapped = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=size)  # type: ignore[call-overload]
+    wrapped = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=size)
     target: Target = {
         **{"boxes": wrapped, "labels": labels},
         "iscrowd": torch.zeros_like(labels) if iscrowd is None else iscrowd,
