@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from pws._errors import PwsError
-from pws.training.detect.coco_file import CocoImage, flip_pairs, read_coco
+from pws.training.detect.coco_file import CocoImage, read_coco
 from pws.training.detect.coco_masks import mask_of
-from pws.training.detect.samples import Target, make_target, read_sized
+from pws.training.detect.samples import Target, make_target, mirrored_pairs, read_sized
 
 
 class CocoImages:
@@ -29,7 +29,7 @@ class CocoImages:
         self.annotations, self.folder = annotations, images
         self.classes, self.has_masks = content.classes, content.has_masks
         self.keypoints = len(content.keypoints)
-        self.flip_pairs = flip_pairs(content.keypoints)
+        self.flip_pairs = mirrored_pairs(content.keypoints)
         self.images = content.images
         missing = [image.name for image in self.images if not (images / image.name).is_file()]
         if missing:

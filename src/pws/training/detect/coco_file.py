@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -176,10 +175,3 @@ def _points(values: Any, count: int) -> list[float]:
             f"has the visibilities {shown(points[2::3])}; each must be 0 (not labelled), 1 (hidden) or 2 (visible)."
         )
     return points
-
-
-def flip_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
-    """The keypoints that a mirror swaps: left_X and right_X."""
-    places = {name: place for place, name in enumerate(names)}
-    found = [(places[n], places.get("right_" + n.removeprefix("left_"))) for n in names if n.startswith("left_")]
-    return [(left, right) for left, right in found if right is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -98,3 +99,10 @@ def read_sized(path: Path, size: tuple[int, int], source: Path) -> Tensor:
             "or turned after it was labelled? The boxes would be wrong: get the image again, or mend its size and boxes."
         )
     return pixels
+
+
+def mirrored_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
+    """The keypoints that a mirror swaps: left_X and right_X."""
+    places = {name: place for place, name in enumerate(names)}
+    found = [(places[n], places.get("right_" + n.removeprefix("left_"))) for n in names if n.startswith("left_")]
+    return [(left, right) for left, right in found if right is not None]

@@ -12,8 +12,6 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-OUTLINE: Final = 25
-"""Pixels brighter than this belong to the object."""
 SCALES: Final = (0.6, 3.0)
 """Of an object of 28 pixels, on a canvas of any size."""
 EMPTY: Final = 0.05
@@ -37,6 +35,10 @@ class Cutouts:
     pixels: Array
     labels: Array
     classes: Sequence[str]
+    outline: int
+    """Pixels brighter than this belong to the object, after it was scaled."""
+    mirrored: bool
+    """Every second one."""
 
 
 @dataclass(frozen=True)
@@ -58,47 +60,49 @@ def draw_scene(cutouts: Cutouts, size: int, *, seed: int, part: int, number: int
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
     for _ in range(wanted):
         chosen = int(rng.integers(len(cutouts.labels)))
-        grey, mask = _placed(rng, cutouts.pixels[chosen], size)
-        left = [other & ~mask for other in masks]
-        shown = zip([*left, mask], [*areas, grey.area], strict=True)
-        if any(m.sum() < max(SMALLEST, VISIBLE * area) for m, area in shown):
+        new = _put(rng, cutouts, chosen, size)
+        shown, whole = [*(mask & ~new.mask for mask in masks), new.mask], [*areas, new.area]
+        if any(mask.sum() < max(SMALLEST, VISIBLE * area) for mask, area in zip(shown, whole, strict=True)):
             continue  # it would hide another object, or is hardly on the canvas
-        masks, areas = [*left, mask], [*areas, grey.area]
+        masks, areas = shown, whole
         labels.append(int(cutouts.labels[chosen]))
-        image = _painted(rng, image, grey.canvas, mask)
+        image = _painted(rng, image, new)
     stacked = np.stack(masks) if masks else np.zeros((0, size, size), bool)
     return Scene(image, stacked, np.array(labels, np.int64))
 
 
 @dataclass(frozen=True)
-class _Placed:
+class _Object:
     canvas: Array
-    """The object at its place, black elsewhere."""
+    """Its grey pixels at its place, black elsewhere."""
+    mask: Array
+    """The pixels of the canvas that belong to it."""
     area: int
     """Pixels of the whole object, those beyond the canvas too."""
 
 
-def _placed(rng: np.random.Generator, pixels: Array, size: int) -> tuple[_Placed, Array]:
-    """The object in a size and at a place of its own; and where it is."""
+def _put(rng: np.random.Generator, cutouts: Cutouts, chosen: int, size: int) -> _Object:
+    """The chosen object in a size and at a place of its own."""
+    pixels = cutouts.pixels[chosen]
     scale = float(np.exp(rng.uniform(*np.log(SCALES)))) * 28 / max(pixels.shape)
     sides = [max(4, round(scale * side)) for side in pixels.shape]
-    flipped = pixels[:, ::-1] if rng.random() < 0.5 else pixels
+    turned = pixels[:, ::-1] if rng.random() < 0.5 and cutouts.mirrored else pixels
     drawn = np.asarray(
-        Image.fromarray(np.ascontiguousarray(flipped)).resize((sides[1], sides[0]), Image.Resampling.BILINEAR)
+        Image.fromarray(np.ascontiguousarray(turned)).resize((sides[1], sides[0]), Image.Resampling.BILINEAR)
     )
     top, left = (int(rng.integers(-side // 4, max(1, size - 3 * side // 4))) for side in sides)
     canvas = np.zeros((size, size), np.uint8)
     rows, columns = slice(max(0, top), min(size, top + sides[0])), slice(max(0, left), min(size, left + sides[1]))
     canvas[rows, columns] = drawn[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    return _Placed(canvas, int((drawn > OUTLINE).sum())), canvas > OUTLINE
+    return _Object(canvas, canvas > cutouts.outline, int((drawn > cutouts.outline).sum()))
 
 
-def _painted(rng: np.random.Generator, image: Array, grey: Array, mask: Array) -> Array:
+def _painted(rng: np.random.Generator, image: Array, new: _Object) -> Array:
     """The object over the image, in a colour of its own."""
     colour = rng.uniform(0.35, 1.0, 3)
     floor = rng.uniform(0.0, 60.0)
-    painted = floor + grey[..., None].astype(np.float64) * colour * (255 - floor) / 255
-    return np.where(mask[..., None], painted.round().astype(np.uint8), image)
+    painted = floor + new.canvas[..., None].astype(np.float64) * colour * (255 - floor) / 255
+    return np.where(new.mask[..., None], painted.round().astype(np.uint8), image)
 
 
 def _background(rng: np.random.Generator, size: int) -> Array:

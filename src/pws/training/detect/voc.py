@@ -61,12 +61,11 @@ class VocImages:
         PwsError: a file is missing, or an entry is wrong: the message names the file and the object.
     """
 
-    classes = CLASSES
     has_masks = False
     keypoints = 0
-    flip_pairs: Final[list[tuple[int, int]]] = []
 
     def __init__(self, folders: list[tuple[Path, str]]) -> None:
+        self.classes, self.flip_pairs = CLASSES, list[tuple[int, int]]()
         self.images = [_read(folder, name) for folder, split in folders for name in _names(folder, split)]
 
     def __len__(self) -> int:
