@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pws.cli import main
+from pws.training.detect.datasets import load_detection_splits
 from pws.training.detect.scene_images import KEYPOINTS, OBJECTS, SceneImages, scene_target
 from pws.training.detect.scenes import SMALLEST, Scene, draw_scene
+from pws.training.recipe import DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +88,107 @@ def test_digits_for_testing_are_others_than_for_training() -> None:
     assert (len(train.labels), len(test.labels)) == (1437, 360)
     assert not any((image == train.pixels[train.labels == label]).all((1, 2)).any()
                    for image, label in zip(test.pixels[:50], test.labels[:50], strict=True))  # fmt: skip
+
+
+SMALL = ["--objects", "digits", "--train", "30", "--test", "5", "--size", "48", "--jobs", "1"]
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    assert main(["scenes", str(out), *SMALL]) == 0
+    return out
+
+
+def test_the_files_hold_what_was_drawn(written: Path) -> None:
+    splits = load_detection_splits(DataConfig(name="scenes", root=str(written.parent)), seed=0)
+    assert (splits.classes, splits.train.flip_pairs) == ([str(digit) for digit in range(10)], [(2, 3)])
+    for part, images, count in (("train", splits.train, 30), ("test", splits.test, 5)):
+        drawn = SceneImages("digits", part, count, 48)
+        assert len(images) == count
+        for number in range(count):
+            (pixels, target), (expected, objects) = images.get(number), drawn.get(number)
+            assert torch.equal(pixels, expected)
+            assert target.keys() == objects.keys()
+            assert all(torch.equal(target[key], objects[key]) for key in objects)
+
+
+def test_the_json_says_what_it_was_made_of(written: Path) -> None:
+    content = json.loads((written / "annotations" / "test.json").read_text())
+    settings = {"train": 30, "test": 5, "size": 48, "objects": "digits", "seed": 0}
+    assert settings.items() <= content["info"].items()
+    assert [entry["id"] for entry in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
+    assert {entry["iscrowd"] for entry in content["annotations"]} == {0}
+    with Image.open(written / "sheet.png") as sheet:
+        assert sheet.size == (6 * (6 * 48 + 4) + 4, 4 * (6 * 48 + 4) + 4)
+
+
+def test_the_same_seed_gives_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    (tmp_path / "again").mkdir()  # an empty folder may be there
+    for name, seed in (("again", "0"), ("other", "1")):
+        assert main(["scenes", str(tmp_path / name), *SMALL, "--seed", seed]) == 0
+    assert files_in(tmp_path / "again") == files_in(written)
+    assert files_in(tmp_path / "other")["train/000000.png"] != files_in(written)["train/000000.png"]
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pws.training.detect.scene_files.WORTH_A_PROCESS", 10)
+    assert main(["scenes", str(tmp_path / "out"), *SMALL[:-1], "2"]) == 0
+    assert files_in(tmp_path / "out") == files_in(written)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--train", "0"], "--train must be at least 1"),
+        (["--test", "-3"], "--test must be at least 1"),
+        (["--size", "8"], "--size must be at least 32"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+        (["--objects", "digit"], "did you mean digits?"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--train", "many"], "train"),
+    ],
+)
+def test_wrong_settings(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scenes", str(tmp_path / "out"), *arguments]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["folder", "file"])
+def test_nothing_is_overwritten(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    assert main(["scenes", str(tmp_path / name), *SMALL]) == 2
+    assert str(tmp_path / name) in capsys.readouterr().err
+    assert files_in(tmp_path) == {"folder/mine": b"mine", "file": b"mine"}
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pws.training.detect.scene_files.scene_sheet", full)
+    assert main(["scenes", str(tmp_path / "out"), *SMALL]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("pws.training.detect.scene_images.DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    OBJECTS["fashion-mnist"].cache_clear()  # type: ignore[attr-defined]
+    assert main(["scenes", "out"]) == 2
+    assert "--objects digits" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["scenes", "--help"])
+    assert "Example: pws scenes data/scenes" in capsys.readouterr().out

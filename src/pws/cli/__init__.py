@@ -18,6 +18,7 @@ COMMANDS: Final = {
     "export": "write a run's network for other programs: pws export runs/NAME --format onnx",
     "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
     "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
+    "scenes": "make a small detection dataset with boxes and masks: pws scenes data/scenes",
     "evaluate": "measure the accuracy of a run on the test images: pws evaluate runs/NAME",
 }
 GOES_ON: Final = {

@@ -50,7 +50,7 @@ class DetectionData(RecipeData):
     def batches(self, images: DetectionImages, *, train: bool) -> DetectionBatches:
         """Training images augmented as the recipe says and without crowds; test images as they are."""
         chosen = "flip" if self.config.augment is True else self.config.augment
-        augment = augmentation(chosen, self.config.image_size) if chosen and train else None
+        augment = augmentation(chosen, self.config.image_size, images.flip_pairs) if chosen and train else None
         return DetectionBatches(images, self.seed, augment, crowds=not train)
 
     def groups(self) -> Sequence[int] | None:
