@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torch import nn
 
+from pws._errors import PwsError
 from pws.cli import main
-from pws.training import train
+from pws.methods import APPLIED
+from pws.training import Recipe, train
 from pws.training.data import ImageData
 from pws.training.network import model_for
 from pws.training.recipe_file import recipe_of
 
+NAMES = "trains with model.method none, bn, frozen-bn, gn, ws, nf, pws-paper, pws"
+OWN_NETWORKS = ("ln", "in", "sn", "frn", "wn", "centred", "gc", "skipinit")
 LOADED = """
 from load import model, example
 import pws
@@ -67,26 +70,56 @@ def test_sizes_below_one_are_refused(flag: str, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["bn", "pws"])
+def of_others(name: str, **settings: Any) -> Recipe:
+    given = {"model.name": name, "data.name": "digits", "data.image_size": 32, "trainer.accelerator": "cpu"}
+    given |= {"data.train_images": 64, "data.batch_size": 8, "trainer.max_steps": 2, "optim.lr": 1e-3}
+    return recipe_of(given | {key.replace("__", "."): value for key, value in settings.items()})
+
+
 @pytest.mark.parametrize(
-    "name", ["timm:mobilenetv3_small_050", "torchvision:mobilenet_v3_small", "pws.models.small:resnet18"]
+    ("name", "method"),
+    [
+        *(("timm:mobilenetv3_small_050", method) for method in APPLIED),
+        *(("torchvision:mobilenet_v3_small", method) for method in ("bn", "pws")),
+        *(("pws.models.small:resnet18", method) for method in ("bn", "pws")),
+    ],
 )
 def test_a_model_of_others_trains_from_a_recipe(name: str, method: str, tmp_path: Path) -> None:
-    settings = {"model.name": name, "model.method": method, "data.name": "digits", "data.image_size": 32}
-    settings |= {"data.train_images": 64, "data.batch_size": 8, "trainer.max_steps": 2, "trainer.accelerator": "cpu"}
-    recipe = recipe_of(settings)
+    recipe = of_others(name, model__method=method)
     summary = train(recipe, tmp_path / "run", quiet=True)
     assert summary.status == "finished"
     model = model_for(recipe.model, ImageData(recipe.data, 0).splits)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert bool(norms) == (method == "bn")
+    norms = {type(m).__name__.removesuffix("Act2d").removesuffix("2d") for m in model.modules()}
+    expected = {"bn": {"BatchNorm"}, "frozen-bn": {"FrozenBatchNorm"}, "none": set(), "nf": set(), "pws": set()}
+    assert norms & {"BatchNorm", "FrozenBatchNorm", "GroupNorm"} == expected.get(method, {"GroupNorm"})
     assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 10)
 
 
-def test_a_model_of_others_has_no_other_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        *(({"model__method": name}, f"{NAMES}, without.*got method {name},") for name in OWN_NETWORKS),
+        ({"model__width": 0.5}, "without model.width and model.dropout; got method pws, width 0.5"),
+        ({"model__dropout": 0.5}, "dropout 0.5"),
+        ({"model__method": "gn", "model__gamma": 0.1}, "the method gn has no option 'gamma'; it has: none"),
+        ({"model__gain": "relu"}, "the method pws has no option 'gain'; it has: gamma, relative_gamma"),
+        ({"model__standardize_head": False}, "no option 'standardize_head'; it has: gamma, relative_gamma"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_what_a_model_of_others_does_not_take(settings: dict[str, Any], message: str) -> None:
+    recipe = of_others("timm:resnet10t", **settings)
+    with pytest.raises(PwsError, match=message):
+        model_for(recipe.model, ImageData(recipe.data, 0).splits)
+
+
+def test_the_command_names_the_methods_of_models_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model.name=timm:resnet10t", "--data.name=digits", "--data.image_size=32", f"--runs={tmp_path}"]
-    assert main(["train", "fashion-mnist-allconv-pws", "--model.method=gn", *arguments]) == 2
-    assert "trains as it is (model.method: bn) or converted (pws)" in capsys.readouterr().err
+    assert main(["train", "fashion-mnist-allconv-pws", "--model.method=ln", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert f"{NAMES}, without" in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 KINDS = {

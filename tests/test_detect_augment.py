@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
-from pws._errors import UnknownNameError
-from pws.training.detect.augment import AUGMENTATIONS, Augmentation, augmentation
-from pws.training.detect.samples import Target, make_target, mirrored_pairs
-from pws.training.detect.scene_images import SceneImages
+from pws.training.detect.augment import STEPS, Augment, mirrored
+from pws.training.detect.drawn import DrawnImages, digit_cutouts
+from pws.training.detect.samples import Target, target_of
+from pws.training.recipe import Augmentation
 
 NAMES = ["top", "bottom", "left_end", "right_end"]
 
 
 @pytest.fixture(scope="module")
-def scenes() -> SceneImages:
-    return SceneImages("digits", "train", 12, 96)
+def scenes() -> DrawnImages:
+    return DrawnImages(digit_cutouts()[0], 96, 0, 12)
 
 
 def rectangle(top: int, left: int, bottom: int, right: int, height: int = 20, width: int = 30) -> tuple[Tensor, Target]:
     """An image that is white where its one object is."""
     mask = torch.zeros(1, height, width, dtype=torch.uint8)
     mask[:, top:bottom, left:right] = 1
-    boxes = torch.tensor([[left, top, right, bottom]])
-    target = make_target(boxes, torch.tensor([3]), (height, width), masks=mask)
+    target = target_of([(left, top, right, bottom)], [3], (height, width)) | {"masks": tv_tensors.Mask(mask)}
     middle = (left + right) // 2
     points = [[middle, top, 2], [middle, bottom - 1, 1], [left, top, 2], [right - 1, top, 2]]
     target["keypoints"] = torch.tensor([points]).float()
@@ -35,9 +34,11 @@ def rectangle(top: int, left: int, bottom: int, right: int, height: int = 20, wi
     return mask.expand(3, -1, -1) * 255, target
 
 
-def drawn(name: str, image: Tensor, target: Target, seed: int, size: int | None = None) -> tuple[Tensor, Target]:
+def drawn(
+    name: Augmentation, image: Tensor, target: Target, seed: int, size: int | None = None
+) -> tuple[Tensor, Target]:
     torch.manual_seed(seed)
-    return augmentation(name, size, mirrored_pairs(NAMES))(image, target)
+    return Augment(name, size, NAMES)(image, target)
 
 
 def check_in_step(image: Tensor, target: Target, given: Target) -> None:
@@ -72,7 +73,7 @@ def test_a_flip(flipped: bool) -> None:
 
 def test_a_flip_without_pairs_keeps_the_order_of_keypoints() -> None:
     image, target = rectangle(4, 5, 10, 17)
-    flips = Augmentation("flip", None, ())
+    flips = Augment("flip", None, ["a", "b", "c", "d"])
     moved = next(
         m for s in range(20) if torch.manual_seed(s) and not torch.equal((m := flips(image, target))[0], image)
     )
@@ -80,8 +81,8 @@ def test_a_flip_without_pairs_keeps_the_order_of_keypoints() -> None:
 
 
 @pytest.mark.parametrize("size", [None, 64])
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_what_is_left_of_scenes_is_in_step(name: str, size: int | None, scenes: SceneImages) -> None:
+@pytest.mark.parametrize("name", STEPS)
+def test_what_is_left_of_scenes_is_in_step(name: Augmentation, size: int | None, scenes: DrawnImages) -> None:
     counts = set()
     for number in range(len(scenes)):
         image, given = scenes.get(number)
@@ -104,7 +105,7 @@ def test_what_is_left_of_scenes_is_in_step(name: str, size: int | None, scenes: 
 
 
 @pytest.mark.parametrize("name", ["jitter", "ssd"])
-def test_boxes_and_masks_stay_where_the_object_is(name: str) -> None:
+def test_boxes_and_masks_stay_where_the_object_is(name: Augmentation) -> None:
     image, target = rectangle(12, 10, 40, 44, 64, 64)
     seen = 0
     for seed in range(40):
@@ -134,15 +135,14 @@ def test_keypoints_that_a_crop_cut_off_are_not_labelled() -> None:
 
 
 @pytest.mark.parametrize("keys", [("masks", "keypoints", "difficult"), ("keypoints",), ()])
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_no_objects(name: str, keys: tuple[str, ...]) -> None:
-    image, target = rectangle(4, 5, 10, 17)
-    empty: dict[str, Any] = {key: value[:0] for key, value in target.items() if key not in ("masks", "keypoints")}
-    given = make_target(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), (20, 30))
-    more = {"masks": torch.zeros(0, 20, 30, dtype=torch.uint8), "keypoints": torch.zeros(0, 4, 3), **empty}
-    if "masks" in keys:
-        given = make_target(given["boxes"], given["labels"], (20, 30), masks=more["masks"])
-    given |= {key: more[key] for key in keys if key != "masks"}
+@pytest.mark.parametrize("name", STEPS)
+def test_no_objects(name: Augmentation, keys: tuple[str, ...]) -> None:
+    image, _ = rectangle(4, 5, 10, 17)
+    more = {
+        "masks": tv_tensors.Mask(torch.zeros(0, 20, 30, dtype=torch.uint8)),
+        **{"keypoints": torch.zeros(0, 4, 3), "difficult": torch.zeros(0, dtype=torch.bool)},
+    }
+    given = target_of([], [], (20, 30)) | {key: more[key] for key in keys}
     for seed in range(3):
         pixels, moved = drawn(name, image, given, seed)
         check_in_step(pixels, moved, given)
@@ -161,10 +161,10 @@ def test_an_image_whose_objects_all_vanish() -> None:
     assert vanished
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_boxes_alone(name: str) -> None:
-    image, target = rectangle(4, 5, 18, 27)
-    given = make_target(target["boxes"], target["labels"], (20, 30))
+@pytest.mark.parametrize("name", STEPS)
+def test_boxes_alone(name: Augmentation) -> None:
+    image, _ = rectangle(4, 5, 18, 27)
+    given = target_of([(5, 4, 27, 18)], [3], (20, 30))
     for seed in range(10):
         pixels, moved = drawn(name, image, given, seed)
         check_in_step(pixels, moved, given)
@@ -174,18 +174,13 @@ def test_boxes_alone(name: str) -> None:
 
 def test_the_pairs_of_cocos_persons() -> None:
     names = ["nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_knee", "tail", "right_knee", "left_x"]
-    assert mirrored_pairs(names) == [(1, 2), (3, 4), (5, 7)]
+    assert mirrored(names) == [0, 2, 1, 4, 3, 7, 6, 5, 8]
 
 
-def test_it_can_be_sent_to_a_process_and_repeats_with_the_seed(scenes: SceneImages) -> None:
+def test_it_can_be_sent_to_a_process_and_repeats_with_the_seed(scenes: DrawnImages) -> None:
     image, target = scenes.get(3)
     first = drawn("ssd", image, target, 5)
     torch.manual_seed(5)
-    second = pickle.loads(pickle.dumps(augmentation("ssd", None, mirrored_pairs(NAMES))))(image, target)
+    second = pickle.loads(pickle.dumps(Augment("ssd", None, NAMES)))(image, target)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1]["boxes"], second[1]["boxes"])
-
-
-def test_an_unknown_augmentation() -> None:
-    with pytest.raises(UnknownNameError, match="jitter"):
-        augmentation("jiter", None)

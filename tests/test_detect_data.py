@@ -33,7 +33,7 @@ def pixels_of(mask: Tensor) -> tuple[list[int], list[int]]:
 
 def test_coco_objects(tmp_path: Path) -> None:
     images = CocoImages(*write_coco(tmp_path, coco_content()))
-    assert (images.classes, images.has_masks, images.keypoints, len(images)) == (["dog", "cat"], True, 0, 2)
+    assert (images.classes, images.has_masks, images.keypoint_names, len(images)) == (["dog", "cat"], True, [], 2)
     assert (images.size(0), images.size(1)) == ((8, 10), (6, 5))
     pixels, target = images.get(0)
     assert torch.equal(pixels, torch.arange(240, dtype=torch.uint8).view(8, 10, 3).permute(2, 0, 1))
@@ -66,7 +66,7 @@ def test_coco_keypoints_and_their_pairs(tmp_path: Path) -> None:
     content["categories"][1]["keypoints"] = PERSON
     content["annotations"][1]["keypoints"] = [3, 2, 2, 0, 0, 0, 4, 4, 1]
     images = CocoImages(*write_coco(tmp_path, content))
-    assert (images.keypoints, images.flip_pairs) == (3, [(1, 2)])
+    assert images.keypoint_names == PERSON
     points = images.get(0)[1]["keypoints"]
     assert points[1].tolist() == [[3, 2, 2], [0, 0, 0], [4, 4, 1]]
     assert not points[[0, 2]].any()
@@ -384,7 +384,7 @@ def test_a_seeded_part_of_the_training_images() -> None:
     assert len(set(names[0])) == 20
     number = int(Path(names[0][3]).stem)
     assert torch.equal(some.train.get(3)[0], whole.train.get(number)[0])
-    assert (some.train.has_masks, some.train.keypoints, some.train.flip_pairs) == (True, 4, [(2, 3)])
+    assert (some.train.has_masks, len(some.train.keypoint_names)) == (True, 4)
     assert some.train.size(3) == (96, 96)
     with pytest.raises(PwsError, match="must be 1 to 200"):
         load_detection_splits(DataConfig(name="digit-scenes", train_images=201), seed=0)

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import pws
 from pws.methods import METHODS, build_method
 from pws.methods.switch_norm import SwitchNorm2d
+from pws.models import build_model
 
 
 def plain(layer: nn.Module) -> Tensor:
@@ -52,6 +53,7 @@ Kind = type[nn.Module] | None
 ROWS: dict[str, tuple[type[nn.Module], Kernel, Kernel, Kind, Kind]] = {
     "none": (nn.Conv2d, plain, plain, None, None),
     "bn": (nn.Conv2d, plain, plain, nn.BatchNorm2d, None),
+    "frozen-bn": (nn.Conv2d, plain, plain, None, None),
     "gn": (nn.Conv2d, plain, plain, nn.GroupNorm, None),
     "ln": (nn.Conv2d, plain, plain, nn.GroupNorm, None),
     "in": (nn.Conv2d, plain, plain, nn.GroupNorm, None),
@@ -110,7 +112,12 @@ def test_the_head_is_its_formula(name: str) -> None:
     assert_close(layer(x), F.linear(x.double(), ROWS[name][2](layer).double(), layer.bias.double()), "float32")
 
 
-@pytest.mark.parametrize("name", ROWS)
+def test_frozen_norms_need_statistics_that_a_network_at_its_start_has_not() -> None:
+    with pytest.raises(pws.PwsError, match=r"frozen-bn keeps the statistics of a trained network.*or use bn"):
+        build_model("allconv", build_method("frozen-bn"))
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "frozen-bn"])
 def test_norms(name: str) -> None:
     method = build_method(name)
     for norm, expected in zip((method.norm, method.end_norm), ROWS[name][3:], strict=True):

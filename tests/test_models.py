@@ -42,7 +42,7 @@ def test_a_stack_has_its_depth_and_two_strides(depth: int) -> None:
     assert [i for i, conv in enumerate(convs) if conv.stride == (2, 2)] == [depth // 3, 2 * depth // 3]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "frozen-bn"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_trains_with_every_method(name: str, method: str) -> None:
     net = build_model(name, build_method(method), in_channels=1, num_classes=7, width=0.125)

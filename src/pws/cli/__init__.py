@@ -18,8 +18,9 @@ COMMANDS: Final = {
     "export": "write a run's network for other programs: pws export runs/NAME --format onnx",
     "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
     "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
-    "scenes": "make a small detection dataset with boxes and masks: pws scenes data/scenes",
-    "evaluate": "measure the accuracy of a run on the test images: pws evaluate runs/NAME",
+    "evaluate": "measure a run on its test images: pws evaluate runs/NAME",
+    "predict": "look at image files with a run's network: pws predict runs/NAME photo.jpg",
+    "scenes": "draw detection data, with boxes and masks, without a download: pws scenes data/scenes",
 }
 GOES_ON: Final = {
     "train": "; `pws train runs/NAME --resume` goes on",

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Collection
+from types import MappingProxyType
 from typing import Any, Final
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from pws._batch import example_of
 from pws._errors import PwsError, UnknownNameError
 from pws._gain import PAPER_GAIN, variance_preserving_gain
-from pws._mark import unmark
-from pws.methods.method import kaiming
+from pws._mark import mark, unmark
 from pws.methods.outputs import group_norm, one_group
-from pws.methods.timm_layers import timm_layer
+from pws.methods.registry import check_options
+from pws.methods.replaced import convolution_of_timm, draw, frozen_norm, in_place_of, replace
 from pws.methods.weights import Scale
 from pws.surgery import Plan, plan
 from pws.surgery.branches import branch_ends
 from pws.surgery.copying import copy_of
-from pws.surgery.norms import held_by
+from pws.surgery.norms import NORMS, channels_of, is_frozen
+from pws.surgery.trace import trace
+from pws.surgery.value import Trace
 
-NORMS: Final = ("batch", "group")
-"""Families that methods without norms take out: a dense detector's head has Group Norm."""
+FAMILIES: Final = ("batch", "group")
+"""Norms that methods without norms take out: a dense detector's head has Group Norm."""
 
 
 def apply_method(model: nn.Module, method: str, example: Any, **options: Any) -> nn.Module:
@@ -35,28 +35,28 @@ def apply_method(model: nn.Module, method: str, example: Any, **options: Any) ->
     | bn | nothing |
     | frozen-bn | each BatchNorm's statistics and affine parameters become constants |
     | gn | each BatchNorm becomes a Group Norm |
-    | ws | the same, and the convolutions right before it standardize their weights |
+    | ws | the same, and each convolution whose output is normalized standardizes its weight |
     | none | norms are taken out; the layers beside them get Kaiming's weights and a bias of 0 |
     | nf | the same with scaled weight standardization, and residual branches that start at 0 |
-    | pws-paper | `pws.plan` with the paper's gain, fresh weights, and one norm behind the first layer |
-    | pws | `pws.convert` |
+    | pws-paper | `pws.plan` with the paper's gain, fresh weights, and a one-group norm in the place of the first norm |
+    | pws | `pws.plan`, calibrated on the example |
+
+    bn, frozen-bn, gn and ws keep the weights. What ends a residual branch in nf goes into a Sequential with its scale, and so
+    does a norm that holds an activation; all other names in the state dict stay.
 
     Args:
         model: any module with BatchNorm.
         method: one of the table's.
         example: what the model's forward takes, as for `pws.plan`.
-        options: gamma and relative_gamma, of pws and pws-paper.
+        options: gamma, of pws and pws-paper; relative_gamma and standardize (layers without a norm), of pws.
 
     Raises:
         UnknownNameError: none of these methods.
-        PwsError: an option of another method, or a model that `pws.plan` refuses.
+        PwsError: an option of another method, or a model in which the method is not possible.
     """
     if method not in APPLIED:
         raise UnknownNameError("method for a model of others", method, APPLIED)
-    if options and not method.startswith("pws"):
-        raise PwsError(
-            f"the method {method} has no options in a model of others; got {', '.join(options)}. Leave them out."
-        )
+    check_options(method, APPLIED[method], options)
     return APPLIED[method](model, example, **options)
 
 
@@ -65,116 +65,154 @@ def _as_it_is(model: nn.Module, _: Any) -> nn.Module:
 
 
 def _frozen(model: nn.Module, _: Any) -> nn.Module:
-    from torchvision.ops.misc import FrozenBatchNorm2d
-
-    def freeze(norm: Any) -> nn.Module:
-        if not isinstance(norm, nn.BatchNorm2d):
-            raise PwsError(
-                f"frozen-bn is for images: torchvision's FrozenBatchNorm2d; got a {type(norm).__name__}. Use another method."
-            )
-        frozen: nn.Module = FrozenBatchNorm2d(norm.num_features, eps=norm.eps)
-        frozen.load_state_dict({name: value for name, value in _whole(norm).items() if name in frozen.state_dict()})
-        return frozen
-
-    return _replaced(copy_of(model), freeze)
+    result = copy_of(model)
+    norms = [norm for norm in _norms(result, "batch").values() if not is_frozen(norm)]
+    return replace(result, {norm: frozen_norm(norm) for norm in norms})
 
 
-def _whole(norm: Any) -> dict[str, Tensor]:
-    """The state of a BatchNorm, 1 and 0 for affine parameters that it does not have."""
-    fresh = nn.BatchNorm2d(norm.num_features)
-    return {**fresh.state_dict(), **norm.state_dict()}
+def _group_norms(model: nn.Module, example: Any) -> nn.Module:
+    return _normalized(copy_of(model), _run(model, example))
 
 
-def _group_norms(model: nn.Module, _: Any) -> nn.Module:
-    return _replaced(copy_of(model), lambda norm: group_norm(norm.num_features))
-
-
-def _standardized_convolutions(model: nn.Module, example: Any) -> nn.Module:
-    steps = plan(model, example)
-    std_conv = timm_layer("ws", "std_conv", "StdConv2d")
-    result = _group_norms(model, example)
-    _rebuild(result, set(steps.pairs.values()), std_conv)
-    return result
+def _standardized(model: nn.Module, example: Any) -> nn.Module:
+    run, result = _run(model, example), copy_of(model)
+    norms = _norms(result, *FAMILIES).keys() - _frozen_with_layers(run)
+    before = [name for name, takers in run.takers.items() if takers and takers <= norms]
+    return _normalized(_of_timm("ws", result, before, "Std"), run)
 
 
 def _without_norms(model: nn.Module, example: Any) -> nn.Module:
-    return _bare(plan(model, example, norms=NORMS))
-
-
-def _bare(steps: Plan) -> nn.Module:
-    """Without norms and marks; the layers that had a norm beside them have fresh weights."""
-    result: nn.Module = steps.apply(calibrate=False)
-    unmark(result)
-    _draw(result, steps.named("standardize"))
-    return result
+    return _bare(_plan(model, example))
 
 
 def _normalizer_free(model: nn.Module, example: Any) -> nn.Module:
-    steps = plan(model, example, norms=NORMS)
-    ends = branch_ends(model, example_of(model, example), steps.named("standardize"))
-    result = _bare(steps)
-    std_conv, gain = timm_layer("nf", "std_conv", "ScaledStdConv2d"), variance_preserving_gain("relu")
-    _rebuild(result, set(steps.named("standardize")), partial(std_conv, gamma=gain))
-    for name in ends:
-        result.set_submodule(name, nn.Sequential(result.get_submodule(name), Scale()))
+    planned = _plan(model, example)
+    result, layers = _bare(planned), planned.named("standardize")
+    ends = branch_ends(result, example_of(result, example), layers)
+    result = _of_timm("nf", result, layers, "ScaledStd", gamma=variance_preserving_gain("relu"))
+    modules = dict(result.named_modules())
+    return replace(result, {modules[name]: _scaled(modules[name]) for name in ends})
+
+
+def _scaled(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(layer, Scale().to(next(layer.parameters()))).train(layer.training)
+
+
+def _published(model: nn.Module, example: Any, *, gamma: float = 1e-3) -> nn.Module:
+    planned = _plan(model, example, gamma=gamma)
+    result = planned.apply(calibrate=False)
+    for name in planned.named("standardize"):
+        mark(result.get_submodule(name), gain=PAPER_GAIN, gamma=gamma, reset_parameters=True)
+    modules = dict(_planned_model(planned).named_modules())
+    first = next((step for step in planned.steps if _is_norm(modules[step.name]) and step.action != "affine"), None)
+    if first is None or first.action == "keep":  # a frozen stem stays as it is
+        return result
+    norm = copy_of(modules[first.name])
+    return replace(result, {result.get_submodule(first.name): in_place_of(norm, one_group(channels_of(norm)))})
+
+
+def _ours(
+    model: nn.Module,
+    example: Any,
+    *,
+    gamma: float = 1e-3,
+    relative_gamma: bool = False,
+    standardize: Collection[str] = (),
+) -> nn.Module:
+    settings: dict[str, Any] = {"gamma": gamma, "relative_gamma": relative_gamma, "standardize": standardize}
+    return plan(model, example, norms=FAMILIES, **settings).apply()
+
+
+APPLIED: Final = MappingProxyType[str, Callable[..., nn.Module]](
+    {
+        "none": _without_norms,
+        "bn": _as_it_is,
+        "frozen-bn": _frozen,
+        "gn": _group_norms,
+        "ws": _standardized,
+        "nf": _normalizer_free,
+        "pws-paper": _published,
+        "pws": _ours,
+    }
+)
+"""Name to `(model, example, *, options)` to a changed copy."""
+
+
+def _is_norm(module: nn.Module, families: tuple[str, ...] = FAMILIES) -> bool:
+    return any(test(module) for family in families for test in NORMS[family])
+
+
+def _norms(model: nn.Module, *families: str) -> dict[str, nn.Module]:
+    found = {name: module for name, module in model.named_modules() if _is_norm(module, families)}
+    if not found:
+        raise PwsError(
+            f"a method takes the place of BatchNorm, and {type(model).__name__} has none. Take a model with BatchNorm, or "
+            "method bn, which leaves the model as it is."
+        )
+    return found
+
+
+def _run(model: nn.Module, example: Any) -> Trace:
+    return trace(model, example_of(model, example), _is_norm)
+
+
+def _frozen_with_layers(run: Trace) -> set[str]:
+    """The frozen norms whose layers are frozen too: they stay, as in `pws.plan`."""
+    modules = dict(run.model.named_modules())
+    trained = {
+        name for name, module in modules.items() if any(p.requires_grad for p in module.parameters(recurse=False))
+    }
+    uses = [use for use in run.uses if use.is_norm and is_frozen(modules[use.name])]
+    return {use.name for use in uses} - {use.name for use in uses if use.input.sources & trained}
+
+
+def _normalized(model: nn.Module, run: Trace) -> nn.Module:
+    """With Group Norm in the place of BatchNorm, in place."""
+    stay = _frozen_with_layers(run)
+    norms = [norm for name, norm in _norms(model, "batch").items() if name not in stay]
+    return replace(model, {norm: in_place_of(norm, group_norm(channels_of(norm))) for norm in norms})
+
+
+def _plan(model: nn.Module, example: Any, **options: Any) -> Plan:
+    """The plan that takes every norm out.
+
+    Raises:
+        PwsError: one has to stay, and it is not frozen.
+    """
+    planned = plan(model, example, norms=FAMILIES, **options)
+    modules = dict(_planned_model(planned).named_modules())
+    for step in planned.steps:
+        module = modules[step.name]
+        if step.action == "keep" and _is_norm(module) and not is_frozen(module):
+            raise PwsError(
+                f"this method takes every norm out, and {step.name!r} has to stay: {step.reason}. Use bn, gn or ws; or pws, "
+                "which leaves such a norm."
+            )
+    return planned
+
+
+def _planned_model(planned: Plan) -> nn.Module:
+    assert planned.model is not None
+    return planned.model
+
+
+def _bare(planned: Plan) -> nn.Module:
+    """Without norms and marks; the layers that had a norm beside them have fresh weights."""
+    result = planned.apply(calibrate=False)
+    unmark(result)
+    for name in planned.named("standardize"):
+        draw(result.get_submodule(name))
     return result
 
 
-def _published(model: nn.Module, example: Any, **options: Any) -> nn.Module:
-    """Fresh kernels of the paper's gain; a one-group norm behind the first layer."""
-    first = next(iter(plan(model, example, norms=NORMS).pairs.items()), None)
-    source, chosen = copy_of(model), []
-    if first is not None:
-        norm, layer = first
-        source.set_submodule(norm, one_group(source.get_submodule(norm).num_features))  # type: ignore[arg-type]
-        chosen = [layer]
-    steps = plan(source, example, norms=NORMS, standardize=chosen, **options)
-    _draw(source, steps.named("standardize"))
-    steps.gains.update(dict.fromkeys(steps.gains, PAPER_GAIN))
-    return steps.apply(source, calibrate=False)
-
-
-def _ours(model: nn.Module, example: Any, **options: Any) -> nn.Module:
-    return plan(model, example, norms=NORMS, **options).apply()
-
-
-APPLIED: Final[dict[str, Callable[..., nn.Module]]] = {
-    "none": _without_norms,
-    "bn": _as_it_is,
-    "frozen-bn": _frozen,
-    "gn": _group_norms,
-    "ws": _standardized_convolutions,
-    "nf": _normalizer_free,
-    "pws-paper": _published,
-    "pws": _ours,
-}
-"""Name to `(model, example, **options)` to a changed copy."""
-
-
-def _replaced(model: nn.Module, norm: Callable[[Any], nn.Module]) -> nn.Module:
-    """Put `norm(old)` in the place of each BatchNorm, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, _BatchNorm):
-            new = norm(module).to(module.running_mean if module.weight is None else module.weight)
-            held = held_by(module)  # timm's norms hold an activation
-            model.set_submodule(name, (nn.Sequential(new, *held) if held else new).train(module.training))
-    return model
-
-
-@torch.no_grad()
-def _draw(model: nn.Module, layers: Iterable[str]) -> None:
-    for name in layers:
-        kaiming(model.get_submodule(name))
-
-
-@torch.no_grad()
-def _rebuild(model: nn.Module, layers: set[str], build: Callable[..., nn.Module]) -> None:
-    """Put convolutions of another class in the place of these, with their weights; those of one-entry filters stay."""
-    for name in layers:
-        conv: Any = model.get_submodule(name)
-        if not isinstance(conv, nn.Conv2d) or conv.weight[0].numel() < 2:
-            continue
-        settings = {key: getattr(conv, key) for key in ("stride", "padding", "dilation", "groups")}
-        new = build(conv.in_channels, conv.out_channels, conv.kernel_size, **settings, bias=conv.bias is not None)
-        new.load_state_dict(conv.state_dict(), strict=False)
-        model.set_submodule(name, new.to(conv.weight))
+def _of_timm(method: str, model: nn.Module, layers: list[str], prefix: str, **settings: Any) -> nn.Module:
+    """With timm's convolutions in the place of plain ones, in place; those that timm has no such layer for stay."""
+    modules = dict(model.named_modules())
+    built = {modules[n]: convolution_of_timm(method, modules[n], prefix, **settings) for n in layers if n in modules}
+    found = {layer: new for layer, new in built.items() if new is not None}
+    if not found:
+        raise PwsError(
+            f"the method {method} is for 2-d convolutions beside a norm, with two entries or more in a filter; "
+            f"{type(model).__name__} has none. Use gn, or pws."
+        )
+    return replace(model, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -44,11 +44,17 @@ def build_method(name: str, **options: Any) -> Method:
     if name not in METHODS:
         raise UnknownNameError("method", name, METHODS)
     builder: Callable[..., Method] = METHODS[name]
-    known = inspect.signature(builder).parameters
+    check_options(name, builder, options)
+    return builder(**options)
+
+
+def check_options(name: str, builder: Callable[..., Any], options: Iterable[str]) -> None:
+    """Raise `PwsError` for an option that is no keyword of the method's builder."""
+    parameters = inspect.signature(builder).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for option in options:
         if option not in known:
             raise PwsError(
                 f"the method {name} has no option {option!r}; it has: {', '.join(known) or 'none'}. "
                 "Leave the option out, or choose the method it belongs to."
             )
-    return builder(**options)

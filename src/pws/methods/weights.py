@@ -100,7 +100,9 @@ def gc() -> Method:
 
 
 def nf(*, clip_factor: float = 0.01) -> Method:
-    """Scaled Weight Standardization with Adaptive Gradient Clipping (not of the head), and SkipInit in residual networks.
+    """Scaled Weight Standardization with Adaptive Gradient Clipping, and SkipInit in residual networks.
+
+    Clipping is for the standardized convolutions and the scales of branches: layers that predict are plain.
 
     Args:
         clip_factor: the norm that AGC allows a unit's gradient, in units of its weights'. NFNets: 0.01 at batch 4096, larger
@@ -116,9 +118,13 @@ def nf(*, clip_factor: float = 0.01) -> Method:
         gain = variance_preserving_gain("relu")
         return kaiming(std_conv(in_channels, out_channels, kernel_size, gamma=gain, **settings))
 
+    clipped = (std_conv, timm_layer("nf", "std_conv", "ScaledStdConv2dSame"), Scale)
+
     def rule(model: nn.Module, _: Optimizer) -> None:
-        body = [parameter for name, parameter in model.named_parameters() if not name.startswith("head.")]
-        adaptive_clip_grad(body, clip_factor)
+        body = [module for module in model.modules() if isinstance(module, clipped)]
+        adaptive_clip_grad(
+            [parameter for module in body for parameter in module.parameters(recurse=False)], clip_factor
+        )
 
     return Method(
         *("nf", "Normalizer-free: scaled weight standardization and AGC, Brock et al. 2021", conv),

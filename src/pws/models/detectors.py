@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import detection as tvd
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
@@ -27,6 +28,11 @@ from pws.models.detector_backbones import BACKBONES, fpn_backbone
 from pws.models.detector_spec import DetectorSpec
 from pws.models.ssd import build_ssd, build_ssdlite
 
+HIDDEN: Final = (
+    *("backbone.fpn.", "rpn.head.conv.", "roi_heads.box_head.", "roi_heads.mask_head.", "roi_heads.keypoint_head."),
+    *("head.classification_head.conv.", "head.regression_head.conv."),
+)
+"""Where torchvision's detectors hold the hidden layers of their pyramid and heads."""
 RATIOS: Final = (0.5, 1.0, 2.0)
 
 
@@ -159,3 +165,16 @@ def options_of(kind: type[nn.Module]) -> list[str]:
     parameters = inspect.signature(kind.__init__).parameters.values()
     numbers = [p.name for p in parameters if isinstance(p.default, int | float)]
     return [name for name in numbers if name not in ("min_size", "max_size")]
+
+
+def hidden_layers(model: nn.Module) -> list[str]:
+    """Layers of a detector's pyramid and heads that do not predict, whether a norm stands beside them or not.
+
+    PWS standardizes them: `pws.convert(model, example, norms=("batch", "group"), standardize=hidden_layers(model))`. A backbone
+    without norms (torchvision's SSD300) counts too.
+    """
+    backbone = model.get_submodule("backbone")
+    bare = not any(isinstance(module, _BatchNorm | nn.GroupNorm) for module in backbone.modules())
+    places = (*HIDDEN, *(["backbone."] if bare else []))
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [name for name in layers if name.startswith(places)]

@@ -12,7 +12,7 @@ from pws.surgery.value import INPUT, Trace
 
 
 def branch_ends(model: nn.Module, batch: Batch, layers: Collection[str]) -> dict[str, float]:
-    """Name of each of these layers that ends a residual branch, to its share of the variance: 1 over the number of additions."""
+    """The share of the variance (1 over the number of additions) of each of these layers that ends a residual branch."""
     run = trace(model, batch, lambda _: False)
     ends = [found for ends in _ends(run) if (found := ends & set(layers))]
     return {name: 1 / len(ends) for found in ends for name in found}

@@ -13,6 +13,7 @@ from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import load_recipe
 from pws.training.results import DetectionEvaluation, Evaluation
+from pws.training.sheet import worst_images, write_sheet
 from pws.training.tasks import data_of, module_of
 
 
@@ -42,17 +43,22 @@ def load_trained(run: Path, checkpoint: str = "best") -> TrainedRun:
     return TrainedRun(recipe, module, data, path)
 
 
-def evaluate(run: Path, checkpoint: str = "best") -> Evaluation | DetectionEvaluation:
+def evaluate(run: Path, checkpoint: str = "best", sheet: Path | None = None) -> Evaluation | DetectionEvaluation:
     """Evaluate a run's checkpoint on the test images.
 
     Args:
         run: the folder of the run.
         checkpoint: "best", "last" or the path of a file.
+        sheet: write a picture of the worst test images to this file.
 
     Raises:
         PwsError: the run or the checkpoint is missing, corrupt, or of another architecture.
     """
     loaded = load_trained(run, checkpoint)
+    worst = None if sheet is None else worst_images(loaded.data)
     with real_interrupts():
-        bare_trainer().validate(loaded.module, datamodule=loaded.data, verbose=False)
+        trainer = bare_trainer(callbacks=[] if worst is None else [worst])
+        trainer.validate(loaded.module, datamodule=loaded.data, verbose=False)
+    if sheet is not None and worst is not None:
+        write_sheet(worst, sheet)
     return loaded.module.evaluation(str(loaded.checkpoint), loaded.data.splits)

@@ -56,17 +56,18 @@ class Classifier(TaskModule):
         images, labels = batch
         return {"loss": F.cross_entropy(self(images), labels, label_smoothing=self.optim.label_smoothing)}
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        """Add a batch to the metrics."""
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        """Add a batch to the metrics; returns the logits."""
         images, labels = batch
         rewind = random_state(self.model)
-        logits = self(images).float()
+        logits: Tensor = self(images).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
         self.test_metrics.update(logits, labels)
         self.class_accuracy.update(logits, labels)
         self.test_loss.update(losses)
         if self.overflowing is None and not torch.isfinite(losses).all():
             self.overflowing = first_non_finite(self.model, batch, rewind)
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         """Log val_accuracy, val_top5 and val_loss, over all processes."""

@@ -53,9 +53,12 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
         else:
             parts = [self._augmented(epoch, number) for number in numbers]
             pixels, labels = torch.cat([p for p, _ in parts]), torch.cat([label for _, label in parts])
+        return self.normalized(pixels), labels
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """What the network takes in place of these pixels; bytes count as 0 to 1."""
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        normalized = (scaled - self.mean) / self.std
-        return normalized.contiguous(memory_format=torch.channels_last), labels
+        return ((scaled - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def _augmented(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         assert self.images.augment is not None

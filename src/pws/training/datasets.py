@@ -9,19 +9,19 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
 from pws._errors import PwsError, UnknownNameError
 from pws.training.array_files import read_idx, read_npz
-from pws.training.images import FolderImages, Splits, TensorImages
+from pws.training.images import FolderImages, Splits, TensorImages, resized
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 
-Pair = tuple[Tensor, Tensor]
-"""Images `(N, C, H, W)` and their labels."""
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
+DIGIT_CLASSES: Final = [str(digit) for digit in range(10)]
+FASHION_PARTS: Final = ("train", "t10k")
+FASHION_CLASSES: Final[list[str]] = tv.FashionMNIST.classes
 
 
 def load_splits(config: DataConfig, seed: int) -> Splits:
@@ -40,12 +40,11 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
 
 
 def _digits(config: DataConfig, seed: int) -> Splits:
-    train, test = digit_images()
-    return _in_memory(config, seed, train, test, [str(d) for d in range(10)], (0.3053,), (0.3763,), flip=False)
+    return _in_memory(*(config, seed, *digit_arrays(), DIGIT_CLASSES, (0.3053,), (0.3763,)), flip=False)
 
 
-def digit_images() -> list[Pair]:
-    """scikit-learn's digits, for training and for testing."""
+def digit_arrays() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Pixels `(N, 1, 8, 8)` uint8 and labels of scikit-learn's digits: 1,437 training and 360 test images."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -53,7 +52,7 @@ def digit_images() -> list[Pair]:
     labels = torch.tensor(raw.target)
     # Every fifth image is for testing: both parts hold all the writers, in the order of the file.
     test = torch.arange(len(labels)) % 5 == 0
-    return [(pixels[part], labels[part]) for part in (~test, test)]
+    return (pixels[~test], labels[~test]), (pixels[test], labels[test])
 
 
 _FASHION_HELP: Final = (
@@ -69,31 +68,30 @@ def _fashion_mnist(config: DataConfig, seed: int) -> Splits:
             tv.FashionMNIST(config.root, download=True)
         except (RuntimeError, OSError) as error:
             raise PwsError(f"fashion-mnist: the download to {config.root} failed: {error}. {_FASHION_HELP}") from error
-    train, test = fashion_mnist_images(folders, _FASHION_HELP)
-    return _in_memory(config, seed, train, test, tv.FashionMNIST.classes, (0.2860,), (0.3530,), flip=True)
+    train, test = (fashion_arrays(part, folders) for part in FASHION_PARTS)
+    return _in_memory(*(config, seed, train, test, FASHION_CLASSES, (0.2860,), (0.3530,)), flip=True)
 
 
-def fashion_mnist_images(folders: list[Path], help: str) -> list[Pair]:
-    """Fashion-MNIST, for training and for testing; `help` ends the error about a missing file."""
-    parts = []
-    for part in ("train", "t10k"):
-        images = read_idx(_find(f"{part}-images-idx3-ubyte", folders, help), (28, 28))[:, None]
-        labels = read_idx(_find(f"{part}-labels-idx1-ubyte", folders, help), ()).long()
-        if len(images) != len(labels):
-            raise PwsError(
-                f"fashion-mnist: {len(images)} {part} images, but {len(labels)} labels: get the files again."
-            )
-        parts.append((images, labels))
-    return parts
+def fashion_arrays(part: str, folders: Sequence[Path] = (DEBIAN_FASHION_MNIST,)) -> tuple[Tensor, Tensor]:
+    """Pixels `(N, 1, 28, 28)` uint8 and labels of a part of Fashion-MNIST, from the first folder that has its files.
+
+    Raises:
+        PwsError: the files are missing, corrupt or of different lengths.
+    """
+    images = read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None]
+    labels = read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long()
+    if len(images) != len(labels):
+        raise PwsError(f"fashion-mnist: {len(images)} {part} images, but {len(labels)} labels: get the files again.")
+    return images, labels
 
 
-def _find(name: str, folders: list[Path], help: str) -> Path:
+def _find(name: str, folders: Sequence[Path]) -> Path:
     for folder in folders:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path
     looked = ", ".join(str(folder) for folder in folders)
-    raise PwsError(f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. {help}")
+    raise PwsError(f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. {_FASHION_HELP}")
 
 
 def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[DataConfig, int], Splits]:
@@ -126,8 +124,8 @@ def _npz(config: DataConfig, seed: int) -> Splits:
 def _in_memory(
     config: DataConfig,
     seed: int,
-    train: Pair,
-    test: Pair,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
     classes: list[str],
     mean: Sequence[float],
     std: Sequence[float],
@@ -146,21 +144,14 @@ def _in_memory(
     steps: list[Any] = [crop, *([v2.RandomHorizontalFlip()] if flip else [])]
     augment = v2.Compose(steps) if config.augment else None
     return Splits(
-        TensorImages(_resized(pixels, size), labels, augment),
-        TensorImages(_resized(test[0], size), test[1]),
+        TensorImages(resized(pixels, size), labels, augment),
+        TensorImages(resized(test[0], size), test[1]),
         *(list(classes), mean, std),
     )
 
 
-def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(pixels.shape[-2:]) == size:
-        return pixels
-    resized = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.round().clamp(0, 255).to(torch.uint8) if pixels.dtype == torch.uint8 else resized
-
-
 def chosen_images(config: DataConfig, count: int, seed: int) -> list[int] | None:
-    """The numbers of the training images that `config` asks for, drawn by the seed; None for all of `count`."""
+    """The numbers of the training images that the recipe uses, drawn by the seed; None for all."""
     if config.train_images is None:
         return None
     if not 1 <= config.train_images <= count:

@@ -10,8 +10,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
@@ -29,6 +30,12 @@ class Images(Protocol):
 
     def get(self, numbers: list[int]) -> tuple[Tensor, Tensor]:
         """Pixels `(N, C, H, W)`, uint8 or float32, and labels `(N,)` int64."""
+
+    def prepare(self, image: Tensor, /) -> Tensor:
+        """What a file's pixels `(3, H, W)` uint8 become, to be one of these."""
+
+    def name(self, number: int) -> str:
+        """What a picture calls an image."""
 
 
 @dataclass
@@ -58,6 +65,25 @@ class TensorImages:
         """Pixels and labels of these images."""
         return self.pixels[numbers], self.labels[numbers]
 
+    def prepare(self, image: Tensor) -> Tensor:
+        """In grey if these are, and as large as they are.
+
+        Raises:
+            PwsError: these are no pictures.
+        """
+        channels, height, width = self.pixels.shape[1:]
+        if self.pixels.dtype != torch.uint8 or channels not in (1, 3):
+            raise PwsError(
+                f"this run's images are {channels} channels of {str(self.pixels.dtype).removeprefix('torch.')}, and an image "
+                "file holds bytes in grey or colour: nothing tells how one becomes the other. Predict in Python."
+            )
+        pixels = v2.functional.rgb_to_grayscale(image) if channels == 1 else image
+        return resized(pixels[None], (height, width))[0]
+
+    def name(self, number: int) -> str:
+        """Its number."""
+        return f"test image {number}"
+
 
 class FolderImages:
     """Images in files, one folder per class, read when asked for."""
@@ -82,9 +108,16 @@ class FolderImages:
         image = read_image(Path(path))
         return (image if self.augment else self.prepare(image)), label
 
+    def name(self, number: int) -> str:
+        """The file, with its folder."""
+        path = Path(self.files.samples[number if self.numbers is None else self.numbers[number]][0])
+        return f"{path.parent.name}/{path.name}"
 
-def read_image(path: Path) -> Tensor:
+
+def read_image(path: Path, *, upright: bool = False) -> Tensor:
     """The pixels `(3, H, W)` uint8 of a file in any of Pillow's formats and modes; 16 bits become 8, alpha is dropped.
+
+    `upright` turns it as its EXIF data say, as cameras mean it and viewers show it.
 
     Raises:
         PwsError: no image can be read from it.
@@ -93,7 +126,7 @@ def read_image(path: Path) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # from 89 million pixels on
             with Image.open(path) as file:
-                image: Tensor = v2.functional.pil_to_tensor(_in_rgb(file))
+                image: Tensor = v2.functional.pil_to_tensor(_in_rgb(ImageOps.exif_transpose(file) if upright else file))
                 return image
     except MemoryError:
         raise
@@ -105,6 +138,14 @@ def _in_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would cut what is above 255
         image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) // 256).astype(np.uint8))
     return image.convert("RGB")
+
+
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels `(N, C, H, W)` of another height and width."""
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    other: Tensor = F.interpolate(pixels.float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return other.round().clamp(0, 255).to(torch.uint8) if pixels.dtype == torch.uint8 else other
 
 
 def _image_folder(folder: Path) -> tv.ImageFolder:

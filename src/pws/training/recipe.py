@@ -55,10 +55,11 @@ class ModelConfig:
 
     Args:
         name: allconv; preact (56 layers), preact11, 29, 101; cifar-resnet18, 34; resnet18, 34, 50, 101, 152; stack4, 8, 10,
-            16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory, with method bn (as it is) or pws
-            (converted). For task detect: FAMILY-BACKBONE, such as mask-rcnn-resnet18; families faster-rcnn, mask-rcnn,
+            16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory: a model with BatchNorm, which the
+            method replaces. For task detect: FAMILY-BACKBONE, such as mask-rcnn-resnet18; families faster-rcnn, mask-rcnn,
             keypoint-rcnn, retinanet and fcos on resnet18, 34, 50 and mobilenetv3; ssd-vgg16 and ssdlite-mobilenetv3.
-        method: none, bn, gn, ln, in, sn, frn, wn, ws, centred, gc, nf, skipinit, pws-paper or pws.
+        method: none, bn, gn, ws, nf, pws-paper or pws. For networks of this package also ln, in, sn, frn, wn, centred, gc or
+            skipinit; for models of others and detectors also frozen-bn, whose norms keep the statistics that they have.
         width: factor on the number of channels of every layer.
         num_classes: number of classes that the data must have; taken from the data if left out.
         backbone: (detect) the folder of a classification run, whose weights the backbone starts with.
@@ -68,10 +69,11 @@ class ModelConfig:
         anchor_size: (detect) side of the smallest anchor, in pixels of the resized image.
         options: (detect) numbers of torchvision's class by its names, such as box_batch_size_per_image.
         dropout: probability with which each input of the head is left out of a training step.
-        gain: (pws) gain of every layer, a number or an activation's name; "relu" if left out, 2 ** 0.5 in the paper.
+        gain: (pws, networks of this package) gain of every layer, a number or an activation's name; "relu" if left out,
+            2 ** 0.5 in the paper.
         gamma: (pws, pws-paper) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
         relative_gamma: (pws) add gamma * 2 / fan_in instead.
-        standardize_head: (pws) standardize the head too; true if left out.
+        standardize_head: (pws, networks of this package) standardize the head too; true if left out.
         calibrate: scale kernels once, on the first training batch. "initalpha" is the paper's: output variance 2 for the stem
             and the first convolution of each block. "all" gives every standardized layer output variance 1.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -13,61 +12,54 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from pws._errors import UnknownNameError
 from pws.training.detect.samples import Target, areas
+from pws.training.recipe import Augmentation
 
 FILL: Final = {tv_tensors.Image: (124, 116, 104), "others": 0}
-"""Around an image that was made smaller: ImageNet's mean, as in torchvision's presets."""
+"""Around an image that was made smaller: ImageNet's mean, which normalization makes 0."""
 Sample = tuple[Tensor, Target]
 
 
-def augmentation(
-    name: str, image_size: int | None, flip_pairs: Sequence[tuple[int, int]] = ()
-) -> Callable[[Tensor, Target], Sample]:
-    """The augmentation of that name; each of them ends with a flip of every second image.
+class Augment:
+    """A transform of an image and its objects, which stay in step; objects that leave the image go.
 
-    Args:
-        name: flip; jitter (large-scale jitter: scaled by 0.1 to 2, then cropped or padded); or ssd (photometric distortion,
-            zoom out, and a crop that keeps a part of some object).
-        image_size: side of the square that jitter gives; the image's own size if left out.
-        flip_pairs: keypoints that a flip swaps.
+    `flip` mirrors half of the images. `jitter` also scales them by 0.1 to 2, and crops or fills them to their size (to a
+    square of `image_size` if it is given). `ssd` distorts colours, zooms out and crops around objects, and flips.
 
-    Raises:
-        UnknownNameError: no such augmentation.
+    Source: torchvision's reference settings for detection; `ssd` is Liu et al. 2016.
     """
-    if name not in AUGMENTATIONS:
-        raise UnknownNameError("augmentation", name, AUGMENTATIONS)
-    return Augmentation(name, image_size, tuple(flip_pairs))
 
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is drawn comes from torch's generator; it can be sent to loader processes."""
-
-    name: str
-    image_size: int | None
-    flip_pairs: tuple[tuple[int, int], ...]
+    def __init__(self, name: Augmentation, image_size: int | None, keypoint_names: Sequence[str] = ()) -> None:
+        self.name, self.image_size = name, image_size
+        self.mirrored = mirrored(keypoint_names)
 
     def __call__(self, image: Tensor, target: Target) -> Sample:
-        """The augmented image and the objects that are left in it."""
+        """The changed image, and the objects that are left in it."""
         sample: Sample = (tv_tensors.Image(image), _with_points(target))
-        for transform in AUGMENTATIONS[self.name](self.image_size, (image.shape[-2], image.shape[-1])):
+        for transform in STEPS[self.name](self.image_size, (image.shape[-2], image.shape[-1])):
             sample = transform(*sample)
         if self.name != "flip":
             sample = sample[0], _left(sample[1])
         if torch.rand(()) < 0.5:
             sample = self._flipped(*sample)
-        return sample[0].as_subclass(Tensor), _finished(sample[1], target)
+        return sample[0], _finished(sample[1], target)
 
     def _flipped(self, image: Tensor, target: Target) -> Sample:
         moved = {key: TF.horizontal_flip(v) if isinstance(v, tv_tensors.TVTensor) else v for key, v in target.items()}
-        if "keypoints" in target:
-            order = list(range(target["keypoints"].shape[1]))
-            for left, right in self.flip_pairs:
-                order[left], order[right] = right, left
-            for key in ("keypoints", "visibility"):
-                moved[key] = tv_tensors.wrap(moved[key].as_subclass(Tensor)[:, order], like=moved[key])
+        for key in ("keypoints", "visibility") if "keypoints" in target else ():
+            moved[key] = tv_tensors.wrap(moved[key].as_subclass(Tensor)[:, self.mirrored], like=moved[key])
         return TF.horizontal_flip(image), moved
+
+
+def mirrored(names: Sequence[str]) -> list[int]:
+    """Which keypoint takes the place of each in a mirror: left_ and right_ change sides."""
+    other = {"left": "right", "right": "left"}
+
+    def partner(name: str) -> str:
+        side, _, rest = name.partition("_")
+        return f"{other[side]}_{rest}" if side in other else name
+
+    return [names.index(partner(name)) if partner(name) in names else number for number, name in enumerate(names)]
 
 
 def _scale_jitter(side: int | None, own: tuple[int, int]) -> list[v2.Transform]:
@@ -79,7 +71,7 @@ def _ssd(_: int | None, __: tuple[int, int]) -> list[v2.Transform]:
     return [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=FILL), v2.RandomIoUCrop()]
 
 
-AUGMENTATIONS: Final[dict[str, Callable[[int | None, tuple[int, int]], list[v2.Transform]]]] = {
+STEPS: Final[dict[Augmentation, Callable[[int | None, tuple[int, int]], list[v2.Transform]]]] = {
     "flip": lambda _, __: [],
     "jitter": _scale_jitter,
     "ssd": _ssd,

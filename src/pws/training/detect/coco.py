@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 from pws._errors import PwsError
 from pws.training.detect.coco_file import CocoImage, read_coco
 from pws.training.detect.coco_masks import mask_of
-from pws.training.detect.samples import Target, make_target, mirrored_pairs, read_sized
+from pws.training.detect.samples import Target, areas, read_sized, target_of
 
 
 class CocoImages:
@@ -26,11 +27,9 @@ class CocoImages:
 
     def __init__(self, annotations: Path, images: Path) -> None:
         content = read_coco(annotations)
-        self.annotations, self.folder = annotations, images
-        self.classes, self.has_masks = content.classes, content.has_masks
-        self.keypoints = len(content.keypoints)
-        self.flip_pairs = mirrored_pairs(content.keypoints)
-        self.images = content.images
+        self.annotations, self.folder, self.images = annotations, images, content.images
+        self.classes, self.has_masks, self.keypoint_names = content.classes, content.has_masks, content.keypoints
+        self.numbers = list(range(len(self.images)))
         missing = [image.name for image in self.images if not (images / image.name).is_file()]
         if missing:
             raise PwsError(
@@ -39,39 +38,37 @@ class CocoImages:
             )
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.numbers)
 
     def size(self, number: int) -> tuple[int, int]:
         """Height and width, as the JSON gives them."""
-        image = self.images[number]
+        image = self.images[self.numbers[number]]
         return image.height, image.width
 
     def name(self, number: int) -> str:
         """The image's file."""
-        return str(self.folder / self.images[number].name)
+        return str(self.folder / self.images[self.numbers[number]].name)
 
     def get(self, number: int) -> tuple[Tensor, Target]:
         """The pixels and the objects."""
         pixels = read_sized(Path(self.name(number)), self.size(number), self.annotations)
-        return pixels, self._target(self.images[number])
+        return pixels, self._target(self.images[self.numbers[number]])
 
     def _target(self, image: CocoImage) -> Target:
-        objects, size = image.objects, (image.height, image.width)
-        target = make_target(
-            torch.tensor([o.box for o in objects]).reshape(-1, 4),
-            torch.tensor([o.label for o in objects], dtype=torch.int64),
-            size,
-            iscrowd=torch.tensor([o.crowd for o in objects], dtype=torch.int64),
-            masks=self._masks(image) if self.has_masks else None,
-        )
+        objects = image.objects
+        target = target_of([o.box for o in objects], [o.label for o in objects], (image.height, image.width))
+        target["iscrowd"] = torch.tensor([o.crowd for o in objects], dtype=torch.int64)
+        if self.has_masks:
+            target["masks"] = tv_tensors.Mask(_masks(image))
         given = torch.tensor([o.area for o in objects])
-        target["area"] = torch.where(given > 0, given, target["area"])
-        if self.keypoints:
+        target["area"] = torch.where(given > 0, given, areas(target["boxes"], target.get("masks")))
+        if self.keypoint_names:
             points = torch.tensor([o.keypoints for o in objects])
-            target["keypoints"] = points.reshape(-1, self.keypoints, 3)
+            target["keypoints"] = points.reshape(-1, len(self.keypoint_names), 3)
         return target
 
-    def _masks(self, image: CocoImage) -> Tensor:
-        shapes = [o.shape for o in image.objects if o.shape is not None]
-        none = torch.zeros(0, image.height, image.width, dtype=torch.uint8)
-        return torch.stack([mask_of(s, image.height, image.width) for s in shapes]) if shapes else none
+
+def _masks(image: CocoImage) -> Tensor:
+    shapes = [o.shape for o in image.objects if o.shape is not None]
+    none = torch.zeros(0, image.height, image.width, dtype=torch.uint8)
+    return torch.stack([mask_of(s, image.height, image.width) for s in shapes]) if shapes else none

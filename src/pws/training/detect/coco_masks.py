@@ -39,12 +39,6 @@ def mask_of(shape: Shape, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(coco_mask.decode(rle)))
 
 
-def compressed(mask: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """The RLE of a mask `(H, W)`, as JSON holds it."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
 def _checked_polygon(polygon: Any, height: int, width: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     if not isinstance(polygon, list) or not all(map(is_number, polygon)) or len(polygon) % 2 or len(polygon) < 6:
         raise FaultError(f"has the polygon {shown(polygon)}; it needs x and y of three points or more, all finite.")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pws.training.data import Key, RecipeData, seeded
-from pws.training.detect.augment import augmentation
+from pws.training.detect.augment import Augment
 from pws.training.detect.datasets import load_detection_splits
 from pws.training.detect.samples import DetectionImages, DetectionSplits, Target
 from pws.training.recipe import DataConfig
-
-Augment = Callable[[Tensor, Target], tuple[Tensor, Target]]
 
 
 class DetectionBatches(Dataset[tuple[list[Tensor], list[Target]]]):
@@ -50,7 +48,8 @@ class DetectionData(RecipeData):
     def batches(self, images: DetectionImages, *, train: bool) -> DetectionBatches:
         """Training images augmented as the recipe says and without crowds; test images as they are."""
         chosen = "flip" if self.config.augment is True else self.config.augment
-        augment = augmentation(chosen, self.config.image_size, images.flip_pairs) if chosen and train else None
+        names = images.keypoint_names
+        augment = Augment(chosen, self.config.image_size, names) if chosen and train else None
         return DetectionBatches(images, self.seed, augment, crowds=not train)
 
     def groups(self) -> Sequence[int] | None:

@@ -1,35 +1,27 @@
-"""The detection datasets: where their files are looked for, and how they are read."""
+"""The detection datasets: where their files are looked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
-
-from torch import Tensor
+from typing import Final
 
 from pws._errors import PwsError, UnknownNameError
 from pws.training.datasets import chosen_images
 from pws.training.detect.coco import CocoImages
-from pws.training.detect.samples import DetectionImages, DetectionSplits, Target
-from pws.training.detect.scene_images import SceneImages
+from pws.training.detect.drawn import DrawnImages, digit_cutouts
+from pws.training.detect.samples import DetectionImages, DetectionSplits
 from pws.training.detect.voc import VocImages
 from pws.training.recipe import DataConfig
 
-
-class _Part(DetectionImages, Protocol):
-    classes: list[str]
-
-
-Parts = tuple[_Part, _Part]
-"""For training and for testing."""
-Layout = tuple[str, str]
-"""Below the root: the names of the JSON files and of the image folders, for training and for testing."""
-OURS: Final = (("train", "train"), ("test", "test"))
+Layout = tuple[tuple[str, str], tuple[str, str]]
+"""Names below annotations/ and of the image folders, of training and test images."""
+OURS: Final[Layout] = (("train", "train"), ("test", "test"))
 DIGIT_SCENES: Final = (200, 50)
-"""For training and for testing."""
+"""Training and test images."""
 DIGIT_SIZE: Final = 96
+
+Parts = tuple[DetectionImages, DetectionImages]
 
 
 def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
@@ -37,7 +29,7 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
 
     Raises:
         UnknownNameError: no such dataset.
-        PwsError: files are missing or wrong, with where they were looked for and how to get them.
+        PwsError: files are missing or wrong, with where they were looked for.
     """
     if config.name not in DETECTION_DATASETS:
         raise UnknownNameError("dataset of task detect", config.name, DETECTION_DATASETS)
@@ -48,44 +40,19 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
             f"{config.name} in {config.root}: the training and the test images must have the same classes; in one only: {odd}."
         )
     chosen = chosen_images(config, len(train), seed)
-    return DetectionSplits(train if chosen is None else SomeImages(train, chosen), test, train.classes)
-
-
-@dataclass
-class SomeImages:
-    """The images of a dataset that have these numbers."""
-
-    images: DetectionImages
-    numbers: list[int]
-
-    def __post_init__(self) -> None:
-        self.has_masks, self.keypoints = self.images.has_masks, self.images.keypoints
-        self.flip_pairs = self.images.flip_pairs
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def size(self, number: int) -> tuple[int, int]:
-        """Height and width."""
-        return self.images.size(self.numbers[number])
-
-    def name(self, number: int) -> str:
-        """The image's file."""
-        return self.images.name(self.numbers[number])
-
-    def get(self, number: int) -> tuple[Tensor, Target]:
-        """The pixels and the objects."""
-        return self.images.get(self.numbers[number])
+    if chosen is not None:
+        train.numbers = [train.numbers[number] for number in chosen]
+    return DetectionSplits(train, test, train.classes)
 
 
 def _coco(kind: str) -> Callable[[Path], Parts]:
-    layouts = [((f"{kind}_train2017", "train2017"), (f"{kind}_val2017", "val2017")), OURS]
+    layouts: list[Layout] = [((f"{kind}_train2017", "train2017"), (f"{kind}_val2017", "val2017")), OURS]
 
     def load(root: Path) -> Parts:
         for layout in layouts:
             if all((root / "annotations" / f"{name}.json").is_file() for name, _ in layout):
-                return _read_coco(root, layout)
-        looked = " or ".join(f"{a[0]}.json and {b[0]}.json" for a, b in layouts)
+                return _both(root, layout)
+        looked = " or ".join(f"{train[0]}.json and {test[0]}.json" for train, test in layouts)
         raise PwsError(
             f"coco: {root / 'annotations'} must hold {looked}, beside folders of images; it holds neither pair. Get COCO from "
             "cocodataset.org, or point --data.root at your own data of this layout."
@@ -94,7 +61,7 @@ def _coco(kind: str) -> Callable[[Path], Parts]:
     return load
 
 
-def _read_coco(root: Path, layout: tuple[Layout, Layout]) -> Parts:
+def _both(root: Path, layout: Layout) -> Parts:
     train, test = (CocoImages(root / "annotations" / f"{name}.json", root / images) for name, images in layout)
     return train, test
 
@@ -102,7 +69,7 @@ def _read_coco(root: Path, layout: tuple[Layout, Layout]) -> Parts:
 def _scenes(root: Path) -> Parts:
     for folder in (root, root / "scenes"):
         if (folder / "annotations" / "train.json").is_file():
-            return _read_coco(folder, OURS)
+            return _both(folder, OURS)
     raise PwsError(
         f"scenes: neither {root} nor {root / 'scenes'} holds annotations/train.json. Make the scenes: pws scenes "
         f"{root / 'scenes'}, or point --data.root at their folder."
@@ -123,10 +90,8 @@ def _voc(root: Path) -> Parts:
 
 
 def _digit_scenes(_: Path) -> Parts:
-    train, test = (
-        SceneImages("digits", part, count, DIGIT_SIZE)
-        for part, count in zip(("train", "test"), DIGIT_SCENES, strict=True)
-    )
+    parts = enumerate(zip(digit_cutouts(), DIGIT_SCENES, strict=True))
+    train, test = (DrawnImages(cutouts, DIGIT_SIZE, part, count) for part, (cutouts, count) in parts)
     return train, test
 
 

@@ -55,10 +55,12 @@ class Detector(TaskModule):
             )
         return found
 
-    def validation_step(self, batch: Batch, _: int) -> None:
-        """Add a batch to the metric."""
+    def validation_step(self, batch: Batch, _: int) -> dict[str, Any]:
+        """Add a batch to the metric; returns what was found."""
         images, targets = batch
-        update_metric(self.metric, self(images), targets)
+        found = self(images)
+        update_metric(self.metric, found, targets)
+        return {"found": found}
 
     def on_validation_epoch_end(self) -> None:
         """Log COCO's figures: val_box_ap, val_box_ap50, ..., val_mask_ap."""

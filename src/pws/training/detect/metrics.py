@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.ops import box_convert
 
 from pws.training.detect.samples import Target
 from pws.training.detect.voc_ap import ImageBoxes, voc_ap50
@@ -32,12 +34,16 @@ STATES: Final = (
 )
 """Where torchmetrics keeps what `ImageBoxes` holds."""
 KINDS: Final = {"bbox": "box", "segm": "mask"}
+OVERLAPS: Final[list[float]] = np.linspace(0.5, 0.95, 10).tolist()
+RECALLS: Final[list[float]] = np.linspace(0, 1, 101).tolist()
+"""COCO's. torchmetrics rounds them to float32, and 0.6 of the objects found is then less than a recall of 0.6."""
 
 
 def build_metric(*, masks: bool) -> MeanAveragePrecision:
     """COCO's metric of boxes, and of masks where there are some."""
     kinds: Any = ("bbox", "segm") if masks else ("bbox",)
     metric = MeanAveragePrecision(iou_type=kinds, compute_with_cache=False, backend="faster_coco_eval")
+    metric.iou_thresholds, metric.rec_thresholds = OVERLAPS, RECALLS  # its arguments would be rounded too
     metric.warn_on_many_detections = False  # COCO takes the best hundred of each image
     return metric
 
@@ -55,10 +61,14 @@ def _predicted(prediction: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _expected(target: Target) -> dict[str, Tensor]:
-    ignored = target["iscrowd"].bool() | target.get("difficult", torch.zeros_like(target["iscrowd"])).bool()
     kept = {key: target[key] for key in ("boxes", "labels", "area")}
-    kept["iscrowd"] = ignored.long()
+    kept["iscrowd"] = ignored_in(target).long()
     return kept if "masks" not in target else {**kept, "masks": target["masks"].bool()}
+
+
+def ignored_in(target: Target) -> Tensor:
+    """Which objects are neither hits nor misses: crowds, and difficult ones."""
+    return target["iscrowd"].bool() | target.get("difficult", torch.zeros_like(target["iscrowd"])).bool()
 
 
 def figures_of(metric: MeanAveragePrecision) -> dict[str, dict[str, float]]:
@@ -83,7 +93,7 @@ def figures_by_class(metric: MeanAveragePrecision, classes: int) -> list[dict[st
     metric.class_metrics = False
     several, there = len(metric.iou_type) > 1, found["classes"].reshape(-1).tolist()
     result: list[dict[str, float | None]] = []
-    images = [ImageBoxes(*parts) for parts in zip(*(getattr(metric, state) for state in STATES), strict=True)]
+    images = [_boxes_of(*parts) for parts in zip(*(getattr(metric, state) for state in STATES), strict=True)]
     for label in range(1, classes + 1):
         figures: dict[str, float | None] = {}
         for kind in metric.iou_type:
@@ -91,3 +101,9 @@ def figures_by_class(metric: MeanAveragePrecision, classes: int) -> list[dict[st
             figures[f"{KINDS[kind]}_ap"] = known_or_none(float(values[there.index(label)])) if label in there else None
         result.append({**figures, "voc_ap50": voc_ap50(images, label)})
     return result
+
+
+def _boxes_of(found: Tensor, scores: Tensor, labels: Tensor, there: Tensor, *others: Tensor) -> ImageBoxes:
+    """torchmetrics keeps left, top, width, height."""
+    found, there = (box_convert(boxes, "xywh", "xyxy") for boxes in (found, there))
+    return ImageBoxes(found, scores, labels, there, *others)

@@ -11,7 +11,7 @@ from pws._errors import PwsError, memory_ran_out, one_line
 from pws.methods import Method, apply_method
 from pws.models import model_of
 from pws.models.detector_spec import LONGEST, DetectorSpec
-from pws.models.detectors import build_detector
+from pws.models.detectors import build_detector, hidden_layers
 from pws.surgery import calibrate
 from pws.training.detect.backbone import freeze_stages, load_backbone
 from pws.training.detect.data import DetectionBatches, DetectionData
@@ -66,7 +66,7 @@ def _built(config: ModelConfig, data: DetectionData) -> nn.Module:
         width=config.width,
         head=config.head,
         anchor_size=config.anchor_size,
-        keypoints=data.splits.train.keypoints,
+        keypoints=len(data.splits.train.keypoint_names),
         options=config.options,
     )
     model = build_detector(config.name, spec)
@@ -79,6 +79,8 @@ def _with_method(model: nn.Module, config: ModelConfig, method: Method, example:
     options = method_options(config)
     if method.name == "pws-paper" and not options:
         return as_published(model, config.name.rpartition("-")[0], example)
+    if method.name == "pws" and hasattr(model, "backbone"):
+        options["standardize"] = hidden_layers(model)
     return apply_method(model, method.name, example, **options)
 
 

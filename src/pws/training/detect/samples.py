@@ -26,7 +26,7 @@ Target = dict[str, Tensor]
     difficult   (N,) bool        (VOC) trained on, but neither hit nor miss in evaluation
 
 Boxes are torchvision's `tv_tensors.BoundingBoxes` and masks its `Mask`, so that transforms.v2 moves them with the image;
-keypoints are a plain tensor that `augmentation` moves. A keypoint's coordinates are those of a pixel, from 0 on.
+keypoints are a plain tensor, which `Augment` moves. A keypoint is at a pixel, and pixels count from 0, as in COCO.
 """
 
 
@@ -34,10 +34,12 @@ class DetectionImages(Protocol):
     """Images with their objects, by number."""
 
     has_masks: bool
-    keypoints: int
-    """Of each object; 0 if the data has none."""
-    flip_pairs: list[tuple[int, int]]
-    """Keypoints that a mirror swaps, such as the left and the right eye."""
+    classes: list[str]
+    """Their labels are 1, 2, ..."""
+    keypoint_names: list[str]
+    """Of each object's keypoints; empty if the data has none. Names that begin with left_ and right_ are a pair."""
+    numbers: list[int]
+    """Which images of the files are used, in their order."""
 
     def __len__(self) -> int: ...
 
@@ -61,48 +63,34 @@ class DetectionSplits:
     """Their labels are 1, 2, ..."""
 
 
-def make_target(
-    boxes: Tensor,
-    labels: Tensor,
-    size: tuple[int, int],
-    *,
-    iscrowd: Tensor | None = None,
-    masks: Tensor | None = None,
+def target_of(
+    boxes: Sequence[tuple[float, float, float, float]], labels: Sequence[int], size: tuple[int, int]
 ) -> Target:
-    """The objects of an image of that height and width, with their areas."""
-    wrapped = tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=size)
-    target: Target = {
-        **{"boxes": wrapped, "labels": labels},
-        "iscrowd": torch.zeros_like(labels) if iscrowd is None else iscrowd,
-        "area": areas(boxes.float(), masks),
+    """The objects of an image of `size` (height, width) by their boxes (left, top, right, bottom) and labels."""
+    corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return {
+        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
+        "area": areas(corners, None),
     }
-    if masks is not None:
-        target["masks"] = tv_tensors.Mask(masks)
-    return target
 
 
 def areas(boxes: Tensor, masks: Tensor | None) -> Tensor:
     """Pixels of each mask, or of each box where there are no masks."""
     if masks is not None:
         return masks.as_subclass(Tensor).sum((1, 2), dtype=torch.float32)
-    plain = boxes.as_subclass(Tensor)
-    return (plain[:, 2] - plain[:, 0]) * (plain[:, 3] - plain[:, 1])
+    sides = (boxes[:, 2:] - boxes[:, :2]).as_subclass(Tensor)
+    return sides[:, 0] * sides[:, 1]
 
 
 def read_sized(path: Path, size: tuple[int, int], source: Path) -> Tensor:
     """The pixels of an image that is of the height and width that its annotation file `source` gives."""
     pixels = read_image(path)
-    if tuple(pixels.shape[1:]) != size:
-        height, width = pixels.shape[1:]
+    height, width = pixels.shape[1:]
+    if (height, width) != size:
         raise PwsError(
             f"{source}: {path} is {size[1]} x {size[0]} pixels there, and the file itself {width} x {height}. Was it resized "
             "or turned after it was labelled? The boxes would be wrong: get the image again, or mend its size and boxes."
         )
     return pixels
-
-
-def mirrored_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
-    """The keypoints that a mirror swaps: left_X and right_X."""
-    places = {name: place for place, name in enumerate(names)}
-    found = [(places[n], places.get("right_" + n.removeprefix("left_"))) for n in names if n.startswith("left_")]
-    return [(left, right) for left, right in found if right is not None]

@@ -12,8 +12,10 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-SCALES: Final = (0.6, 3.0)
-"""Of an object of 28 pixels, on a canvas of any size."""
+SIDES: Final = (0.105, 0.525)
+"""The longer side of an object, in parts of the canvas: 0.6 to 3 times an object of 28 pixels on one of 160."""
+WHOLE: Final = (0.5, 1.0)
+"""The same of a single object."""
 EMPTY: Final = 0.05
 """The share of scenes without objects."""
 MOST: Final = 6
@@ -35,9 +37,9 @@ class Cutouts:
     pixels: Array
     labels: Array
     classes: Sequence[str]
-    outline: int
+    outline: int = 25
     """Pixels brighter than this belong to the object, after it was scaled."""
-    mirrored: bool
+    mirrored: bool = True
     """Every second one."""
 
 
@@ -60,8 +62,9 @@ def draw_scene(cutouts: Cutouts, size: int, *, seed: int, part: int, number: int
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
     for _ in range(wanted):
         chosen = int(rng.integers(len(cutouts.labels)))
-        new = _put(rng, cutouts, chosen, size)
-        shown, whole = [*(mask & ~new.mask for mask in masks), new.mask], [*areas, new.area]
+        new = _place(rng, cutouts, chosen, size, SIDES)
+        shown = [*(mask & ~new.mask for mask in masks), new.mask]
+        whole = [*areas, new.area]
         if any(mask.sum() < max(SMALLEST, VISIBLE * area) for mask, area in zip(shown, whole, strict=True)):
             continue  # it would hide another object, or is hardly on the canvas
         masks, areas = shown, whole
@@ -74,25 +77,24 @@ def draw_scene(cutouts: Cutouts, size: int, *, seed: int, part: int, number: int
 @dataclass(frozen=True)
 class _Object:
     canvas: Array
-    """Its grey pixels at its place, black elsewhere."""
+    """The object at its place, black elsewhere."""
     mask: Array
-    """The pixels of the canvas that belong to it."""
+    """Where it is."""
     area: int
     """Pixels of the whole object, those beyond the canvas too."""
 
 
-def _put(rng: np.random.Generator, cutouts: Cutouts, chosen: int, size: int) -> _Object:
-    """The chosen object in a size and at a place of its own."""
+def _place(rng: np.random.Generator, cutouts: Cutouts, chosen: int, size: int, sides: tuple[float, float]) -> _Object:
+    """The object at a place of its own; its longer side is drawn from this range, in parts of the canvas."""
     pixels = cutouts.pixels[chosen]
-    scale = float(np.exp(rng.uniform(*np.log(SCALES)))) * 28 / max(pixels.shape)
-    sides = [max(4, round(scale * side)) for side in pixels.shape]
-    turned = pixels[:, ::-1] if rng.random() < 0.5 and cutouts.mirrored else pixels
-    drawn = np.asarray(
-        Image.fromarray(np.ascontiguousarray(turned)).resize((sides[1], sides[0]), Image.Resampling.BILINEAR)
-    )
-    top, left = (int(rng.integers(-side // 4, max(1, size - 3 * side // 4))) for side in sides)
+    scale = size * float(np.exp(rng.uniform(*np.log(sides)))) / max(pixels.shape)
+    height, width = (max(4, round(scale * length)) for length in pixels.shape)
+    flipped = np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 and cutouts.mirrored else pixels)
+    drawn = np.asarray(Image.fromarray(flipped).resize((width, height), Image.Resampling.BILINEAR))
+    # A quarter of it may lie beyond each border.
+    top, left = (int(rng.integers(-(side // 4), max(1, size - 3 * side // 4))) for side in (height, width))
     canvas = np.zeros((size, size), np.uint8)
-    rows, columns = slice(max(0, top), min(size, top + sides[0])), slice(max(0, left), min(size, left + sides[1]))
+    rows, columns = slice(max(0, top), min(size, top + height)), slice(max(0, left), min(size, left + width))
     canvas[rows, columns] = drawn[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     return _Object(canvas, canvas > cutouts.outline, int((drawn > cutouts.outline).sum()))
 
@@ -124,3 +126,14 @@ def _background(rng: np.random.Generator, size: int) -> Array:
             pen.ellipse(box, outline=colour, width=width, fill=colour if rng.random() < 0.3 else None)
     noise = rng.normal(0, rng.uniform(2, 12), (size, size, 1))
     return np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
+
+
+def draw_object(cutouts: Cutouts, size: int, *, seed: int, part: int, number: int) -> tuple[Array, int]:
+    """An image `(size, size, 3)` uint8 of one object, whole or nearly so, over most of the image; and its class."""
+    rng = np.random.default_rng([seed, part, number, 1])
+    chosen = int(rng.integers(len(cutouts.labels)))
+    image = _background(rng, size)
+    while True:
+        new = _place(rng, cutouts, chosen, size, WHOLE)
+        if new.mask.sum() >= 0.9 * new.area:
+            return _painted(rng, image, new), int(cutouts.labels[chosen])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pws._errors import PwsError, one_line, shown
 from pws.training.detect.faults import LARGEST, Box, FaultError, box_inside, naming
-from pws.training.detect.samples import Target, make_target, read_sized
+from pws.training.detect.samples import Target, read_sized, target_of
 
 CLASSES: Final = [
     *(
@@ -62,32 +62,30 @@ class VocImages:
     """
 
     has_masks = False
-    keypoints = 0
 
     def __init__(self, folders: list[tuple[Path, str]]) -> None:
-        self.classes, self.flip_pairs = CLASSES, list[tuple[int, int]]()
+        self.classes, self.keypoint_names = CLASSES, list[str]()
         self.images = [_read(folder, name) for folder, split in folders for name in _names(folder, split)]
+        self.numbers = list(range(len(self.images)))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.numbers)
 
     def size(self, number: int) -> tuple[int, int]:
         """Height and width, as the XML gives them."""
-        image = self.images[number]
+        image = self.images[self.numbers[number]]
         return image.height, image.width
 
     def name(self, number: int) -> str:
         """The image's file."""
-        return str(self.images[number].file)
+        return str(self.images[self.numbers[number]].file)
 
     def get(self, number: int) -> tuple[Tensor, Target]:
         """The pixels and the objects."""
-        image, size = self.images[number], self.size(number)
-        pixels = read_sized(image.file, size, image.annotation)
-        boxes = torch.tensor([o.box for o in image.objects]).reshape(-1, 4)
-        target = make_target(boxes, torch.tensor([o.label for o in image.objects], dtype=torch.int64), size)
+        image, size = self.images[self.numbers[number]], self.size(number)
+        target = target_of([o.box for o in image.objects], [o.label for o in image.objects], size)
         target["difficult"] = torch.tensor([o.difficult for o in image.objects], dtype=torch.bool)
-        return pixels, target
+        return read_sized(image.file, size, image.annotation), target
 
 
 def _names(folder: Path, split: str) -> list[str]:

@@ -31,10 +31,10 @@ class ImageBoxes:
 
 def voc_ap50(images: Sequence[ImageBoxes], label: int) -> float | None:
     """Average precision of a class in [0, 1]; None if no image has an object of it that counts."""
-    objects = sum(int((~image.ignored[image.true_labels == label].bool()).sum()) for image in images)
+    objects = sum(objects_of(image, label) for image in images)
     if not objects:
         return None
-    found = [_hits(image, label) for image in images]
+    found = [hits_of(image, label) for image in images]
     scores, hits, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
     order = scores[counts].argsort(descending=True, stable=True)
     right = hits[counts][order].double().cumsum(0)
@@ -45,8 +45,13 @@ def voc_ap50(images: Sequence[ImageBoxes], label: int) -> float | None:
     return float((envelope * recall.diff(prepend=recall.new_zeros(1))).sum())
 
 
-def _hits(image: ImageBoxes, label: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Score of each detection of a class, whether it is a hit, and whether it counts."""
+def objects_of(image: ImageBoxes, label: int) -> int:
+    """How many objects of a class count."""
+    return int((~image.ignored[image.true_labels == label].bool()).sum())
+
+
+def hits_of(image: ImageBoxes, label: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Score of each detection of a class, the highest first, whether it is a hit, and whether it counts."""
     own, there = image.labels == label, image.true_labels == label
     order = image.scores[own].argsort(descending=True, stable=True)
     scores, boxes, ignored = image.scores[own][order], image.boxes[own][order], image.ignored[there].bool()
