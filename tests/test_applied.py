@@ -96,6 +96,7 @@ def test_the_norms_are_those_of_the_method(applied: Applied) -> None:
     count = 1 if method == "pws-paper" else len(of_kind(model, _BatchNorm)) if method in norms else 0
     assert len(of_kind(result, *norms.get(method, ()))) == count
     assert len(of_kind(result, _BatchNorm, nn.GroupNorm, *FROZEN)) == count
+    assert bool(pws.marked(result)) == method.startswith("pws")
 
 
 def test_outputs_have_their_form(applied: Applied) -> None:

@@ -31,15 +31,25 @@ SMALL = (
     "--trainer.epochs=1",
 )
 PUBLISHED = {"allconv": 2, "preact": 2, "cifar-resnet34": 3, "resnet50": 3}
+DETECTORS = {
+    **{"mask-rcnn-resnet50": 2, "faster-rcnn-resnet50": 2, "ssd-vgg16": 3},
+    **{"mask-rcnn-resnet18": 1, "faster-rcnn-resnet18": 1},
+}
+QUICK = {
+    **dict.fromkeys(("box_batch_size_per_image", "rpn_pre_nms_top_n_train", "rpn_post_nms_top_n_train"), 16),
+    **dict.fromkeys(("rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "box_detections_per_img"), 4),
+}
 
 
-def recipes() -> list[Path]:
-    return shipped_recipes()
+def recipes(task: str = "classify") -> list[Path]:
+    return [path for path in shipped_recipes() if load_recipe(path).task == task]
 
 
 def test_all_are_here() -> None:
+    detectors = [load_recipe(path).model.name for path in recipes("detect")]
+    assert {name: detectors.count(name) for name in detectors} == DETECTORS
     names = [load_recipe(path).model.name for path in recipes()]
-    assert len(names) == 12
+    assert len(names) == 13
     fashion = [path for path in recipes() if path.stem.startswith("fashion-mnist")]
     assert len(fashion) == 2
     for name, count in PUBLISHED.items():
@@ -50,9 +60,10 @@ def test_all_are_here() -> None:
 def test_one_step(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.data.name in DATASETS
-    if recipe.data.name == "imagenet":
+    if recipe.data.name in ("imagenet", "folder"):
         write_folder(tmp_path / "data", classes=3, images=3, side=70)
         flags = [f"--data.root={tmp_path / 'data'}", "--model.num_classes=3", "--data.image_size=64"]
+        flags += ["--model.width=1"] if ":" in recipe.model.name else []
     else:
         channels, side = (1, 28) if recipe.data.name == "fashion-mnist" else (3, 32)
         write_npz(tmp_path / "data.npz", channels=channels, side=side)
@@ -61,10 +72,46 @@ def test_one_step(path: Path, tmp_path: Path) -> None:
     assert (summary.status, summary.steps) == ("finished", 1)
 
 
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("bn", "gn", "pws-paper")]
+
+
+@pytest.mark.parametrize("method", [*SLOW, "pws"])
+@pytest.mark.parametrize("path", recipes("detect"), ids=lambda path: path.stem)
+def test_one_step_of_a_detector(path: Path, method: str, tmp_path: Path) -> None:
+    small = load_recipe(path, *SMALL, "--data.name=digit-scenes", "--data.image_size=64", f"--model.method={method}")
+    if "rcnn" in small.model.name:
+        small = replace(small, model=replace(small.model, options=QUICK))
+    summary = train(
+        replace(small, data=replace(small.data, batch_size=2, train_images=4)), tmp_path / "run", quiet=True
+    )
+    assert (summary.status, summary.steps) == ("finished", 1)
+    assert summary.metrics.keys() >= ({"box_ap", "mask_ap"} if "mask" in path.stem else {"box_ap"})
+
+
 @pytest.mark.parametrize("path", [p for p in recipes() if p.stem.endswith("-pws")], ids=lambda path: path.stem)
 def test_pws_recipes_say_whether_they_calibrate(path: Path) -> None:
     assert "calibrate:" in path.read_text()
     assert load_recipe(path).model.calibrate == ("initalpha" if "imagenet" in path.stem else "none")
+
+
+def test_published_settings_of_detectors() -> None:
+    mask, ssd = load_recipe("coco-mask-rcnn"), load_recipe("voc-ssd")
+    assert (mask.optim.lr, mask.data.batch_size, mask.optim.weight_decay, mask.data.image_size) == (
+        0.0025,
+        2,
+        1e-4,
+        800,
+    )
+    assert (mask.optim.milestones, mask.trainer.epochs) == ([16, 22], 24)
+    steps_per_epoch = 117_266 / 2  # COCO's training images with objects
+    assert mask.optim.warmup_epochs * steps_per_epoch == pytest.approx(500, rel=0.01)
+    faster = load_recipe("coco-faster-rcnn")
+    assert (faster.optim.milestones, faster.trainer.epochs) == ([34, 37], 39)
+    assert (ssd.optim.lr, ssd.optim.weight_decay, ssd.data.image_size) == (0.01, 5e-4, 320)
+    assert (ssd.optim.milestones, ssd.trainer.epochs) == ([90, 170, 240], 250)
+    assert load_recipe("coco-ssd").optim.milestones == [120, 200, 260]
+    for name, head in (("coco-mask-rcnn", "mlp"), ("coco-mask-rcnn-conv", "conv"), ("coco-faster-rcnn-conv", "conv")):
+        assert load_recipe(name).model.head == head
 
 
 def test_published_settings() -> None:
