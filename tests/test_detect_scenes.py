@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from pws.cli import main
-from pws.training.datasets import fashion_arrays
 from pws.training.detect.datasets import load_detection_splits
 from pws.training.detect.drawn import KEYPOINTS, DrawnImages, digit_cutouts, fashion_cutouts
 from pws.training.detect.scenes import SMALLEST, Scene, draw_scene
@@ -182,10 +181,10 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("pws.training.detect.write_scenes.fashion_cutouts", lambda: fashion_arrays("train", [tmp_path]))
+    monkeypatch.setattr("pws.training.detect.drawn.FASHION_FOLDERS", (tmp_path,))
     monkeypatch.setattr("pws.training.detect.write_scenes._loaded", {})
     assert main(["scenes", str(tmp_path / "out"), "--jobs", "1"]) == 2
-    assert "apt install dataset-fashion-mnist" in capsys.readouterr().err
+    assert "or take --objects digits" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -9,12 +10,24 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from pws.training.datasets import DIGIT_CLASSES, FASHION_CLASSES, FASHION_PARTS, digit_arrays, fashion_arrays
+from pws.training.datasets import (
+    DEBIAN_FASHION_MNIST,
+    DIGIT_CLASSES,
+    FASHION_CLASSES,
+    FASHION_PARTS,
+    digit_arrays,
+    fashion_arrays,
+)
 from pws.training.detect.samples import Target, target_of
 from pws.training.detect.scenes import Cutouts, draw_scene
 
 KEYPOINTS: Final = ("top", "bottom", "left_end", "right_end")
 """The outermost visible pixels of an object."""
+FASHION_FOLDERS: Final = (Path("data"), Path("data/FashionMNIST/raw"), DEBIAN_FASHION_MNIST)
+FASHION_HELP: Final = (
+    "Get it with `apt install dataset-fashion-mnist` (Debian, Ubuntu), put the files into the folder data, or take --objects "
+    "digits."
+)
 
 
 class DrawnImages:
@@ -87,7 +100,7 @@ def fashion_cutouts() -> tuple[Cutouts, Cutouts]:
     Raises:
         PwsError: the files are missing.
     """
-    train, test = (_fashion(*fashion_arrays(part)) for part in FASHION_PARTS)
+    train, test = (_fashion(*fashion_arrays(part, FASHION_FOLDERS, FASHION_HELP)) for part in FASHION_PARTS)
     return train, test
 
 

@@ -19,8 +19,6 @@ from pws.training.detect.drawn import KEYPOINTS, DrawnImages, digit_cutouts, fas
 from pws.training.detect.samples import Target
 from pws.training.detect.scenes import Cutouts, draw_object
 
-SHEET: Final = (4, 6)
-"""Rows and columns of the picture of the first training scenes."""
 Objects = Literal["fashion-mnist", "digits"]
 Progress = Callable[[int, int], None]
 PARTS: Final = ("train", "test")
