@@ -1,4 +1,4 @@
-"""Detection datasets: what is read from COCO's and VOC's files, and what is said of wrong ones."""
+"""Detection datasets: what is read from COCO's files, and what is said of wrong ones."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from detect_data import coco_content, voc_object, voc_xml, write_coco, write_voc
+from detect_data import coco_content, write_coco
 from PIL import Image
 from torch import Tensor
 
-from pws._errors import PwsError, UnknownNameError
+from pws._errors import PwsError
 from pws.training.detect.coco import CocoImages
-from pws.training.detect.datasets import load_detection_splits
-from pws.training.detect.voc import VocImages
 from pws.training.images import read_image
-from pws.training.recipe import DataConfig
 
 PERSON = ["nose", "left_eye", "right_eye"]
 
@@ -216,175 +213,8 @@ def test_images_of_any_mode_become_colours(image: Image.Image, expected: tuple[i
     assert torch.equal(pixels, torch.tensor(expected, dtype=torch.uint8)[:, None, None].expand(3, 2, 3))
 
 
-def test_voc_objects(tmp_path: Path) -> None:
-    part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
-    objects = voc_object() + voc_object("person", (3.5, 1, 10, 8), "<difficult>1</difficult>" + part)
-    write_voc(tmp_path / "VOC2007", {"000001": voc_xml(objects), "000002": voc_xml("")})
-    write_voc(tmp_path / "VOC2012", {"2008_000001": voc_xml(voc_object("tvmonitor"))})
-    images = VocImages([(tmp_path / "VOC2007", "trainval"), (tmp_path / "VOC2012", "trainval")])
-    assert (len(images), images.size(1), len(images.classes)) == (3, (8, 10), 20)
-    pixels, target = images.get(0)
-    assert pixels.shape == (3, 8, 10)
-    assert target["boxes"].tolist() == [[0, 1, 4, 5], [2.5, 0, 10, 8]]
-    assert [images.classes[label - 1] for label in target["labels"]] == ["dog", "person"]
-    assert target["difficult"].tolist() == [False, True]
-    assert target["area"].tolist() == [16, 60]
-    assert images.get(1)[1]["boxes"].shape == (0, 4)
-    assert images.get(2)[1]["labels"].tolist() == [20]
-
-
-LAUGHS = "".join(f'<!ENTITY {new} "{f"&{old};" * 99}">' for old, new in zip("abcde", "bcdef", strict=True))
-VOC_FAULTS: dict[str, tuple[str, str]] = {
-    "another class": (voc_xml(voc_object() + voc_object("zebra")), "object 2 ('zebra') is of none of VOC's classes"),
-    "no box": (
-        voc_xml("<object><name>dog</name></object>"),
-        "object 1 ('dog') needs a finite number as its bndbox/xmin",
-    ),
-    "NaN": (voc_xml(voc_object(box=(1, 2, "nan", 3))), "bndbox/xmax; got 'nan'"),
-    "words": (voc_xml(voc_object(box=(1, 2, "x", 3))), "bndbox/xmax; got 'x'"),
-    "upside down": (voc_xml(voc_object(box=(1, 5, 4, 2))), "object 1 ('dog') has a box without width or height"),
-    "beyond": (voc_xml(voc_object(box=(1, 2, 40, 5))), "object 1 ('dog') has a box beyond its image of 10 x 8"),
-    "difficult": (voc_xml(voc_object(more="<difficult>x</difficult>")), "difficult 'x'"),
-    "no size": ("<annotation></annotation>", "the image needs a finite number as its size/height"),
-    "size 0": (voc_xml("", width=0), "the image needs its size"),
-    "not XML": ("<annotation>", "cannot read"),
-    "nothing": ("", "cannot read"),
-    "entities": (
-        f'<!DOCTYPE a [<!ENTITY a "aaaa">{LAUGHS}]><annotation>&f;</annotation>',
-        "DOCTYPE",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", VOC_FAULTS)
-def test_an_error_of_voc_names_file_and_object(kind: str, tmp_path: Path) -> None:
-    text, fault = VOC_FAULTS[kind]
-    write_voc(tmp_path, {"000001": text})
-    with pytest.raises(PwsError) as caught:
-        VocImages([(tmp_path, "trainval")])
-    assert str(tmp_path / "Annotations" / "000001.xml") in str(caught.value)
-    assert fault in str(caught.value)
-
-
-def test_an_entity_in_utf_16_is_refused_too(tmp_path: Path) -> None:
-    write_voc(tmp_path, {"000001": ""})
-    text = VOC_FAULTS["entities"][0]
-    (tmp_path / "Annotations" / "000001.xml").write_bytes(text.encode("utf-16"))
-    with pytest.raises(PwsError, match="DOCTYPE"):
-        VocImages([(tmp_path, "trainval")])
-
-
-@pytest.mark.parametrize("gone", ["ImageSets/Main/trainval.txt", "Annotations/000001.xml", "JPEGImages/000001.jpg"])
-def test_a_missing_file_of_voc(gone: str, tmp_path: Path) -> None:
-    write_voc(tmp_path, {"000001": voc_xml(voc_object())})
-    (tmp_path / gone).unlink()
-    with pytest.raises(PwsError) as caught:
-        VocImages([(tmp_path, "trainval")])
-    assert str(tmp_path / gone) in str(caught.value)
-
-
-def test_a_voc_image_of_another_size(tmp_path: Path) -> None:
-    write_voc(tmp_path, {"000001": voc_xml(voc_object(), width=20)})
-    with pytest.raises(PwsError, match=r"000001\.jpg is 20 x 8 pixels there, and the file itself 10 x 8"):
-        VocImages([(tmp_path, "trainval")]).get(0)
-
-
 def test_coco_reads_its_file_once(tmp_path: Path) -> None:
     annotations, images = write_coco(tmp_path, coco_content())
     loaded = CocoImages(annotations, images)
     annotations.write_text(json.dumps([]))
     assert len(loaded.get(0)[1]["boxes"]) == 3
-
-
-def both_coco(root: Path, names: tuple[str, str], kind: str, test: Change = lambda content: content) -> None:
-    root.mkdir(exist_ok=True)
-    for name, change in zip(names, (lambda content: content, test), strict=True):
-        annotations, _ = write_coco(root, change(coco_content()), name)
-        annotations.rename(annotations.with_name(f"{kind}{name}.json"))
-
-
-@pytest.mark.parametrize(
-    ("name", "names", "kind"),
-    [
-        ("coco", ("train2017", "val2017"), "instances_"),
-        ("coco", ("train", "test"), ""),
-        ("coco-keypoints", ("train2017", "val2017"), "person_keypoints_"),
-        ("scenes", ("train", "test"), ""),
-    ],
-)
-def test_where_coco_is_looked_for(name: str, names: tuple[str, str], kind: str, tmp_path: Path) -> None:
-    both_coco(tmp_path, names, kind, test=lambda content: {**content, "images": content["images"][:1]})
-    splits = load_detection_splits(DataConfig(name=name, root=str(tmp_path)), seed=0)
-    assert (len(splits.train), len(splits.test), splits.classes) == (2, 1, ["dog", "cat"])
-    assert splits.train.name(0) == str(tmp_path / names[0] / "a.png")
-    assert splits.test.name(0) == str(tmp_path / names[1] / "a.png")
-
-
-def test_scenes_below_the_default_root(tmp_path: Path) -> None:
-    both_coco(tmp_path / "scenes", ("train", "test"), "")
-    assert len(load_detection_splits(DataConfig(name="scenes", root=str(tmp_path)), seed=0).train) == 2
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("coco", "instances_train2017.json and instances_val2017.json or train.json and test.json"),
-        ("coco-keypoints", "person_keypoints_train2017.json"),
-        ("scenes", "pws scenes ROOT/scenes"),
-        ("voc", "ROOT holds neither VOC2007 nor VOC2012"),
-    ],
-)
-def test_missing_files_and_how_to_get_them(name: str, said: str, tmp_path: Path) -> None:
-    with pytest.raises(PwsError) as caught:
-        load_detection_splits(DataConfig(name=name, root=str(tmp_path)), seed=0)
-    assert said.replace("ROOT", str(tmp_path)) in str(caught.value)
-
-
-def test_an_unknown_dataset() -> None:
-    with pytest.raises(UnknownNameError, match="coco-keypoints"):
-        load_detection_splits(DataConfig(name="coco-keypoint"), seed=0)
-
-
-@pytest.mark.parametrize(("names", "odd"), [(["cat", "cow"], r"\['cow', 'dog'\]"), (["dog", "cat"], "their order")])
-def test_both_parts_have_the_same_classes(names: list[str], odd: str, tmp_path: Path) -> None:
-    categories = [{"id": key, "name": name} for key, name in zip((7, 3), names, strict=True)]
-    both_coco(tmp_path, ("train", "test"), "", test=lambda content: {**content, "categories": categories})
-    with pytest.raises(PwsError, match=f"the same classes; in one only: .*{odd}"):
-        load_detection_splits(DataConfig(name="coco", root=str(tmp_path)), seed=0)
-
-
-@pytest.mark.parametrize("below", ["", "VOCdevkit"])
-@pytest.mark.parametrize(("years", "train"), [((2007,), ["000001"]), ((2007, 2012), ["000001", "2008_1"])])
-def test_voc_is_tested_on_2007(years: tuple[int, ...], train: list[str], below: str, tmp_path: Path) -> None:
-    for year in years:
-        name = {2007: "000001", 2012: "2008_1"}[year]
-        write_voc(tmp_path / below / f"VOC{year}", {name: voc_xml(voc_object())})
-    write_voc(tmp_path / below / "VOC2007", {"000009": voc_xml("")}, "test")
-    splits = load_detection_splits(DataConfig(name="voc", root=str(tmp_path)), seed=0)
-    assert [Path(splits.train.name(number)).stem for number in range(len(splits.train))] == train
-    assert [Path(splits.test.name(number)).stem for number in range(len(splits.test))] == ["000009"]
-    assert (len(splits.classes), splits.train.has_masks) == (20, False)
-
-
-def test_voc_2012_alone_is_tested_on_its_val(tmp_path: Path) -> None:
-    write_voc(tmp_path / "VOC2012", {"2008_1": voc_xml(voc_object())}, "train")
-    write_voc(tmp_path / "VOC2012", {"2008_2": voc_xml(""), "2008_3": voc_xml("")}, "val")
-    splits = load_detection_splits(DataConfig(name="voc", root=str(tmp_path)), seed=0)
-    assert (len(splits.train), len(splits.test)) == (1, 2)
-
-
-def test_a_seeded_part_of_the_training_images() -> None:
-    whole = load_detection_splits(DataConfig(name="digit-scenes"), seed=0)
-    some, other = (
-        load_detection_splits(DataConfig(name="digit-scenes", train_images=20), seed=seed) for seed in (0, 1)
-    )
-    assert (len(whole.train), len(whole.test), len(some.train), len(some.test)) == (200, 50, 20, 50)
-    names = [[splits.train.name(number) for number in range(20)] for splits in (some, other)]
-    assert names[0] != names[1]
-    assert len(set(names[0])) == 20
-    number = int(Path(names[0][3]).stem)
-    assert torch.equal(some.train.get(3)[0], whole.train.get(number)[0])
-    assert (some.train.has_masks, len(some.train.keypoint_names)) == (True, 4)
-    assert some.train.size(3) == (96, 96)
-    with pytest.raises(PwsError, match="must be 1 to 200"):
-        load_detection_splits(DataConfig(name="digit-scenes", train_images=201), seed=0)
