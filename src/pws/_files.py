@@ -67,8 +67,11 @@ def remove_partials(path: Path) -> None:
         left.unlink()
 
 
-def write_folder(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Write a new folder of files whole or not at all, with the folders above it; an empty one may stand in its place.
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder` to write to; it takes that place when the block ends, and goes if the block fails.
+
+    The folders above are made. An empty folder may stand in the place.
 
     Raises:
         OSError: a file can't be written, or the folder holds something.
@@ -78,10 +81,18 @@ def write_folder(folder: Path, files: Mapping[str, str | bytes]) -> None:
     partial = partial_of(folder)
     partial.mkdir()
     try:
-        for name, content in files.items():
-            write_whole(partial / name, content)
+        yield partial
         partial.replace(folder)
     except OSError as error:
+        if error.errno is None:  # a library's own
+            raise
         raise OSError(error.errno, error.strerror, str(folder)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_folder(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Write a new folder of files whole or not at all, as `folder_written_whole` does."""
+    with folder_written_whole(folder) as partial:
+        for name, content in files.items():
+            write_whole(partial / name, content)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress as Bar
 
 from pws._errors import PwsError
-from pws._files import partial_of
+from pws._files import folder_written_whole
 from pws.cli.arguments import check_folder, check_jobs, command_parser, parse
 from pws.training.detect.sheet import scene_sheet
 from pws.training.detect.write_scenes import SceneSettings, write_objects, write_scenes
@@ -42,17 +41,12 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes; all cores")
     parsed = parse(parser, arguments)
     settings, out = _checked(parsed), Path(parsed.out)
-    partial = partial_of(out.resolve())
-    try:
-        with Bar() as bar:
-            task = bar.add_task("drawing", total=settings.train + settings.test)
-            write = write_objects if parsed.single else write_scenes
-            write(partial, settings, parsed.jobs, lambda done, _: bar.update(task, completed=done))
+    with folder_written_whole(out) as partial, Bar() as bar:
+        task = bar.add_task("drawing", total=settings.train + settings.test)
+        write = write_objects if parsed.single else write_scenes
+        write(partial, settings, parsed.jobs, lambda done, _: bar.update(task, completed=done))
         if not parsed.single:
             scene_sheet(partial)
-        partial.replace(out.resolve())
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     kind = "--data.name folder" if parsed.single else "--data.name scenes"
     print(f"{out}: {settings.train:,} training and {settings.test:,} test images; {kind} --data.root {out} reads them")
     return 0

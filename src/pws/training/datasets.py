@@ -72,26 +72,28 @@ def _fashion_mnist(config: DataConfig, seed: int) -> Splits:
     return _in_memory(*(config, seed, train, test, FASHION_CLASSES, (0.2860,), (0.3530,)), flip=True)
 
 
-def fashion_arrays(part: str, folders: Sequence[Path] = (DEBIAN_FASHION_MNIST,)) -> tuple[Tensor, Tensor]:
+def fashion_arrays(part: str, folders: Sequence[Path], help: str = _FASHION_HELP) -> tuple[Tensor, Tensor]:
     """Pixels `(N, 1, 28, 28)` uint8 and labels of a part of Fashion-MNIST, from the first folder that has its files.
+
+    `help` says how to get them.
 
     Raises:
         PwsError: the files are missing, corrupt or of different lengths.
     """
-    images = read_idx(_find(f"{part}-images-idx3-ubyte", folders), (28, 28))[:, None]
-    labels = read_idx(_find(f"{part}-labels-idx1-ubyte", folders), ()).long()
+    images = read_idx(_find(f"{part}-images-idx3-ubyte", folders, help), (28, 28))[:, None]
+    labels = read_idx(_find(f"{part}-labels-idx1-ubyte", folders, help), ()).long()
     if len(images) != len(labels):
         raise PwsError(f"fashion-mnist: {len(images)} {part} images, but {len(labels)} labels: get the files again.")
     return images, labels
 
 
-def _find(name: str, folders: Sequence[Path]) -> Path:
+def _find(name: str, folders: Sequence[Path], help: str) -> Path:
     for folder in folders:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
                 return path
     looked = ", ".join(str(folder) for folder in folders)
-    raise PwsError(f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. {_FASHION_HELP}")
+    raise PwsError(f"fashion-mnist: the file {name} (or {name}.gz) is missing; looked in {looked}. {help}")
 
 
 def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[DataConfig, int], Splits]:

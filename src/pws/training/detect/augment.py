@@ -1,20 +1,23 @@
-"""Training augmentation of images with their objects, by torchvision's transforms."""
+"""Training augmentation: images moved together with their boxes, masks and keypoints."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
-from pws.training.detect.samples import Target
+from pws.training.detect.samples import Target, areas
 from pws.training.recipe import Augmentation
 
-MEAN_COLOUR: Final = (123, 117, 104)
-"""ImageNet's, which normalization makes 0."""
+FILL: Final = {tv_tensors.Image: (124, 116, 104), "others": 0}
+"""Around an image that was made smaller: ImageNet's mean, which normalization makes 0."""
+Sample = tuple[Tensor, Target]
 
 
 class Augment:
@@ -30,43 +33,22 @@ class Augment:
         self.name, self.image_size = name, image_size
         self.mirrored = mirrored(keypoint_names)
 
-    def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    def __call__(self, image: Tensor, target: Target) -> Sample:
         """The changed image, and the objects that are left in it."""
-        moved: dict[str, Any] = {"image": tv_tensors.Image(image), "boxes": target["boxes"]}
-        moved |= {"masks": target["masks"]} if "masks" in target else {}
-        size = (image.shape[-2], image.shape[-1])
-        if "keypoints" in target:
-            moved["points"] = tv_tensors.KeyPoints(target["keypoints"][..., :2], canvas_size=size)
-        flips = bool(torch.rand(()) < 0.5)
-        for step in [*self._steps(size), v2.RandomHorizontalFlip(p=float(flips))]:
-            moved = step(moved)
-        moved["rows"] = torch.arange(len(target["labels"]))
-        moved = v2.SanitizeBoundingBoxes(labels_getter=lambda sample: sample["rows"])(moved)
-        return moved["image"], self._target(target, moved, flips=flips)
+        sample: Sample = (tv_tensors.Image(image), _with_points(target))
+        for transform in STEPS[self.name](self.image_size, (image.shape[-2], image.shape[-1])):
+            sample = transform(*sample)
+        if self.name != "flip":
+            sample = sample[0], _left(sample[1])
+        if torch.rand(()) < 0.5:
+            sample = self._flipped(*sample)
+        return sample[0], _finished(sample[1], target)
 
-    def _steps(self, size: tuple[int, int]) -> list[Any]:
-        if self.name == "ssd":
-            zoom = v2.RandomZoomOut(fill={tv_tensors.Image: MEAN_COLOUR, "others": 0})
-            return [v2.RandomPhotometricDistort(), zoom, v2.RandomIoUCrop()]
-        if self.name == "jitter":
-            wanted = (self.image_size, self.image_size) if self.image_size else size
-            return [v2.ScaleJitter(wanted), v2.RandomCrop(wanted, pad_if_needed=True)]
-        return []
-
-    def _target(self, old: Target, moved: dict[str, Any], *, flips: bool) -> Target:
-        boxes, rows = moved["boxes"], moved["rows"]
-        target = {name: value[rows] for name, value in old.items() if name not in ("boxes", "masks", "keypoints")}
-        sides = boxes[:, 2:] - boxes[:, :2]
-        target |= {"boxes": boxes, "area": (sides[:, 0] * sides[:, 1]).as_subclass(Tensor)}
-        if "masks" in moved:
-            target |= {"masks": moved["masks"], "area": moved["masks"].as_subclass(Tensor).sum((1, 2)).float()}
-        if "points" in moved:
-            points, (height, width) = moved["points"].as_subclass(Tensor)[rows], moved["image"].shape[-2:]
-            inside = (points >= 0).all(-1) & (points[..., 0] < width) & (points[..., 1] < height)
-            # What left the image is not labelled.
-            found = torch.cat([points, (old["keypoints"][rows][..., 2] * inside)[..., None]], -1)
-            target["keypoints"] = found[:, self.mirrored] if flips else found
-        return target
+    def _flipped(self, image: Tensor, target: Target) -> Sample:
+        moved = {key: TF.horizontal_flip(v) if isinstance(v, tv_tensors.TVTensor) else v for key, v in target.items()}
+        for key in ("keypoints", "visibility") if "keypoints" in target else ():
+            moved[key] = tv_tensors.wrap(moved[key].as_subclass(Tensor)[:, self.mirrored], like=moved[key])
+        return TF.horizontal_flip(image), moved
 
 
 def mirrored(names: Sequence[str]) -> list[int]:
@@ -78,3 +60,57 @@ def mirrored(names: Sequence[str]) -> list[int]:
         return f"{other[side]}_{rest}" if side in other else name
 
     return [names.index(partner(name)) if partner(name) in names else number for number, name in enumerate(names)]
+
+
+def _scale_jitter(side: int | None, own: tuple[int, int]) -> list[v2.Transform]:
+    size = (side, side) if side else own
+    return [v2.ScaleJitter((size[1], size[0])), v2.RandomCrop(size, pad_if_needed=True, fill=FILL)]
+
+
+def _ssd(_: int | None, __: tuple[int, int]) -> list[v2.Transform]:
+    return [v2.RandomPhotometricDistort(), v2.RandomZoomOut(fill=FILL), v2.RandomIoUCrop()]
+
+
+STEPS: Final[dict[Augmentation, Callable[[int | None, tuple[int, int]], list[v2.Transform]]]] = {
+    "flip": lambda _, __: [],
+    "jitter": _scale_jitter,
+    "ssd": _ssd,
+}
+"""Name to what comes before the flip, by the side wanted and the image's own height and width."""
+
+
+def _with_points(target: Target) -> Target:
+    """The keypoints as torchvision's, which have no visibility; that stands beside them."""
+    if "keypoints" not in target:
+        return dict(target)
+    points, canvas = target["keypoints"], target["boxes"].canvas_size  # type: ignore[attr-defined]
+    return {
+        **target,
+        "keypoints": tv_tensors.KeyPoints(points[..., :2], canvas_size=canvas),
+        "visibility": points[..., 2],
+    }
+
+
+def _left(target: Target) -> Target:
+    """The objects that a crop has left, with boxes around what is left of their masks."""
+    valid = TF.sanitize_bounding_boxes(target["boxes"])[1]
+    if "masks" in target:
+        valid &= target["masks"].as_subclass(Tensor).bool().flatten(1).any(1)
+    left = {key: tv_tensors.wrap(value.as_subclass(Tensor)[valid], like=value) for key, value in target.items()}
+    masks = left.get("masks")
+    if masks is not None:
+        boxes = masks_to_boxes(masks.as_subclass(Tensor)) + torch.tensor([0, 0, 1, 1])  # to the last pixel's far edge
+        left["boxes"] = tv_tensors.wrap(boxes, like=left["boxes"])
+    left["area"] = areas(left["boxes"], masks)
+    return left
+
+
+def _finished(target: Target, given: Target) -> Target:
+    """The keys that were given; keypoints that left the image are not labelled any more."""
+    if "keypoints" in given:
+        points = target["keypoints"].as_subclass(Tensor)
+        height, width = target["boxes"].canvas_size  # type: ignore[attr-defined]
+        inside = (points >= -0.5).all(-1) & (points[..., 0] < width - 0.5) & (points[..., 1] < height - 0.5)
+        labelled = torch.cat([points, target["visibility"][..., None]], -1)
+        target["keypoints"] = torch.where(inside[..., None], labelled, 0.0)
+    return {key: target[key] for key in given}

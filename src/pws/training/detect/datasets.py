@@ -14,9 +14,9 @@ from pws.training.detect.samples import DetectionImages, DetectionSplits
 from pws.training.detect.voc import VocImages
 from pws.training.recipe import DataConfig
 
-KIND: Final = "KIND"
-LAYOUTS: Final = (("train", "train", "test", "test"), ("KIND_train2017", "train2017", "KIND_val2017", "val2017"))
-"""Names below annotations/ and of the image folders, of training and test images: ours, then COCO's."""
+Layout = tuple[tuple[str, str], tuple[str, str]]
+"""Names below annotations/ and of the image folders, of training and test images."""
+OURS: Final[Layout] = (("train", "train"), ("test", "test"))
 DIGIT_SCENES: Final = (200, 50)
 """Training and test images."""
 DIGIT_SIZE: Final = 96
@@ -35,11 +35,9 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
         raise UnknownNameError("dataset of task detect", config.name, DETECTION_DATASETS)
     train, test = DETECTION_DATASETS[config.name](Path(config.root))
     if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes)) or "another order"
-        raise PwsError(f"{config.name}: training and test images must have the same classes; they differ in {odd}.")
-    if not len(train) or not len(test):
+        odd = sorted(set(train.classes) ^ set(test.classes)) or "none, but their order differs"
         raise PwsError(
-            f"{config.name} in {config.root} has {len(train)} training and {len(test)} test images: none to use."
+            f"{config.name} in {config.root}: the training and the test images must have the same classes; in one only: {odd}."
         )
     chosen = chosen_images(config, len(train), seed)
     if chosen is not None:
@@ -48,37 +46,47 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
 
 
 def _coco(kind: str) -> Callable[[Path], Parts]:
+    layouts: list[Layout] = [((f"{kind}_train2017", "train2017"), (f"{kind}_val2017", "val2017")), OURS]
+
     def load(root: Path) -> Parts:
-        for layout in LAYOUTS:
-            train, train_images, test, test_images = (part.replace(KIND, kind) for part in layout)
-            if (root / "annotations" / f"{train}.json").is_file():
-                return _both(root, (train, train_images), (test, test_images))
-        tried = " or ".join(f"annotations/{layout[0].replace(KIND, kind)}.json" for layout in LAYOUTS)
-        raise PwsError(f"{root} has no {tried}. Point --data.root at the folder that holds annotations and the images.")
+        for layout in layouts:
+            if all((root / "annotations" / f"{name}.json").is_file() for name, _ in layout):
+                return _both(root, layout)
+        looked = " or ".join(f"{train[0]}.json and {test[0]}.json" for train, test in layouts)
+        raise PwsError(
+            f"coco: {root / 'annotations'} must hold {looked}, beside folders of images; it holds neither pair. Get COCO from "
+            "cocodataset.org, or point --data.root at your own data of this layout."
+        )
 
     return load
 
 
-def _both(root: Path, *parts: tuple[str, str]) -> Parts:
-    train, test = (CocoImages(root / "annotations" / f"{name}.json", root / images) for name, images in parts)
+def _both(root: Path, layout: Layout) -> Parts:
+    train, test = (CocoImages(root / "annotations" / f"{name}.json", root / images) for name, images in layout)
     return train, test
 
 
 def _scenes(root: Path) -> Parts:
     for folder in (root, root / "scenes"):
         if (folder / "annotations" / "train.json").is_file():
-            return _coco("instances")(folder)
-    raise PwsError(f"scenes are made once, and there are none in {root}. Make them: pws scenes {root / 'scenes'}")
+            return _both(folder, OURS)
+    raise PwsError(
+        f"scenes: neither {root} nor {root / 'scenes'} holds annotations/train.json. Make the scenes: pws scenes "
+        f"{root / 'scenes'}, or point --data.root at their folder."
+    )
 
 
 def _voc(root: Path) -> Parts:
-    years = [root / f"VOC{year}" for year in (2007, 2012) if (root / f"VOC{year}").is_dir()]
-    if root / "VOC2007" not in years:
-        raise PwsError(
-            f"voc tests on VOC 2007, and {root / 'VOC2007'} does not exist. Point --data.root at the folder (VOCdevkit) that "
-            "holds VOC2007, and VOC2012 if it is to be trained on too."
-        )
-    return VocImages([(year, "trainval") for year in years]), VocImages([(root / "VOC2007", "test")])
+    for folder in (root, root / "VOCdevkit"):
+        years = [year for year in (folder / "VOC2007", folder / "VOC2012") if year.is_dir()]
+        if years and years[0].name == "VOC2007":
+            return VocImages([(year, "trainval") for year in years]), VocImages([(years[0], "test")])
+        if years:  # the test images of 2012 have no public boxes
+            return VocImages([(years[0], "train")]), VocImages([(years[0], "val")])
+    raise PwsError(
+        f"voc: {root} holds neither VOC2007 nor VOC2012, the folders of the archives of host.robots.ox.ac.uk/pascal/VOC. "
+        "Unpack them there (2007's test images too), or point --data.root at the folder that holds them."
+    )
 
 
 def _digit_scenes(_: Path) -> Parts:

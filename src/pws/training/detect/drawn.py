@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -9,12 +10,24 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
-from pws.training.datasets import DIGIT_CLASSES, FASHION_CLASSES, FASHION_PARTS, digit_arrays, fashion_arrays
+from pws.training.datasets import (
+    DEBIAN_FASHION_MNIST,
+    DIGIT_CLASSES,
+    FASHION_CLASSES,
+    FASHION_PARTS,
+    digit_arrays,
+    fashion_arrays,
+)
 from pws.training.detect.samples import Target, target_of
 from pws.training.detect.scenes import Cutouts, draw_scene
 
 KEYPOINTS: Final = ("top", "bottom", "left_end", "right_end")
 """The outermost visible pixels of an object."""
+FASHION_FOLDERS: Final = (Path("data"), Path("data/FashionMNIST/raw"), DEBIAN_FASHION_MNIST)
+FASHION_HELP: Final = (
+    "Get it with `apt install dataset-fashion-mnist` (Debian, Ubuntu), put the files into the folder data, or take --objects "
+    "digits."
+)
 
 
 class DrawnImages:
@@ -59,19 +72,26 @@ def _boxes(masks: Tensor) -> list[tuple[float, float, float, float]]:
 
 
 def _ends(masks: Tensor) -> Tensor:
-    """The centres of the outermost pixels: top, bottom, left, right; all visible."""
-    found = torch.ones(len(masks), len(KEYPOINTS), 3)
+    """The outermost pixels: top, bottom, left, right, all visible; the one in the middle where several are outermost."""
+    found = torch.full((len(masks), len(KEYPOINTS), 3), 2.0)
     for points, mask in zip(found, masks, strict=True):
-        y, x = mask.nonzero(as_tuple=True)
-        chosen = torch.stack([y.argmin(), y.argmax(), x.argmin(), x.argmax()])
-        points[:, 0], points[:, 1] = x[chosen] + 0.5, y[chosen] + 0.5
+        pixels = mask.nonzero()
+        first, last = pixels.amin(0), pixels.amax(0)
+        for point, (axis, end) in zip(points, ((0, first), (0, last), (1, first), (1, last)), strict=True):
+            ends = pixels[pixels[:, axis] == end[axis]]
+            point[:2] = ends[ends[:, 1 - axis].argsort()][len(ends) // 2].flip(0)
     return found
 
 
 def digit_cutouts() -> tuple[Cutouts, Cutouts]:
     """scikit-learn's digits of 8 x 8 pixels, for training and for testing."""
-    train, test = (_cutouts(*part, DIGIT_CLASSES) for part in digit_arrays())
+    train, test = (_digits(*part) for part in digit_arrays())
     return train, test
+
+
+def _digits(pixels: Tensor, labels: Tensor) -> Cutouts:
+    # A blurred edge of the few pixels would be as wide as a stroke; and a mirrored digit is none.
+    return Cutouts(pixels[:, 0].numpy(), labels.numpy(), DIGIT_CLASSES, outline=110, mirrored=False)
 
 
 def fashion_cutouts() -> tuple[Cutouts, Cutouts]:
@@ -80,9 +100,9 @@ def fashion_cutouts() -> tuple[Cutouts, Cutouts]:
     Raises:
         PwsError: the files are missing.
     """
-    train, test = (_cutouts(*fashion_arrays(part), FASHION_CLASSES) for part in FASHION_PARTS)
+    train, test = (_fashion(*fashion_arrays(part, FASHION_FOLDERS, FASHION_HELP)) for part in FASHION_PARTS)
     return train, test
 
 
-def _cutouts(pixels: Tensor, labels: Tensor, classes: list[str]) -> Cutouts:
-    return Cutouts(pixels[:, 0].numpy(), labels.numpy(), classes)
+def _fashion(pixels: Tensor, labels: Tensor) -> Cutouts:
+    return Cutouts(pixels[:, 0].numpy(), labels.numpy(), FASHION_CLASSES)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+
+from pws._errors import PwsError
+from pws.training.images import read_image
 
 Target = dict[str, Tensor]
 """The objects of one image, in its pixels:
@@ -21,8 +25,8 @@ Target = dict[str, Tensor]
     keypoints   (N, K, 3) float32  x, y, visibility (0 not labelled), where the data has them
     difficult   (N,) bool        (VOC) trained on, but neither hit nor miss in evaluation
 
-Boxes are torchvision's `tv_tensors.BoundingBoxes`, masks `Mask` and keypoints carry their image's size, so that
-transforms.v2 moves them with the image.
+Boxes are torchvision's `tv_tensors.BoundingBoxes` and masks its `Mask`, so that transforms.v2 moves them with the image;
+keypoints are a plain tensor, which `Augment` moves. A keypoint is at a pixel, and pixels count from 0, as in COCO.
 """
 
 
@@ -64,10 +68,29 @@ def target_of(
 ) -> Target:
     """The objects of an image of `size` (height, width) by their boxes (left, top, right, bottom) and labels."""
     corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    sides = corners[:, 2:] - corners[:, :2]
     return {
         "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
         "labels": torch.tensor(labels, dtype=torch.int64),
         "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
-        "area": sides[:, 0] * sides[:, 1],
+        "area": areas(corners, None),
     }
+
+
+def areas(boxes: Tensor, masks: Tensor | None) -> Tensor:
+    """Pixels of each mask, or of each box where there are no masks."""
+    if masks is not None:
+        return masks.as_subclass(Tensor).sum((1, 2), dtype=torch.float32)
+    sides = (boxes[:, 2:] - boxes[:, :2]).as_subclass(Tensor)
+    return sides[:, 0] * sides[:, 1]
+
+
+def read_sized(path: Path, size: tuple[int, int], source: Path) -> Tensor:
+    """The pixels of an image that is of the height and width that its annotation file `source` gives."""
+    pixels = read_image(path)
+    height, width = pixels.shape[1:]
+    if (height, width) != size:
+        raise PwsError(
+            f"{source}: {path} is {size[1]} x {size[0]} pixels there, and the file itself {width} x {height}. Was it resized "
+            "or turned after it was labelled? The boxes would be wrong: get the image again, or mend its size and boxes."
+        )
+    return pixels

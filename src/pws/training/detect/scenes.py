@@ -12,8 +12,6 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageDraw
 
-OUTLINE: Final = 25
-"""Pixels brighter than this belong to the object."""
 SIDES: Final = (0.105, 0.525)
 """The longer side of an object, in parts of the canvas: 0.6 to 3 times an object of 28 pixels on one of 160."""
 WHOLE: Final = (0.5, 1.0)
@@ -39,6 +37,10 @@ class Cutouts:
     pixels: Array
     labels: Array
     classes: Sequence[str]
+    outline: int = 25
+    """Pixels brighter than this belong to the object, after it was scaled."""
+    mirrored: bool = True
+    """Every second one."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def draw_scene(cutouts: Cutouts, size: int, *, seed: int, part: int, number: int
     wanted = 0 if rng.random() < EMPTY else int(rng.integers(1, MOST + 1))
     for _ in range(wanted):
         chosen = int(rng.integers(len(cutouts.labels)))
-        new = _place(rng, cutouts.pixels[chosen], size, SIDES)
+        new = _place(rng, cutouts, chosen, size, SIDES)
         shown = [*(mask & ~new.mask for mask in masks), new.mask]
         whole = [*areas, new.area]
         if any(mask.sum() < max(SMALLEST, VISIBLE * area) for mask, area in zip(shown, whole, strict=True)):
@@ -82,18 +84,19 @@ class _Object:
     """Pixels of the whole object, those beyond the canvas too."""
 
 
-def _place(rng: np.random.Generator, pixels: Array, size: int, sides: tuple[float, float]) -> _Object:
+def _place(rng: np.random.Generator, cutouts: Cutouts, chosen: int, size: int, sides: tuple[float, float]) -> _Object:
     """The object at a place of its own; its longer side is drawn from this range, in parts of the canvas."""
+    pixels = cutouts.pixels[chosen]
     scale = size * float(np.exp(rng.uniform(*np.log(sides)))) / max(pixels.shape)
     height, width = (max(4, round(scale * length)) for length in pixels.shape)
-    flipped = np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)
+    flipped = np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 and cutouts.mirrored else pixels)
     drawn = np.asarray(Image.fromarray(flipped).resize((width, height), Image.Resampling.BILINEAR))
     # A quarter of it may lie beyond each border.
     top, left = (int(rng.integers(-(side // 4), max(1, size - 3 * side // 4))) for side in (height, width))
     canvas = np.zeros((size, size), np.uint8)
     rows, columns = slice(max(0, top), min(size, top + height)), slice(max(0, left), min(size, left + width))
     canvas[rows, columns] = drawn[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-    return _Object(canvas, canvas > OUTLINE, int((drawn > OUTLINE).sum()))
+    return _Object(canvas, canvas > cutouts.outline, int((drawn > cutouts.outline).sum()))
 
 
 def _painted(rng: np.random.Generator, image: Array, new: _Object) -> Array:
@@ -131,6 +134,6 @@ def draw_object(cutouts: Cutouts, size: int, *, seed: int, part: int, number: in
     chosen = int(rng.integers(len(cutouts.labels)))
     image = _background(rng, size)
     while True:
-        new = _place(rng, cutouts.pixels[chosen], size, WHOLE)
+        new = _place(rng, cutouts, chosen, size, WHOLE)
         if new.mask.sum() >= 0.9 * new.area:
             return _painted(rng, image, new), int(cutouts.labels[chosen])

@@ -1,4 +1,4 @@
-"""Detection data in Pascal VOC's layout: an XML file for each image, boxes alone."""
+"""Images with Pascal VOC's annotations: an XML file beside each image, boxes alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pws._errors import PwsError, one_line, shown
-from pws.training.detect.samples import Target, target_of
-from pws.training.images import read_image
+from pws.training.detect.faults import LARGEST, Box, FaultError, box_inside, naming
+from pws.training.detect.samples import Target, read_sized, target_of
 
-CLASSES: Final = (
+CLASSES: Final = [
     *(
         "aeroplane",
         "bicycle",
@@ -31,110 +31,127 @@ CLASSES: Final = (
         "horse",
     ),
     *("motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
+]
+BOX_FORM: Final = "VOC's xmin, ymin, xmax, ymax count pixels from 1."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class _Object:
+    label: int
+    box: Box
+    difficult: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Image:
-    path: Path
-    size: tuple[int, int]
-    boxes: list[tuple[float, float, float, float]]
-    labels: list[int]
-    difficult: list[bool]
+    file: Path
+    annotation: Path
+    height: int
+    width: int
+    objects: list[_Object]
 
 
 class VocImages:
-    """The images of a split of one or several years: `FOLDER/ImageSets/Main/SPLIT.txt`, `Annotations`, `JPEGImages`.
+    """The images of one or more splits, with boxes and no masks.
 
-    VOC's pixels count from 1, and a box holds both of its corners' pixels: left and top lose 1.
+    Args:
+        folders: folders as VOC2007, each with the name of a list in its ImageSets/Main, such as trainval.
 
     Raises:
-        PwsError: a file is missing or no annotation of VOC's; file and object are named.
+        PwsError: a file is missing, or an entry is wrong: the message names the file and the object.
     """
 
     has_masks = False
 
-    def __init__(self, parts: list[tuple[Path, str]]) -> None:
-        self.classes, self.keypoint_names = list(CLASSES), list[str]()
-        self._images = [_read(folder, name) for folder, split in parts for name in _names(folder, split)]
-        self.numbers = list(range(len(self._images)))
+    def __init__(self, folders: list[tuple[Path, str]]) -> None:
+        self.classes, self.keypoint_names = CLASSES, list[str]()
+        self.images = [_read(folder, name) for folder, split in folders for name in _names(folder, split)]
+        self.numbers = list(range(len(self.images)))
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def size(self, number: int) -> tuple[int, int]:
-        """Height and width in pixels, as the XML has them."""
-        return self._images[self.numbers[number]].size
+        """Height and width, as the XML gives them."""
+        image = self.images[self.numbers[number]]
+        return image.height, image.width
 
     def name(self, number: int) -> str:
         """The image's file."""
-        return str(self._images[self.numbers[number]].path)
+        return str(self.images[self.numbers[number]].file)
 
     def get(self, number: int) -> tuple[Tensor, Target]:
-        """Pixels and objects of an image."""
-        image = self._images[self.numbers[number]]
-        pixels = read_image(image.path)
-        if tuple(pixels.shape[1:]) != image.size:
-            raise PwsError(
-                f"{image.path} has {pixels.shape[2]} x {pixels.shape[1]} pixels, and its annotation says {image.size[1]} x "
-                f"{image.size[0]}. The boxes are of another image: get both again."
-            )
-        target = target_of(image.boxes, image.labels, image.size)
-        target["difficult"] = torch.tensor(image.difficult, dtype=torch.bool)
-        return pixels, target
+        """The pixels and the objects."""
+        image, size = self.images[self.numbers[number]], self.size(number)
+        target = target_of([o.box for o in image.objects], [o.label for o in image.objects], size)
+        target["difficult"] = torch.tensor([o.difficult for o in image.objects], dtype=torch.bool)
+        return read_sized(image.file, size, image.annotation), target
 
 
 def _names(folder: Path, split: str) -> list[str]:
     path = folder / "ImageSets" / "Main" / f"{split}.txt"
-    if not path.is_file():
-        raise PwsError(f"{path} does not exist. Point --data.root at the folder that holds VOC2007 and VOC2012.")
-    return path.read_text(encoding="utf-8", errors="replace").split()
+    try:
+        names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PwsError(f"cannot read VOC's list of images {path}: {one_line(error)}. Get the dataset again.") from error
+    if not names:
+        raise PwsError(f"VOC's list of images {path} is empty. Get the dataset again.")
+    return names
 
 
 def _read(folder: Path, name: str) -> _Image:
-    path, image = folder / "Annotations" / f"{name}.xml", folder / "JPEGImages" / f"{name}.jpg"
-    for file in (path, image):
-        if not file.is_file():
-            raise PwsError(
-                f"{file} does not exist, and a split of {folder} names it. Get the file, or take {name} out."
-            )
-    text = path.read_bytes()
-    if b"<!DOCTYPE" in text:  # it may define entities, which grow without end
-        raise PwsError(f"{path} must be plain XML; it has a DOCTYPE. Get the file again.")
+    path, file = folder / "Annotations" / f"{name}.xml", folder / "JPEGImages" / f"{name}.jpg"
+    root = _parsed(path)
+    if not file.is_file():
+        raise PwsError(f"{path} is there, and its image {file} is missing. Get the dataset again.")
+    with naming(path, "the image"):
+        height, width = (round(_number(root, f"size/{side}")) for side in ("height", "width"))
+        if height < 1 or width < 1:
+            raise FaultError(f"needs its size in pixels; got {width} x {height}.")
+    objects = []
+    for number, element in enumerate(root.findall("object"), 1):
+        class_name = (element.findtext("name") or "").strip()
+        with naming(path, f"object {number} ({shown(class_name)})"):
+            objects.append(_object(element, class_name, height, width))
+    return _Image(file, path, height, width, objects)
+
+
+class _NoDoctype(ElementTree.TreeBuilder):
+    """Builds no tree of a file that defines entities, for they may unfold to gigabytes."""
+
+    def doctype(self, *_: str | None) -> None:
+        raise FaultError("has a DOCTYPE, which annotations have no use for. Remove it.")
+
+
+def _parsed(path: Path) -> ElementTree.Element:
     try:
-        tree = ElementTree.fromstring(text)
-    except ElementTree.ParseError as error:
-        raise PwsError(f"{path} is not XML: {one_line(error)}. Get the file again.") from error
-    size = tuple(int(_number(path, "size", tree, f"size/{side}")) for side in ("height", "width"))
-    objects = [_object(path, number, node, size) for number, node in enumerate(tree.iter("object"), 1)]
-    boxes, labels, difficult = ([item[part] for item in objects] for part in range(3))
-    return _Image(image, (size[0], size[1]), boxes, labels, difficult)  # type: ignore[arg-type]
+        with naming(path, "the XML"):
+            return ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoDoctype()))
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        if isinstance(error, PwsError):
+            raise
+        raise PwsError(f"cannot read {path} as VOC's XML: {one_line(error)}. Get it again.") from error
 
 
-def _object(
-    path: Path, number: int, node: ElementTree.Element, size: tuple[int, ...]
-) -> tuple[tuple[float, ...], int, bool]:
-    name, which = (node.findtext("name") or "").strip(), f"object {number}"
+def _object(element: ElementTree.Element, name: str, height: int, width: int) -> _Object:
     if name not in CLASSES:
-        raise PwsError(
-            f"{path}, {which}: its name must be one of VOC's classes; got {shown(name)}. Valid: {', '.join(CLASSES)}"
+        raise FaultError(
+            f"is of none of VOC's classes, {', '.join(CLASSES)}. Mend the name, or write your own classes as COCO's JSON."
         )
-    left, top, right, bottom = (_number(path, which, node, f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax"))
-    box = max(0.0, left - 1), max(0.0, top - 1), min(float(size[1]), right), min(float(size[0]), bottom)
-    if box[2] <= box[0] or box[3] <= box[1]:
-        raise PwsError(
-            f"{path}, {which} ({name}): its box must have a width and a height inside the image of {size[1]} x {size[0]} "
-            f"pixels; got {left:g}, {top:g}, {right:g}, {bottom:g}. Mend the object, or remove it."
-        )
-    return box, CLASSES.index(name) + 1, (node.findtext("difficult") or "0").strip() == "1"
+    left, top, right, bottom = (_number(element, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
+    difficult = (element.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        raise FaultError(f"has the flag difficult {shown(difficult)}; it must be 0 or 1.")
+    box = box_inside((left - 1, top - 1, right, bottom), height, width, BOX_FORM)
+    return _Object(CLASSES.index(name) + 1, box, difficult == "1")
 
 
-def _number(path: Path, which: str, node: ElementTree.Element, tag: str) -> float:
-    text = node.findtext(tag)
+def _number(element: ElementTree.Element, key: str) -> float:
+    text = element.findtext(key)
     try:
         value = float(text or "")
     except ValueError:
-        value = float("nan")
-    if not 0 <= value < 1e6:
-        raise PwsError(f"{path}, {which}: {tag} must be a number, at least 0; got {shown(text)}. Mend it.")
+        value = LARGEST
+    if not abs(value) < LARGEST:
+        raise FaultError(f"needs a finite number as its {key}; got {shown(text)}. Mend or remove it.")
     return value

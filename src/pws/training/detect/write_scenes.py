@@ -19,8 +19,6 @@ from pws.training.detect.drawn import KEYPOINTS, DrawnImages, digit_cutouts, fas
 from pws.training.detect.samples import Target
 from pws.training.detect.scenes import Cutouts, draw_object
 
-SHEET: Final = (4, 6)
-"""Rows and columns of the picture of the first training scenes."""
 Objects = Literal["fashion-mnist", "digits"]
 Progress = Callable[[int, int], None]
 PARTS: Final = ("train", "test")
@@ -40,7 +38,7 @@ class SceneSettings:
 
 def write_scenes(folder: Path, settings: SceneSettings, jobs: int, progress: Progress) -> None:
     """Draw all scenes into `folder`: train/, test/, annotations/train.json and test.json, sheet.png."""
-    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations").mkdir()
     total = settings.train + settings.test
     done = 0
     for part, name in enumerate(PARTS):
@@ -114,15 +112,13 @@ def _annotations(target: Target) -> Iterator[dict[str, Any]]:
     ):
         left, top, right, bottom = box.tolist()
         encoded = run_lengths.encode(np.asfortranarray(mask.numpy()))
-        visible = points.clone()
-        visible[:, 2] *= 2  # COCO's number for labelled and visible
         yield {
             "category_id": int(label),
             "bbox": [left, top, right - left, bottom - top],
             "area": float(mask.sum()),
             "segmentation": {"size": list(mask.shape), "counts": encoded["counts"].decode()},
             "iscrowd": 0,
-            "keypoints": visible.flatten().tolist(),
+            "keypoints": points.flatten().tolist(),
             "num_keypoints": len(KEYPOINTS),
         }
 
