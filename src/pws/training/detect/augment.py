@@ -12,6 +12,7 @@ from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from pws._errors import PwsError
 from pws.training.detect.samples import Target, areas
 from pws.training.recipe import Augmentation
 
@@ -30,6 +31,11 @@ class Augment:
     """
 
     def __init__(self, name: Augmentation, image_size: int | None, keypoint_names: Sequence[str] = ()) -> None:
+        if keypoint_names and not hasattr(tv_tensors, "KeyPoints"):
+            raise PwsError(
+                "data.augment moves keypoints by torchvision 0.23 or newer, and this one is older. Update it (pip install -U "
+                "torch torchvision), or train without data.augment."
+            )
         self.name, self.image_size = name, image_size
         self.mirrored = mirrored(keypoint_names)
 
