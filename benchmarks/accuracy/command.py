@@ -60,6 +60,9 @@ def quick(grid: Grid) -> Grid:
 
 def _smaller(grid: Grid, column: Any) -> dict[str, Any]:
     batch_size = {"data.batch_size": 128, **grid.settings, **column}["data.batch_size"]
+    if grid.settings.get("task") == "detect":
+        data = {"data.name": "digit-scenes", "data.image_size": 64, "data.train_images": 16}
+        return {**column, **data, "trainer.max_steps": QUICK_STEPS, "trainer.epochs": 1}
     return {
         **column,
         **{"data.name": "digits", "data.image_size": 16, "data.train_images": 128},

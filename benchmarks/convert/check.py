@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -55,30 +57,42 @@ def check_model(spec: str) -> Checked:
     if checked.parameters > LARGEST:
         checked.not_run = f"more than {LARGEST // 10**6} million parameters"
         return checked
-    try:
+    with note_failures(checked):
         _check(model, torch.randn(shape_of(spec)), checked)
-    except Exception as error:  # anything may go wrong in other people's models: that is what is counted
-        checked.failures.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
     return checked
 
 
-def _check(model: nn.Module, example: Tensor, checked: Checked) -> None:
-    plan = pws.plan(model, example)
-    converted = plan.apply()
+@contextmanager
+def note_failures(checked: Checked) -> Iterator[None]:
+    """Anything may go wrong in other people's models: that is what is counted."""
+    try:
+        yield
+    except Exception as error:
+        checked.failures.append(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
+def compare_with_plan(plan: pws.Plan, model: nn.Module, converted: nn.Module, checked: Checked) -> dict[str, bool]:
+    """Note what the plan says of the converted model, and whether that is so: failure to whether it did not happen."""
     chosen = plan.named("standardize")
     classes = [type(model.get_submodule(name)) for name in chosen]
-    del model
     is_norm = NORMS["batch"]
     left = [name for name, module in converted.named_modules() if any(test(module) for test in is_norm)]
     checked.standardized, checked.removed = len(chosen), len(plan.named("remove"))
     checked.parameters_after = sum(p.numel() for p in converted.parameters())
     checked.kept_norms, checked.skipped = left, plan.named("skip")
-    checks = {
+    return {
         "a norm is left that the plan does not list": set(left) <= set(plan.named("keep")),
         "a layer's class is another": [type(converted.get_submodule(name)) for name in chosen] == classes,
         "other layers are marked than the plan lists": set(pws.marked(converted)) <= set(chosen),
         "the plan's number of parameters is wrong": checked.parameters_after == plan.parameters_after,
     }
+
+
+def _check(model: nn.Module, example: Tensor, checked: Checked) -> None:
+    plan = pws.plan(model, example)
+    converted = plan.apply()
+    checks = compare_with_plan(plan, model, converted, checked)
+    del model
     converted.eval()
     with torch.no_grad():
         output = _logits(converted(example))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 
 from benchmarks import RESULTS
+from benchmarks.convert.detectors import DETECTORS
 from benchmarks.convert.matrix import run_conversions
 from benchmarks.convert.models import SPECS
 from benchmarks.convert.tables import conversions_table
@@ -18,14 +19,17 @@ from pws._errors import PwsError, shown
 from pws._files import write_whole
 from pws.cli.arguments import check_folder, check_jobs, command_parser, parse
 
+ALL: Final = (*SPECS, *DETECTORS)
+
 
 def run(arguments: list[str]) -> int:
     """Parse, check the models, write the table."""
     parser = command_parser(
         "convert",
-        f"Convert {len(SPECS)} models of torchvision and timm, and check of each that its layers keep their classes, that no "
+        f"Convert {len(ALL)} models of torchvision and timm, and check of each that its layers keep their classes, that no "
         "norm is left which the plan does not list, that outputs are finite, that five steps at learning rate 0.1 are, that "
-        "the fold and copies are equal. Each model is stored when it is done: the same command goes on where it was "
+        "the fold and copies are equal; of a detector that its loss falls over twenty steps, that it is evaluated and "
+        "diagnosed. Each model is stored when it is done: the same command goes on where it was "
         "interrupted.",
         f"{PROGRAM} convert --only 'timm:resnet*'",
         PROGRAM,
@@ -34,10 +38,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models at a time; all cores")
     parser.add_argument("--out", type=str, default=str(RESULTS), help="folder of convert.json and convert.md")
     parsed = parse(parser, arguments)
-    specs = [spec for spec in SPECS if fnmatchcase(spec, parsed.only)]
+    specs = [spec for spec in ALL if fnmatchcase(spec, parsed.only)]
     check_jobs(parsed.jobs)
     if not specs:
-        raise PwsError(f"--only must match a model; got {shown(parsed.only)}. Models are such as {SPECS[0]}.")
+        raise PwsError(f"--only must match a model; got {shown(parsed.only)}. Models are such as {ALL[0]}.")
     check_folder(Path(parsed.out))
     console, path = Console(), Path(parsed.out) / "convert.json"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.convert.check import LR, STEPS, Checked, check_model
+from benchmarks.convert.detectors import DETECTORS, check_detector
 from pws.bench.processes import Failure, each_apart
 from pws.bench.result_file import Result, commit, read_result, rounded, write_result
 
@@ -48,6 +49,11 @@ def stored_model(checked: Checked) -> Stored:
     return asdict(stored)
 
 
+def check(spec: str) -> Checked:
+    """The check of a classifier, or of a detector."""
+    return check_detector(spec) if spec in DETECTORS else check_model(spec)
+
+
 def run_conversions(
     specs: Sequence[str], path: Path, command: str, jobs: int, listen: Callable[[str, Stored, int], None]
 ) -> Result:
@@ -58,7 +64,7 @@ def run_conversions(
     known: dict[str, Stored] = (read_result(path, "models", dict, StoredModel) or {"models": {}})["models"]
     done = {spec: known[spec] for spec in specs if spec in known}
     tasks = {spec: (spec,) for spec in specs if spec not in done}
-    for spec, outcome in each_apart(check_model, tasks, jobs):
+    for spec, outcome in each_apart(check, tasks, jobs):
         checked = Checked(0, failures=[outcome.reason], commit=commit()) if isinstance(outcome, Failure) else outcome
         done[spec] = stored_model(checked)
         _write(specs, path, command, done)
