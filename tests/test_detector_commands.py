@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from pws.cli import main
 from pws.cli.evaluate import MEANING
@@ -174,3 +175,26 @@ def test_the_largest_loss_comes_first_and_few_are_kept() -> None:
     assert [text.split("\n")[0] for text in texts] == [f"image {number}" for number in range(COUNT)]
     wrong = torch.nn.functional.cross_entropy(logits[:1], torch.zeros(1).long())
     assert texts[0] == f"image 0\nloss {wrong:.2f}, true cat ({100 * torch.exp(-wrong):.1f} %)\nfound dog (95.3 %)"
+
+
+def test_convert_takes_detectors_with_their_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "converted"
+    model = ["convert", "--model=torchvision:ssdlite320_mobilenet_v3_large", "--data=digit-scenes", "--batch-size=2"]
+    assert main([*model, f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert "remove 70" in printed
+    spec = importlib.util.spec_from_file_location("load", out / "load.py")
+    assert spec is not None
+    assert spec.loader is not None
+    load = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(load)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in load.model.modules())
+    assert len(load.model.eval()(load.example)) == 2
+
+
+def test_a_detector_without_objects_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = "--model=torchvision:ssdlite320_mobilenet_v3_large"
+    for command in (["convert", model, f"--out={tmp_path / 'new'}"], ["diagnose", model]):
+        assert main(command) == 2
+        assert "unknown dataset with objects" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())

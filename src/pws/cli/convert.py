@@ -20,6 +20,7 @@ from pws.surgery._plan import Form, Plan
 from pws.surgery.plan_file import plan_text
 from pws.training.checkpoints import misfits
 from pws.training.datasets import DATASETS
+from pws.training.detect.datasets import DETECTION_DATASETS
 from pws.training.model_and_data import RANDOM, ModelAndData, load_model
 
 LOAD = '''"""The converted model: `from load import model`, in this folder. {training}"""
@@ -32,7 +33,7 @@ import pws
 from pws.models import model_of
 
 folder = Path(__file__).parent
-example = torch.randn{shape}
+example = {example}
 model = pws.Plan.load(folder / "plan.json").apply(model_of({spec!r}))
 model.load_state_dict(torch.load(folder / "weights.pt"))
 '''
@@ -58,10 +59,14 @@ def run(arguments: list[str]) -> int:
     print(table)
     weights = BytesIO()  # on a full disk torch's own writer aborts the process
     torch.save(converted.state_dict(), weights)
-    shape = (2, *loaded.images.shape[1:])
+    example = (
+        "[torch.rand(3, 96, 96), torch.rand(3, 96, 128)]"
+        if isinstance(loaded.images, list)
+        else f"torch.randn{(2, *loaded.images.shape[1:])}"
+    )
     files: dict[str, str | bytes] = {
         "weights.pt": weights.getvalue(),
-        "load.py": LOAD.format(shape=shape, spec=parsed.model, training=TRAINING[parsed.form]),
+        "load.py": LOAD.format(example=example, spec=parsed.model, training=TRAINING[parsed.form]),
         "plan.json": plan_text(made),
         "plan.txt": f"{table}\n",
     }
@@ -78,9 +83,10 @@ def _convert(parsed: Any, loaded: ModelAndData) -> tuple[Plan, str, nn.Module]:
         warnings.simplefilter("always", UserWarning)
         made = plan(
             loaded.model,
-            loaded.images,
+            loaded.example,
             norms=parsed.norms,
             keep=parsed.keep,
+            standardize=parsed.standardize,
             warm_start=parsed.warm_start,
             form=parsed.form,
             progress=lambda done, layers: status.update(f"{done} of {layers} layers fitted"),
@@ -105,7 +111,10 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--weights", type=str, help="a state dict to start from, written by torch.save or safetensors")
     parser.add_argument(
-        "--data", type=str, default=RANDOM, help=f"images of the example: {RANDOM}, {', '.join(DATASETS)}"
+        "--data",
+        type=str,
+        default=RANDOM,
+        help=f"images of the example: {RANDOM}, {', '.join(DATASETS)}; of a detector: {', '.join(DETECTION_DATASETS)}",
     )
     parser.add_argument(
         "--batch-size", type=int, help="number of images of the example; 32 if left out, 256 with --warm-start"
@@ -119,6 +128,13 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--keep", type=str, nargs="+", default=[], help="names or patterns of layers to leave alone: 'layer4.*'"
+    )
+    parser.add_argument(
+        "--standardize",
+        type=str,
+        nargs="+",
+        default=[],
+        help="names or patterns of layers to standardize though no norm stands beside them: 'backbone.fpn.*' 'rpn.head.conv.*'",
     )
     parser.add_argument(
         "--norms",

@@ -14,6 +14,7 @@ from typing import Any, Final
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import detection as tvd
+from torchvision.models.detection._utils import BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.fcos import FCOS, FCOSClassificationHead, FCOSHead, FCOSRegressionHead
@@ -25,7 +26,7 @@ from torchvision.models.detection.ssd import SSD
 from pws._errors import PwsError, UnknownNameError
 from pws.methods.outputs import groups_of
 from pws.models.detector_backbones import BACKBONES, fpn_backbone
-from pws.models.detector_spec import DetectorSpec
+from pws.models.detector_spec import LONGEST, DetectorSpec
 from pws.models.ssd import build_ssd, build_ssdlite
 
 HIDDEN: Final = (
@@ -103,14 +104,23 @@ def _retinanet(backbone: str, spec: DetectorSpec) -> nn.Module:
     return model
 
 
+class NarrowFCOSHead(FCOSHead):
+    """torchvision's head of FCOS for any number of channels, where its own needs a multiple of 32."""
+
+    def __init__(self, channels: int, labels: int) -> None:
+        nn.Module.__init__(self)
+        norm = partial(nn.GroupNorm, groups_of(channels))
+        self.box_coder = BoxLinearCoder(normalize_by_size=True)
+        self.classification_head = FCOSClassificationHead(channels, 1, labels, norm_layer=norm)
+        self.regression_head = FCOSRegressionHead(channels, 1, norm_layer=norm)
+
+
 def _fcos(backbone: str, spec: DetectorSpec) -> nn.Module:
     levels = fpn_backbone(backbone, spec.channels, dense=True)
     # An anchor is as large as the stride of its map.
     sizes = tuple((spec.anchor_size // 4 * 2**level,) for level in range(levels.levels))
     anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
-    head, norm = FCOSHead(spec.channels, 1, spec.num_classes + 1), partial(nn.GroupNorm, groups_of(spec.channels))
-    head.classification_head = FCOSClassificationHead(spec.channels, 1, spec.num_classes + 1, norm_layer=norm)
-    head.regression_head = FCOSRegressionHead(spec.channels, 1, norm_layer=norm)
+    head = NarrowFCOSHead(spec.channels, spec.num_classes + 1)
     model: nn.Module = FCOS(
         levels.backbone, spec.num_classes + 1, anchor_generator=anchors, head=head, **spec.sizes, **spec.options
     )
@@ -165,6 +175,13 @@ def options_of(kind: type[nn.Module]) -> list[str]:
     parameters = inspect.signature(kind.__init__).parameters.values()
     numbers = [p.name for p in parameters if isinstance(p.default, int | float)]
     return [name for name in numbers if name not in ("min_size", "max_size")]
+
+
+def resize_to(model: nn.Module, image_size: int) -> None:
+    """Make a detector of torchvision resize images to this shorter side, in place; SSD keeps its own size."""
+    transform: Any = getattr(model, "transform", None)
+    if transform is not None and transform.fixed_size is None:
+        transform.min_size, transform.max_size = (image_size,), round(image_size * LONGEST)
 
 
 def hidden_layers(model: nn.Module) -> list[str]:

@@ -13,12 +13,15 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pws._batch import on_device, tensors_in, total
+from pws._batch import on_device, takes_targets, tensors_in, total
 from pws._errors import PwsError, UnknownNameError
 from pws.models import model_of
+from pws.models.detectors import resize_to
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import ImageData, check_shares
 from pws.training.datasets import DATASETS
+from pws.training.detect.data import DetectionData
+from pws.training.detect.datasets import DETECTION_DATASETS
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 from pws.training.recipe_file import find_recipe, load_recipe
@@ -66,6 +69,11 @@ class ModelAndData:
         """Move everything."""
         self.model.to(device)
         self.images, self.labels, self.more = on_device((self.images, self.labels, self.more), device)
+
+    @property
+    def example(self) -> Any:
+        """What `pws.plan` takes: the images, with the targets of a detector."""
+        return (self.images, self.labels) if isinstance(self.labels, list) else self.images
 
     @property
     def batch(self) -> tuple[Any, ...]:
@@ -136,6 +144,8 @@ def load_model(
     """
     seed_everything(0, workers=True, verbose=False)
     model = model_of(spec)
+    if takes_targets(model):
+        return _detector(spec, model, data, root, batch_size, image_size)
     if data == RANDOM:
         side = image_size or 224
         shape = input_shape or [_channels(model) or 3, side, side]
@@ -156,6 +166,23 @@ def load_model(
         batches = [(images.expand(-1, 3, -1, -1), labels) for images, labels in batches]  # grey images, shown as colour
     (images, labels), *more = batches
     return ModelAndData(f"{spec} on {data}", model, images, labels, more=more)
+
+
+def _detector(
+    spec: str, model: nn.Module, data: str, root: str | None, batch_size: int, image_size: int | None
+) -> ModelAndData:
+    """A model that takes targets in training, with images of a detection dataset."""
+    if data not in DETECTION_DATASETS:
+        raise UnknownNameError(
+            f"dataset with objects, which {spec} needs (--data digit-scenes needs no files):", data, DETECTION_DATASETS
+        )
+    config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
+    source = DetectionData(replace(config, root=root) if root else config, seed=0)
+    check_shares(len(source.splits.train), batch_size, world=1, accumulate=1)
+    (images, targets), *more = islice(source.train_dataloader(), FORECAST_BATCHES)
+    if image_size is not None:
+        resize_to(model, image_size)
+    return ModelAndData(f"{spec} on {data}", model, images, targets, more=more)
 
 
 def _channels(model: nn.Module) -> int | None:

@@ -104,6 +104,12 @@ class TaskModule(LightningModule, ABC):
         layers = self.model.initalpha_layers()
         calibrate(self.model, batches, target=2.0, only=lambda _, layer: layer in layers)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw a step's random numbers (dropout, a detector's samples) from its seed, so that a resumed run draws the same."""
+        seed: int = self.trainer.datamodule.seed  # type: ignore[attr-defined]
+        step = (seed * 1_000_003 + self.trainer.current_epoch) * 1_000_003 + batch_idx
+        torch.manual_seed((step * self.trainer.world_size + self.trainer.global_rank) % 2**63)
+
     def training_step(self, batch: Any, _: int) -> Tensor:
         """The sum of the batch's losses."""
         self._batch, self._rewind = batch, random_state(self.model)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from pws._errors import PwsError, memory_ran_out, one_line
 from pws.methods import Method, apply_method
 from pws.models import model_of
-from pws.models.detector_spec import LONGEST, DetectorSpec
-from pws.models.detectors import build_detector, hidden_layers
+from pws.models.detector_spec import DetectorSpec
+from pws.models.detectors import build_detector, hidden_layers, resize_to
 from pws.surgery import calibrate
+from pws.surgery.running import branches_run
 from pws.training.detect.backbone import freeze_stages, load_backbone
 from pws.training.detect.data import DetectionBatches, DetectionData
 from pws.training.detect.paper import as_published
@@ -56,9 +57,8 @@ def _built(config: ModelConfig, data: DetectionData) -> nn.Module:
     size, classes = data.config.image_size, len(data.splits.classes)
     if ":" in config.name:
         model: nn.Module = model_of(config.name, num_classes=classes + 1)
-        transform = getattr(model, "transform", None)
-        if size is not None and transform is not None:
-            vars(transform).update(min_size=(size,), max_size=round(size * LONGEST))
+        if size is not None:
+            resize_to(model, size)
         return model
     spec = DetectorSpec(
         num_classes=classes,
@@ -108,7 +108,8 @@ def examples_of(data: DetectionData) -> Example:
 def _check_runs(config: ModelConfig, model: nn.Module, example: Example) -> None:
     images, targets = example
     try:
-        model.train()(images[:2], targets[:2])
+        with branches_run(model):  # leaves statistics and random numbers alone
+            model(images[:2], targets[:2])
     except (RuntimeError, AssertionError, ValueError) as error:
         if memory_ran_out(error):
             raise
