@@ -60,9 +60,7 @@ def test_every_detector_takes_images_of_any_size(name: str, side: int) -> None:
     assert all(bool(torch.isfinite(loss)) for loss in losses.values())
     found = model.eval()(images)
     assert [set(one) >= {"boxes", "labels", "scores"} for one in found] == [True, True]
-    assert all(
-        int(one["labels"].max(initial=0) if False else one["labels"].max()) <= 5 for one in found if len(one["labels"])
-    )
+    assert all(1 <= int(label) <= 5 for one in found for label in one["labels"])
 
 
 def test_ssd_has_the_published_maps() -> None:
@@ -143,7 +141,7 @@ def test_a_backbone_starts_with_the_weights_of_a_run(method: str, run: str, back
     model = module_of(recipe, data_of(recipe)).model
     theirs = torch.load(backbones / run / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     own = {name: value for name, value in model.state_dict().items() if name.startswith("backbone.body.")}
-    assert len(own) > 40
+    assert len(own) >= 40
     for name, value in own.items():
         assert torch.equal(value, theirs[name.replace("backbone.body.", "model.")]), name
     trained = {
