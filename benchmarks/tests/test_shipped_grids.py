@@ -29,7 +29,8 @@ def test_shipped_grids_are_whole(name: str, small: bool) -> None:
     assert len(keys) == len(set(keys)) >= len(grid.rows) * len(grid.columns)
     assert {cell.row for cell in grid.cells} == set(grid.rows)
     assert {cell.column for cell in grid.cells} == set(grid.columns)
-    assert {cell.recipe.data.name for cell in grid.cells} == {"digits" if small else "fashion-mnist"}
+    names = ("digit-scenes", "scenes") if name == "detection" else ("digits", "fashion-mnist")
+    assert {cell.recipe.data.name for cell in grid.cells} == {names[0] if small else names[1]}
 
 
 def test_collapse_is_the_published_setting() -> None:
