@@ -104,7 +104,7 @@ def _retinanet(backbone: str, spec: DetectorSpec) -> nn.Module:
     return model
 
 
-class NarrowFCOSHead(FCOSHead):
+class NarrowFCOSHead(FCOSHead):  # type: ignore[misc]
     """torchvision's head of FCOS for any number of channels, where its own needs a multiple of 32."""
 
     def __init__(self, channels: int, labels: int) -> None:
