@@ -17,10 +17,12 @@ from pws._errors import PwsError
 from pws.models.detector_spec import DetectorSpec
 from pws.models.detectors import DETECTORS, build_detector, hidden_layers
 from pws.training import DataConfig, Recipe, train
+from pws.training._evaluate import load_trained
 from pws.training.data import TrainSampler
 from pws.training.detect.backbone import freeze_stages
 from pws.training.detect.data import DetectionData
 from pws.training.detect.paper import as_published
+from pws.training.model_and_data import load_run
 from pws.training.recipe_file import recipe_of
 from pws.training.tasks import data_of, module_of
 
@@ -150,6 +152,24 @@ def test_a_backbone_starts_with_the_weights_of_a_run(method: str, run: str, back
         if name.startswith("backbone.body.") and p.requires_grad
     }
     assert trained == {"layer2", "layer3", "layer4"}
+
+
+def test_a_trained_detector_does_without_the_run_of_its_backbone(backbones: Path, tmp_path: Path) -> None:
+    shutil.copytree(backbones / "bn", tmp_path / "backbone")
+    recipe = tiny(model__method="bn", model__backbone=str(tmp_path / "backbone"), trainer__epochs=1)
+    train(recipe, tmp_path / "run", quiet=True)
+    shutil.rmtree(tmp_path / "backbone")
+    found = load_trained(tmp_path / "run", "last").module.state_dict()
+    wanted = weights(tmp_path / "run")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert load_run(str(tmp_path / "run")).title.endswith("with last.ckpt")
+    (tmp_path / "run" / "summary.json").unlink()
+    train(recipe, tmp_path / "run", resume=True, quiet=True)  # it was at its end
+    own = load_run(str(tmp_path / "run")).model
+    frozen = {
+        n.split(".")[2] for n, p in own.named_parameters() if n.startswith("backbone.body.") and not p.requires_grad
+    }
+    assert frozen == {"conv1", "bn1", "layer1"}
 
 
 @pytest.mark.parametrize(

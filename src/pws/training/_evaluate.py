@@ -37,7 +37,7 @@ def load_trained(run: Path, checkpoint: str = "best") -> TrainedRun:
         raise PwsError(f"{run} is no run folder: it has no recipe.yaml. Give the folder that `pws train` printed.")
     recipe = load_recipe(run / "recipe.yaml")
     data = data_of(recipe)
-    module = module_of(recipe, data)
+    module = module_of(recipe, data, fresh=False)
     path = checkpoint_path(run, checkpoint)
     load_weights(module, path, recipe)
     return TrainedRun(recipe, module, data, path)

@@ -107,7 +107,7 @@ def load_run(given: str, checkpoint: str = "last", batch_size: int | None = None
     data = data_of(replace(recipe, data=replace(recipe.data, batch_size=batch_size or recipe.data.batch_size)))
     check_shares(len(data.splits.train), data.config.batch_size, world=1, accumulate=1)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = module_of(recipe, data)
+    module = module_of(recipe, data, fresh=weights is None)
     (images, labels), *more = islice(data.train_dataloader(), FORECAST_BATCHES)
     if weights is not None:
         load_weights(module, weights, recipe)

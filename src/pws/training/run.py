@@ -23,7 +23,7 @@ from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
 from pws.training.quiet import real_interrupts
 from pws.training.recipe import Recipe
-from pws.training.run_folder import SUMMARY, Start, claimed, resume_from, take_up
+from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.summary import Summary, summarize
 from pws.training.tasks import data_of, module_of
 
@@ -48,7 +48,7 @@ def train(
     watch = None if monitor is None else watcher(monitor)
     data = data_of(recipe)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = module_of(recipe, data)
+    module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
     clock = Clock(module.SCORE)
     trainer = _trainer(recipe, module, folder, clock, watch, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)

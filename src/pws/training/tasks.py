@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from pws.methods import Method
 from pws.training.classifier import Classifier
 from pws.training.data import ImageData, RecipeData
+from pws.training.detect.backbone import stages_trained
 from pws.training.detect.data import DetectionData
 from pws.training.detect.detector import Detector
 from pws.training.detect.network import detector_for
@@ -42,9 +43,15 @@ def data_of(recipe: Recipe) -> RecipeData:
     return TASKS[recipe.task].data(recipe.data, recipe.seed)
 
 
-def module_of(recipe: Recipe, data: RecipeData, method: Method | None = None) -> TaskModule:
-    """The recipe's network, ready to be trained; `method` replaces the recipe's."""
+def module_of(recipe: Recipe, data: RecipeData, method: Method | None = None, *, fresh: bool = True) -> TaskModule:
+    """The recipe's network, ready to be trained; `method` replaces the recipe's.
+
+    Where it is not `fresh`, a checkpoint follows: the backbone's run, which may be gone by then, is not read.
+    """
     task, method = TASKS[recipe.task], method or method_for(recipe.model)
-    model = task.network(recipe.model, data, method)
+    config = recipe.model
+    if not fresh:
+        config = replace(config, backbone=None, trainable_stages=stages_trained(config))
+    model = task.network(config, data, method)
     check_calibration(recipe.model, model)
     return task.module(model, recipe.optim, len(data.splits.classes), recipe.model.calibrate, method)

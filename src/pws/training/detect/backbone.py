@@ -17,6 +17,8 @@ from pws.training.recipe_file import load_recipe
 SAME_WEIGHTS: Final = {"frozen-bn": "bn"}
 """Methods whose backbone is that of another one's run."""
 STAGES: Final = 5
+PRETRAINED_STAGES: Final = 3
+"""Stages that are trained of a backbone with weights, unless the recipe says otherwise."""
 
 
 def load_backbone(model: nn.Module, config: ModelConfig) -> None:
@@ -62,6 +64,12 @@ def _name_in_classifier(name: str) -> str:
     """torchvision's classifiers hold the same layers: ResNet by the same names, MobileNet in `features`."""
     inner = name.removeprefix("backbone.body.")
     return f"features.{inner}" if inner[0].isdigit() else inner
+
+
+def stages_trained(config: ModelConfig) -> int | None:
+    """How many of the backbone's last stages the recipe trains; None for all."""
+    stages = config.trainable_stages
+    return PRETRAINED_STAGES if stages is None and config.backbone is not None else stages
 
 
 def freeze_stages(model: nn.Module, trainable: int | None) -> None:

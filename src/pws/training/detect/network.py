@@ -14,7 +14,7 @@ from pws.models.detector_spec import DetectorSpec
 from pws.models.detectors import build_detector, hidden_layers, resize_to
 from pws.surgery import calibrate
 from pws.surgery.running import branches_run
-from pws.training.detect.backbone import freeze_stages, load_backbone
+from pws.training.detect.backbone import freeze_stages, load_backbone, stages_trained
 from pws.training.detect.data import DetectionBatches, DetectionData
 from pws.training.detect.paper import as_published
 from pws.training.detect.samples import Target
@@ -27,7 +27,6 @@ TRIED: Final = 64
 """Training images looked at for them."""
 IMAGE_SIZE: Final = 800
 SSD_SIZE: Final = 320
-PRETRAINED_STAGES: Final = 3
 
 Example = tuple[list[Tensor], list[Target]]
 
@@ -46,8 +45,7 @@ def detector_for(config: ModelConfig, data: DetectionData, method: Method) -> nn
         load_backbone(model, config)
         if method.name.startswith("pws"):
             calibrate(model, [example], only=lambda name, _: not name.startswith("backbone.body"))
-    stages = config.trainable_stages
-    freeze_stages(model, PRETRAINED_STAGES if stages is None and config.backbone else stages)
+    freeze_stages(model, stages_trained(config))
     _check_runs(config, model, example)
     return model.train()
 
