@@ -46,13 +46,14 @@ def run(arguments: list[str]) -> int:
 
 
 def quick(grid: Grid) -> Grid:
-    """The first and the last column and one seed of `grid`, on digits, with narrow networks and a few steps."""
+    """The first and the last column and one seed of `grid`, on digits, with narrow networks and a few steps, no backbone."""
     names = list(grid.columns)
     columns = {name: _smaller(grid, grid.columns[name]) for name in names[:: max(1, len(names) - 1)]}
     return replace(
         grid,
         title=f"quick look, not a measurement: digits, {QUICK_STEPS} steps",
         columns=columns,
+        rows={row: {k: v for k, v in own.items() if k != "model.backbone"} for row, own in grid.rows.items()},
         seeds={row: seeds[:1] for row, seeds in grid.seeds.items()},
         evaluations=2,
     )

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pws
+from benchmarks.speed.detectors import detector
 from pws._errors import UnknownNameError
 from pws._mark import marked
 from pws.methods import METHODS, Method, build_method
 from pws.models import MODELS, build_model, model_of
+from pws.models.detectors import DETECTORS
 from pws.surgery.standardized import to_layers
 
 FORMULA: Final = "formula"
@@ -51,6 +53,8 @@ def optimizer_of(row: str, model: nn.Module, *, fused: bool) -> torch.optim.Opti
 def network(model: str, row: str, width: float = 1.0) -> nn.Module:
     """The architecture `model` with the method of `row`, 1000 classes."""
     torch.manual_seed(0)
+    if model in DETECTORS:
+        return detector(model, row, width)
     method = _formula() if row == FORMULA else build_method("pws" if row in WAYS else row)
     if model in MODELS:
         built: nn.Module = build_model(model, method, num_classes=1000, width=width)

@@ -36,6 +36,7 @@ cases:
 
 def test_the_shipped_suites() -> None:
     assert list(SUITES) == [
+        "detection",
         "gpu-compiled",
         "gpu",
         "models",
@@ -46,7 +47,7 @@ def test_the_shipped_suites() -> None:
         "scaling",
         "small",
     ]
-    assert [len(load_suite(name).cases) for name in SUITES] == [3, 3, 6, 3, 1, 2, 5, 20, 4]
+    assert [len(load_suite(name).cases) for name in SUITES] == [5, 3, 3, 6, 3, 1, 2, 5, 20, 4]
     for name in SUITES:
         assert 1 <= len(load_suite(name, quick=True).cases) <= 2
 
@@ -88,6 +89,21 @@ def test_the_rows_without_a_step_of_their_own_take_torchs_sgd_as_it_comes_or_fus
     optimizer = optimizer_of("bn", network("stack4", "bn", 0.125), fused=fused)
     assert type(optimizer) is torch.optim.SGD
     assert bool(optimizer.defaults["fused"]) == fused
+
+
+@pytest.mark.parametrize("task", ["train", "inference"])
+@pytest.mark.parametrize("row", ["none", "bn", "frozen-bn", "gn", "ws", "nf", "pws"])
+def test_a_detector_with_each_method(row: str, task: str) -> None:
+    case = Case("mask-rcnn-resnet18", batch=2, pixels=64, width=0.125, task=task)
+    step = build_step(case, row)
+    count = sum(isinstance(m, nn.BatchNorm2d) for m in step.model.modules())
+    assert (count > 0) == (row == "bn")
+    assert bool(pws.marked(step.model)) == (row == "pws" and task == "train")  # folded in inference
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    step.run()
+    moved = {name for name, value in step.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert bool(moved) == (task == "train")
+    assert not moved or any(name.startswith("roi_heads.mask_predictor") for name in moved)
 
 
 def timings(case: Case, rows: tuple[str, ...]) -> dict[str, Timing]:
