@@ -59,4 +59,8 @@ def _classification(case: Case, row: str, device: torch.device) -> Work:
 
 
 def _detection(case: Case, row: str, device: torch.device) -> Work:
-    return detector(case.model, row, case.width, case.pixels).to(device), scenes(case.pixels, case.batch, device), loss_of
+    return (
+        detector(case.model, row, case.width, case.pixels).to(device),
+        scenes(case.pixels, case.batch, device),
+        loss_of,
+    )
