@@ -64,9 +64,14 @@ def draw_lines(result: Result, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xticks([x for x, _ in points], [f"{x:.3g}" for x, _ in points], fontsize=8)
         axes.minorticks_off()
-    axes_list[0].set_ylabel("test accuracy, % (0: non-finite)")
+    axes_list[0].set_ylabel(_score_name(result))
     _legend(figure, axes_list[0])
     save_figure(figure, path)
+
+
+def _score_name(result: Result) -> str:
+    detects = result["settings"].get("task") == "detect"
+    return f"{'average precision of boxes' if detects else 'test accuracy'}, % (0: non-finite)"
 
 
 def _draw_dots(result: Result, path: Path) -> None:
@@ -79,7 +84,7 @@ def _draw_dots(result: Result, path: Path) -> None:
         axes.plot(values, range(len(columns)), "o", label=row, **_style(row, number))
     axes.set_yticks(range(len(columns)), columns, fontsize=8)
     axes.set_ylim(len(columns) - 0.5, -0.5)
-    axes.set_xlabel("test accuracy, % (0: non-finite)", fontsize=9)
+    axes.set_xlabel(_score_name(result), fontsize=9)
     axes.grid(alpha=0.3)
     _legend(figure, axes)
     save_figure(figure, path)

@@ -14,6 +14,8 @@ from pws.training.recipe_file import recipe_of
 
 MASK_AP: Final = "mask_ap"
 """What a cell of a detector with masks holds beside its score."""
+SHOWN: Final = 0.0005
+"""From here on a score is more than 0.0 %."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ class SeedSummary:
         return not self.non_finite_steps and all(accuracy > GUESSING_ACCURACY for accuracy in self.accuracies)
 
     def __str__(self) -> str:
-        """Percent, with the spread (half the range of two seeds, the deviation of more), and nan@k where seeds failed."""
+        """Percent, with the seeds' standard deviation, and nan@k where seeds failed."""
         ended = "" if not self.accuracies else f"{100 * statistics.fmean(self.accuracies):.1f}"
         if len(self.accuracies) > 1:
             ended += f" ± {100 * statistics.stdev(self.accuracies):.1f}"
@@ -64,10 +66,11 @@ class SeedSummary:
 
 
 def over_seeds(result: Mapping[str, Any], figure: str = "accuracy") -> dict[tuple[str, str], SeedSummary]:
-    """Row and column to summary of a figure, of a result file's content; cells without the figure are left out."""
+    """Row and column to summary of a figure, of a result file's content; columns without the figure are left out."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    known = {cell["column"] for cell in result["cells"] if figure in cell}
     for cell in result["cells"]:
-        if figure in cell:
+        if cell["column"] in known:
             groups.setdefault((cell["row"], cell["column"]), []).append(cell)
     return {key: _summary(cells, figure) for key, cells in groups.items()}
 
@@ -83,7 +86,7 @@ def _summary(cells: Sequence[Mapping[str, Any]], figure: str) -> SeedSummary:
         math.inf if cell["steps_to_target"] is None else cell["steps_to_target"] for cell in cells
     )
     return SeedSummary(
-        tuple(cell[figure] for cell in cells if cell[figure] is not None),
+        tuple(cell[figure] for cell in cells if cell.get(figure) is not None),  # a run that failed may have none
         tuple(cell["non_finite_step"] for cell in cells if cell["non_finite_step"] is not None),
         middle if math.isfinite(middle) else None,
     )
@@ -101,12 +104,13 @@ def accuracy_table(result: Mapping[str, Any], figure: str = "accuracy") -> str:
     if not shown:
         return ""
     best = {c: max(summaries[r, c].mean or 0 for r in result["rows"] if (r, c) in summaries) for c in shown}
+    best = {c: mean for c, mean in best.items() if mean >= SHOWN}
 
     def text(row: str, column: str) -> str:
         summary = summaries.get((row, column))
         if summary is None:
             return "-"
-        return f"**{summary}**" if summary.mean is not None and summary.mean == best[column] else str(summary)
+        return f"**{summary}**" if summary.mean is not None and summary.mean == best.get(column) else str(summary)
 
     return _markdown(result, text, shown)
 
