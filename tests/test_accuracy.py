@@ -14,7 +14,7 @@ import pws
 from pws.bench import pool
 from pws.bench.cell import CellResult, train_cell
 from pws.bench.grid import load_grid
-from pws.bench.grid_tables import accuracy_table, over_seeds, range_table, rates_of, steps_table
+from pws.bench.grid_tables import accuracy_table, mask_table, over_seeds, range_table, rates_of, steps_table
 from pws.bench.pool import run_grid, stored_cell
 from pws.cli import main
 from pws.training.callbacks import Clock
@@ -134,6 +134,18 @@ def test_the_tables() -> None:
     assert steps_table(RESULT).splitlines()[2:] == ["| a | 7.5 | - | - |", "| b | - | - | - |"]
     assert range_table(RESULT).splitlines()[2:] == ["| a | 0.1 to 0.2 |", "| b | none |"]
     assert over_seeds(RESULT)["a", "LR 0.4"].mean is None
+
+
+def test_the_table_of_masks_tells_failed_runs_and_marks_no_zero() -> None:
+    def cell(row: str, column: str, mask_ap: float | None, step: int | None = None) -> dict[str, Any]:
+        score = {"accuracy": None if step else 0.5, "non_finite_step": step, "steps_to_target": None}
+        return {"row": row, "column": column, "seed": 0, **score, **({} if mask_ap is None else {"mask_ap": mask_ap})}
+
+    cells = [cell("a", "mask", 0.25), cell("b", "mask", None, 7), cell("a", "low", 0.0004), cell("b", "low", 0.0)]
+    result = {"rows": {"a": {}, "b": {}}, "columns": {"mask": {}, "low": {}, "boxes": {}}}
+    table = mask_table({**result, "cells": [*cells, cell("a", "boxes", None), cell("b", "boxes", None, 3)]})
+    assert table.splitlines()[0] == "| method | mask | low |"
+    assert table.splitlines()[2:] == ["| a | **25.0** | 0.0 |", "| b | nan@7 | 0.0 |"]
 
 
 def test_settings_left_at_their_defaults_are_named_in_the_tables() -> None:

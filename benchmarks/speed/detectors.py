@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,8 @@ from pws.training.detect.data import DetectionData
 from pws.training.detect.network import Example, detector_for, examples_of
 from pws.training.recipe import DataConfig, ModelConfig
 
-SMALLEST_ANCHOR = 16
-PIXELS = 160
+SMALLEST_ANCHOR: Final = 16
+PIXELS: Final = 160
 """Where only the weights count."""
 
 

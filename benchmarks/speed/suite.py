@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from benchmarks.speed.networks import WAYS, check_row
 from pws._errors import PwsError, UnknownNameError, shown
+from pws.methods import APPLIED
+from pws.models.detectors import DETECTORS
 from pws.training.parsing import parse_as
 from pws.training.rules import AT_LEAST_ONE, POSITIVE, SIDE, WIDTH, check_rules
 from pws.training.yaml_file import read_yaml
@@ -114,6 +116,8 @@ def load_suite(name: str, *, quick: bool = False) -> Suite:
     for row in file.rows:
         check_row(row)
     cases = [case for settings in content["cases"] for case in _cases(path, settings)]
+    for case in cases:
+        _check_detector(path, case, file.rows)
     if not cases:
         raise PwsError(f"{path}: cases must hold at least one; got {shown(content['cases'])}.")
     if quick:
@@ -143,6 +147,17 @@ def _cases(path: Path, settings: dict[str, Any]) -> Iterator[Case]:
             if value not in names:
                 raise UnknownNameError(f"{kind} in {path}:", value, [name for name in names if name])
         yield case
+
+
+def _check_detector(path: Path, case: Case, rows: list[str]) -> None:
+    """A detector takes the methods of models of others, and makes its batch of images itself."""
+    if case.model not in DETECTORS:
+        return
+    for row in rows:
+        if row not in APPLIED:
+            raise UnknownNameError(f"row for the detector {case.model} in {path}:", row, APPLIED)
+    if case.channels_last:
+        raise PwsError(f"{path}: a detector lays its batch out itself; leave out channels_last of {case.model}.")
 
 
 def _quick(case: Case) -> Case:

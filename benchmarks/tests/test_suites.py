@@ -231,6 +231,14 @@ def test_a_wrong_step_is_not_timed(wrong: dict[str, float], monkeypatch: pytest.
             "rows: [none]\nprocesses: true\ncases: [{model: stack4, batch: 1, pixels: 8}]",
             "processes: Expected a int. Got value: True",
         ),
+        (
+            "rows: [none, formula]\ncases: [{model: ssd-vgg16, batch: 1, pixels: 64}]",
+            "row for the detector ssd-vgg16",
+        ),
+        (
+            "rows: [none]\ncases: [{model: ssd-vgg16, batch: 1, pixels: 64, channels_last: true}]",
+            "leave out channels_last",
+        ),
         ("rows: [", "is not a YAML file"),
     ],
 )
