@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 SIDES: Final = (0.105, 0.525)
 """The longer side of an object, in parts of the canvas: 0.6 to 3 times an object of 28 pixels on one of 160."""
-WHOLE: Final = (0.5, 1.0)
+WHOLE: Final = (0.75, 1.0)
 """The same of a single object."""
 EMPTY: Final = 0.05
 """The share of scenes without objects."""
