@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks import RESULTS
-from benchmarks.convert.detectors import DETECTORS
-from benchmarks.convert.matrix import run_conversions
-from benchmarks.convert.models import SPECS
+from benchmarks.convert.matrix import ALL, run_conversions
 from benchmarks.convert.tables import conversions_table
 from benchmarks.experiment import PROGRAM
 from pws._errors import PwsError, shown
 from pws._files import write_whole
 from pws.cli.arguments import check_folder, check_jobs, command_parser, parse
-
-ALL: Final = (*SPECS, *DETECTORS)
 
 
 def run(arguments: list[str]) -> int:
@@ -30,7 +26,7 @@ def run(arguments: list[str]) -> int:
         "norm is left which the plan does not list, that outputs are finite, that five steps at learning rate 0.1 are, that "
         "the fold and copies are equal; of a detector that its loss falls over twenty steps, that it is evaluated and "
         "diagnosed. Each model is stored when it is done: the same command goes on where it was "
-        "interrupted.",
+        "interrupted, and other models stay in the files.",
         f"{PROGRAM} convert --only 'timm:resnet*'",
         PROGRAM,
     )
@@ -49,7 +45,7 @@ def run(arguments: list[str]) -> int:
         outcome = "; ".join(model["failures"]) or model["not_run"] or "passed"
         console.print(f"{done}/{len(specs)}  {spec}: {outcome}", highlight=False, markup=False, soft_wrap=True)
 
-    command = f"{PROGRAM} convert" + ("" if parsed.only == "*" else f" --only '{parsed.only}'")
+    command = f"{PROGRAM} convert"
     result = run_conversions(specs, path, command, parsed.jobs, line)
     table = path.with_suffix(".md")
     share = f"{result['passed']} of {result['run']} models passed all checks"

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.convert.check import LR, STEPS, Checked, check_model
 from benchmarks.convert.detectors import DETECTORS, check_detector
+from benchmarks.convert.models import SPECS
 from pws.bench.processes import Failure, each_apart
 from pws.bench.result_file import Result, commit, read_result, rounded, write_result
 
 Stored = dict[str, Any]
+ALL: Final = (*SPECS, *DETECTORS)
+"""Names, in the order of the table."""
 
 
 @dataclass
@@ -24,7 +27,7 @@ class StoredModel:
     removed: int
     kept_norms: int
     losses: list[float]
-    """The losses of the first and the last step."""
+    """The losses of the first and the last step; of a detector, on the same images before and after its steps."""
     fold_difference: float | None
     failures: list[str]
     not_run: str | None
@@ -57,23 +60,24 @@ def check(spec: str) -> Checked:
 def run_conversions(
     specs: Sequence[str], path: Path, command: str, jobs: int, listen: Callable[[str, Stored, int], None]
 ) -> Result:
-    """Check what `path` does not hold yet; returns the content of `path`.
+    """Check what `path` does not hold yet; returns the content of `path`, which keeps the other models that it holds.
 
     `listen` is given a model's name, what became of it, and how many are done. A model whose process dies has that failure.
     """
     known: dict[str, Stored] = (read_result(path, "models", dict, StoredModel) or {"models": {}})["models"]
-    done = {spec: known[spec] for spec in specs if spec in known}
-    tasks = {spec: (spec,) for spec in specs if spec not in done}
+    tasks = {spec: (spec,) for spec in specs if spec not in known}
+    done = len(specs) - len(tasks)
     for spec, outcome in each_apart(check, tasks, jobs):
         checked = Checked(0, failures=[outcome.reason], commit=commit()) if isinstance(outcome, Failure) else outcome
-        done[spec] = stored_model(checked)
-        _write(specs, path, command, done)
-        listen(spec, done[spec], len(done))
-    return _write(specs, path, command, done)
+        known[spec] = stored_model(checked)
+        _write(path, command, known)
+        done += 1
+        listen(spec, known[spec], done)
+    return _write(path, command, known)
 
 
-def _write(specs: Sequence[str], path: Path, command: str, done: dict[str, Stored]) -> Result:
-    models = {spec: done[spec] for spec in specs if spec in done}
+def _write(path: Path, command: str, known: dict[str, Stored]) -> Result:
+    models = {spec: known[spec] for spec in ALL if spec in known}
     run = [model for model in models.values() if not model["not_run"]]
     passed = sum(not model["failures"] for model in run)
     content = {"steps": STEPS, "lr": LR, "run": len(run), "passed": passed, "models": models}

@@ -8,7 +8,7 @@ from pws.bench.result_file import Result
 def conversions_table(result: Result) -> str:
     """Markdown: a line per model."""
     lines = [
-        "| model | parameters | standardized | norms removed | kept | loss, first and last step | fold differs by | failures |",
+        "| model | parameters | standardized | norms removed | kept | loss, first and last | fold differs by | failures |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for spec, model in result["models"].items():
