@@ -25,7 +25,7 @@ def test_the_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (kept["standardized"], kept["removed"], kept["kept_norms"], len(kept["losses"])) == (34, 34, 0, 2)
     assert main(arguments) == 0  # and it is not done again
     assert capsys.readouterr().out.startswith("1 of 1 models passed all checks")
-    other = "timm:resnet18"
+    other = "timm:resnet50"
     path = tmp_path / "convert.json"
     content = json.loads(path.read_text())
     content["models"] = {other: {**kept, "failures": ["made up"]}, **content["models"]}
