@@ -29,7 +29,9 @@ DETECTORS: Final = tuple(
     )
 )
 STEPS: Final = 20
-LR: Final = 0.02
+DIFFERENT: Final = 4
+"""Batches of those steps: over so few steps a loss falls for certain on images that come again."""
+LR: Final = 0.005
 SIZE: Final = 128
 """Pixels of the shorter side; SSD resizes to its own."""
 CLASSES: Final = 10
@@ -79,7 +81,7 @@ def _one_class(model: nn.Module, batch: Batch) -> Batch:
 
 
 def _check(model: nn.Module, batches: list[Batch], test: Batch, checked: Checked) -> None:
-    batches = [_one_class(model, batch) for batch in batches[:STEPS]]
+    batches = [_one_class(model, batch) for batch in batches[:DIFFERENT]]
     test = _one_class(model, test)
     example = (
         [image for images, _ in batches[:2] for image in images],
@@ -108,7 +110,7 @@ def _check(model: nn.Module, batches: list[Batch], test: Batch, checked: Checked
 
 
 def _mean_loss(model: nn.Module, batches: list[Batch]) -> float:
-    """Over the same images before and after: those of one step are too different from those of the next."""
+    """Over all images: those of one step are too different from those of the next."""
     with torch.no_grad():
         return fmean(float(torch.stack(list(model(*batch).values())).sum()) for batch in batches)
 
@@ -116,7 +118,7 @@ def _mean_loss(model: nn.Module, batches: list[Batch]) -> float:
 def _train(model: nn.Module, batches: list[Batch]) -> list[float]:
     optimizer = optim.SGD(pws.param_groups(model, lr=LR, weight_decay=1e-4), momentum=0.9)
     losses = []
-    for images, targets in batches:
+    for images, targets in batches * (STEPS // DIFFERENT):
         optimizer.zero_grad()
         loss = torch.stack(list(model(images, targets).values())).sum()
         losses.append(float(loss.detach()))
