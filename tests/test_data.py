@@ -75,7 +75,7 @@ def test_workers_give_the_same_batches() -> None:
 
 @pytest.mark.parametrize("name", ["digits", pytest.param("fashion-mnist", marks=pytest.mark.needs("fashion-mnist"))])
 def test_normalization_and_counts(name: str) -> None:
-    splits = load_splits(DataConfig(name=name), seed=0)
+    splits = load_splits(DataConfig(name=name, validation=0), seed=0)
     assert (len(splits.train), len(splits.test)) == {"digits": (1437, 360), "fashion-mnist": (60000, 10000)}[name]
     pixels, labels = ImageBatches(splits.train, splits, 0)[0, list(range(len(splits.train)))]
     assert float(pixels.mean()) == pytest.approx(0, abs=2e-3)
@@ -125,7 +125,9 @@ def test_cifar(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_folder(tmp_path: Path) -> None:
     write_folder(tmp_path, classes=2, images=3, side=40)
     for augment in (False, True):
-        config = DataConfig(name="folder", root=str(tmp_path), image_size=32, augment=augment, batch_size=6)
+        config = DataConfig(
+            name="folder", root=str(tmp_path), image_size=32, augment=augment, batch_size=6, validation=0
+        )
         data = ImageData(config, seed=0)
         pixels, labels = next(iter(data.train_dataloader()))
         assert pixels.shape == (6, 3, 32, 32)
@@ -135,7 +137,7 @@ def test_folder(tmp_path: Path) -> None:
 
 def test_npz(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz", channels=3, count=20)
-    splits = load_splits(DataConfig(name="npz", root=str(tmp_path / "a.npz")), seed=0)
+    splits = load_splits(DataConfig(name="npz", root=str(tmp_path / "a.npz"), validation=0), seed=0)
     pixels, labels = ImageBatches(splits.train, splits, 0)[0, list(range(20))]
     assert pixels.shape == (20, 3, 16, 16)
     assert pixels.mean((0, 2, 3)).abs().max() < 1e-5

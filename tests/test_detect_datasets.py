@@ -35,7 +35,7 @@ def both_coco(root: Path, names: tuple[str, str], kind: str, test: Change = lamb
 )
 def test_where_coco_is_looked_for(name: str, names: tuple[str, str], kind: str, tmp_path: Path) -> None:
     both_coco(tmp_path, names, kind, test=lambda content: {**content, "images": content["images"][:1]})
-    splits = load_detection_splits(DataConfig(name=name, root=str(tmp_path)), seed=0)
+    splits = load_detection_splits(DataConfig(name=name, root=str(tmp_path), validation=0), seed=0)
     assert (len(splits.train), len(splits.test), splits.classes) == (2, 1, ["dog", "cat"])
     assert splits.train.name(0) == str(tmp_path / names[0] / "a.png")
     assert splits.test.name(0) == str(tmp_path / names[1] / "a.png")
@@ -43,7 +43,7 @@ def test_where_coco_is_looked_for(name: str, names: tuple[str, str], kind: str, 
 
 def test_scenes_below_the_default_root(tmp_path: Path) -> None:
     both_coco(tmp_path / "scenes", ("train", "test"), "")
-    assert len(load_detection_splits(DataConfig(name="scenes", root=str(tmp_path)), seed=0).train) == 2
+    assert len(load_detection_splits(DataConfig(name="scenes", root=str(tmp_path), validation=0), seed=0).train) == 2
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_scenes_below_the_default_root(tmp_path: Path) -> None:
 )
 def test_missing_files_and_how_to_get_them(name: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(PwsError) as caught:
-        load_detection_splits(DataConfig(name=name, root=str(tmp_path)), seed=0)
+        load_detection_splits(DataConfig(name=name, root=str(tmp_path), validation=0), seed=0)
     assert said.replace("ROOT", str(tmp_path)) in str(caught.value)
 
 
@@ -81,7 +81,7 @@ def test_voc_is_tested_on_2007(years: tuple[int, ...], train: list[str], below: 
         name = {2007: "000001", 2012: "2008_1"}[year]
         write_voc(tmp_path / below / f"VOC{year}", {name: voc_xml(voc_object())})
     write_voc(tmp_path / below / "VOC2007", {"000009": voc_xml("")}, "test")
-    splits = load_detection_splits(DataConfig(name="voc", root=str(tmp_path)), seed=0)
+    splits = load_detection_splits(DataConfig(name="voc", root=str(tmp_path), validation=0), seed=0)
     assert [Path(splits.train.name(number)).stem for number in range(len(splits.train))] == train
     assert [Path(splits.test.name(number)).stem for number in range(len(splits.test))] == ["000009"]
     assert (len(splits.classes), splits.train.has_masks) == (20, False)
@@ -90,12 +90,12 @@ def test_voc_is_tested_on_2007(years: tuple[int, ...], train: list[str], below: 
 def test_voc_2012_alone_is_tested_on_its_val(tmp_path: Path) -> None:
     write_voc(tmp_path / "VOC2012", {"2008_1": voc_xml(voc_object())}, "train")
     write_voc(tmp_path / "VOC2012", {"2008_2": voc_xml(""), "2008_3": voc_xml("")}, "val")
-    splits = load_detection_splits(DataConfig(name="voc", root=str(tmp_path)), seed=0)
+    splits = load_detection_splits(DataConfig(name="voc", root=str(tmp_path), validation=0), seed=0)
     assert (len(splits.train), len(splits.test)) == (1, 2)
 
 
 def test_a_seeded_part_of_the_training_images() -> None:
-    whole = load_detection_splits(DataConfig(name="digit-scenes"), seed=0)
+    whole = load_detection_splits(DataConfig(name="digit-scenes", validation=0), seed=0)
     some, other = (
         load_detection_splits(DataConfig(name="digit-scenes", train_images=20), seed=seed) for seed in (0, 1)
     )
@@ -107,5 +107,5 @@ def test_a_seeded_part_of_the_training_images() -> None:
     assert torch.equal(some.train.get(3)[0], whole.train.get(number)[0])
     assert (some.train.has_masks, len(some.train.keypoint_names)) == (True, 4)
     assert some.train.size(3) == (96, 96)
-    with pytest.raises(PwsError, match="must be 1 to 200"):
+    with pytest.raises(PwsError, match="has 200 training images"):
         load_detection_splits(DataConfig(name="digit-scenes", train_images=201), seed=0)

@@ -168,6 +168,7 @@ class Parts:
     test: list[Target]
     classes: list[str]
     train: tuple[()] = ()
+    validation: None = None
 
 
 def evaluated(found: list[Prediction], targets: list[Target], classes: list[str]) -> DetectionEvaluation:
@@ -175,7 +176,7 @@ def evaluated(found: list[Prediction], targets: list[Target], classes: list[str]
     module = Detector(Known(found, masks=masks), OptimConfig(), len(classes))
     images = [torch.full((3, SIDE, SIDE), float(number)) for number in range(len(targets))]
     batches = [(images[n : n + 2], targets[n : n + 2]) for n in range(0, len(targets), 2)]
-    bare_trainer(accelerator="cpu").validate(module, DataLoader(batches, batch_size=None), verbose=False)
+    bare_trainer(accelerator="cpu").test(module, DataLoader(batches, batch_size=None), verbose=False)
     return module.evaluation("best.ckpt", Parts(targets, classes))
 
 

@@ -107,7 +107,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_files_hold_what_was_drawn(written: Path) -> None:
-    splits = load_detection_splits(DataConfig(name="scenes", root=str(written.parent)), seed=0)
+    splits = load_detection_splits(DataConfig(name="scenes", root=str(written.parent), validation=0), seed=0)
     assert (splits.classes, splits.train.keypoint_names) == ([str(digit) for digit in range(10)], list(KEYPOINTS))
     for part, (images, count) in enumerate(((splits.train, 30), (splits.test, 5))):
         drawn = DrawnImages(digit_cutouts()[part], 48, part, count)

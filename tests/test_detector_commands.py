@@ -145,7 +145,7 @@ class Numbered:
 
 def seen(worst: Any, batches: list[tuple[Any, Any]]) -> list[str]:
     for outputs, targets in batches:
-        worst.on_validation_batch_end(None, None, outputs, (None, targets))
+        worst.on_test_batch_end(None, None, outputs, (None, targets))
     return [shown.text for shown in worst.shown]
 
 

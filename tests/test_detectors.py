@@ -131,7 +131,7 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("backbones")
     write_folder(folder / "data", classes=2, images=4, side=64)
     shared = {"model.name": "torchvision:resnet18", "data.name": "folder", "data.root": str(folder / "data")}
-    shared |= {"data.image_size": 64, "data.batch_size": 8, "trainer.epochs": 1, "trainer.accelerator": "cpu"}
+    shared |= {"data.image_size": 64, "data.batch_size": 4, "trainer.epochs": 1, "trainer.accelerator": "cpu"}
     for method in ("bn", "pws"):
         train(recipe_of({**shared, "model.method": method}), folder / method, quiet=True)
     return folder

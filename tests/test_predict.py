@@ -58,7 +58,7 @@ def test_a_classifier_says_of_a_file_what_it_says_of_the_test_image(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["1/3", "2/3", "3/3"]
     loaded = load_trained(run)
-    images, _ = next(iter(loaded.data.val_dataloader()))
+    images, _ = next(iter(loaded.data.test_dataloader()))
     with torch.no_grad():
         expected = loaded.module.eval()(images[:2]).softmax(1)
     for file, probabilities in zip(files, (*expected, expected[0]), strict=True):

@@ -94,7 +94,8 @@ def measure(out: Path, quick: bool, say: Say) -> None:
 def convert_trained(trained: Trained, say: Say) -> dict[str, Any]:
     """One network through all states; accuracies in percent of the test images."""
     seed_everything(trained.seed, verbose=False)
-    data = ImageData(DataConfig(trained.dataset, train_images=trained.train_images, batch_size=128), trained.seed)
+    config = DataConfig(trained.dataset, train_images=trained.train_images, batch_size=128, validation=0)
+    data = ImageData(config, trained.seed)
     model = _network(trained, data)
     _fit(model, data, "bn", LR, trained.epochs)
     found: dict[str, Any] = dict(trained.settings)
@@ -126,14 +127,14 @@ def _fit(model: nn.Module, data: ImageData, method: str, lr: float, epochs: int)
     """SGD, cosine to 0."""
     module = Classifier(model, OptimConfig(lr=lr), len(data.splits.classes), method=build_method(method))
     with real_interrupts():
-        bare_trainer(accelerator="cpu", max_epochs=epochs, limit_val_batches=0).fit(module, datamodule=data)
+        bare_trainer(accelerator="cpu", max_epochs=epochs).fit(module, datamodule=data)
 
 
 def _accuracy(model: nn.Module, data: ImageData) -> float:
     module = Classifier(deepcopy(model), OptimConfig(), len(data.splits.classes))
     with real_interrupts():
-        found = bare_trainer(accelerator="cpu").validate(module, datamodule=data, verbose=False)
-    return round(100 * found[0]["val_accuracy"], 2)
+        found = bare_trainer(accelerator="cpu").test(module, datamodule=data, verbose=False)
+    return round(100 * found[0]["test_accuracy"], 2)
 
 
 def warm_start_table(result: Result) -> str:

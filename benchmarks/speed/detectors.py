@@ -37,4 +37,4 @@ def loss_of(parts: dict[str, Tensor]) -> Tensor:
 
 
 def _scenes(pixels: int) -> DetectionData:
-    return DetectionData(DataConfig(name="digit-scenes", image_size=pixels), seed=0)
+    return DetectionData(DataConfig(name="digit-scenes", image_size=pixels, validation=0), seed=0)

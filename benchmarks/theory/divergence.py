@@ -44,7 +44,8 @@ def prepare(
 ) -> tuple[nn.Module, DataLoader[tuple[Tensor, Tensor]]]:
     """The network at initialization and a loader of its batches; `method` replaces the registered one."""
     side = 16 if dataset == "digits" else None  # allconv needs 12 pixels, the digits have 8
-    data = ImageData(DataConfig(name=dataset, batch_size=network.batch_size, image_size=side), seed)
+    config = DataConfig(name=dataset, batch_size=network.batch_size, image_size=side, validation=0)
+    data = ImageData(config, seed)
     seed_everything(seed, workers=True, verbose=False)
     images, _ = data.splits.test.get([0])
     model = build_model(

@@ -14,11 +14,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from pws.bench.grid import Cell
 from pws.bench.result_file import commit
 from pws.methods import Method
-from pws.training.callbacks import Clock
+from pws.training.callbacks import TEST, Clock, metrics_of
 from pws.training.data import RecipeData
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.quiet import bare_trainer, real_interrupts
-from pws.training.summary import TEST
 from pws.training.tasks import data_of, module_of
 
 
@@ -37,7 +36,7 @@ class CellResult:
     """The time of training, without the evaluations."""
     commit: str
     curve: list[tuple[int, float]] = field(default_factory=list)
-    """Steps done, score on the first test images."""
+    """Steps done, score on the first validation images; on the first test images where there are none."""
     metrics: dict[str, float] = field(default_factory=dict)
     """All metrics of all test images."""
 
@@ -66,7 +65,7 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
             warnings.simplefilter("ignore")
             trainer.fit(module, datamodule=data)
             clock.stop()
-            metrics = dict(trainer.validate(module, datamodule=data, verbose=False)[0])
+            metrics = metrics_of(TEST, trainer.test(module, datamodule=data, verbose=False)[0])
     except NonFiniteLossError as error:
         clock.stop()
         failure = error
@@ -81,12 +80,12 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
         seconds=round(clock.seconds - watch.seconds, 2),
         commit=commit(),
         curve=watch.curve,
-        metrics={name.removeprefix(TEST): value for name, value in metrics.items()},
+        metrics=metrics,
     )
 
 
 class _Curve(Callback):
-    """Keeps the losses, and takes the score on the first test images a number of times."""
+    """Keeps the losses, and takes the score on the first images a number of times."""
 
     def __init__(self, data: RecipeData, evaluations: int, images: int) -> None:
         self.data, self.evaluations, self.images = data, evaluations, images
@@ -103,7 +102,7 @@ class _Curve(Callback):
             assert isinstance(module, TaskModule)
             module.eval()
             with torch.no_grad():
-                score = module.score_on(self.data.val_dataloader(), self.images)
+                score = module.score_on(self.data.val_dataloader() or self.data.test_dataloader(), self.images)
             module.train()
             self.curve.append((trainer.global_step, round(score, 4)))
             self.seconds += time.perf_counter() - started

@@ -70,8 +70,11 @@ def _closing(summary: Summary, folder: Path) -> str:
         return "-" if value is None else f"{100 * value:.2f} %"
 
     words = summary.score.replace("_ap", " AP")
+    of = (
+        "last epoch" if summary.best is None else f"{summary.checkpoint} checkpoint, validation {percent(summary.best)}"
+    )
     return (
-        f"test {words} {percent(summary.metrics.get(summary.score))} (best {percent(summary.best)}), {summary.steps} steps in "
+        f"test {words} {percent(summary.metrics.get(summary.score))} ({of}), {summary.steps} steps in "
         f"{summary.train_seconds:.0f} s, {summary.images_per_second:.0f} images/s, {summary.peak_memory_mb:.0f} MB\n"
         f"{folder}/: summary.json, recipe.yaml, metrics.csv, tensorboard/, checkpoints/   (pws evaluate {folder})"
     )

@@ -77,7 +77,7 @@ def recipe_of_run(run: DemoRun, epochs: int = 5) -> Recipe:
     """The digits at 16 x 16, the 9-convolution network at a quarter of its width, batch 64."""
     return Recipe(
         model=ModelConfig(name="allconv", method=run.method, width=0.25),
-        data=DataConfig(name="digits", image_size=16, batch_size=64),
+        data=DataConfig(name="digits", image_size=16, batch_size=64, validation=0),
         optim=OptimConfig(lr=run.lr, schedule="linear", step_bound=STEP_BOUND if run.bounded else None),
         trainer=TrainerConfig(epochs=epochs, accelerator="cpu", devices=1),
     )
@@ -98,19 +98,19 @@ def train_run(run: DemoRun, epochs: int, progress: Callable[[int, int], None]) -
     trainer = bare_trainer(
         accelerator="cpu",
         max_epochs=epochs,
-        check_val_every_n_epoch=epochs,
         callbacks=[watch, monitoring],
     )
     failure: NonFiniteLossError | None = None
+    accuracy: float | None = None
     try:
         with warnings.catch_warnings(), real_interrupts():
             warnings.simplefilter("ignore", CollapseWarning)  # the result says so
             trainer.fit(module, datamodule=data)
+            accuracy = float(trainer.test(module, datamodule=data, verbose=False)[0]["test_accuracy"])
     except NonFiniteLossError as error:
         failure = error
     monitor = monitoring.monitor
     assert monitor is not None
-    accuracy = None if failure else float(trainer.callback_metrics["val_accuracy"])
     collapse_step = failure.step if failure else watch.guessing_from() if (accuracy or 0) < GUESSING_ACCURACY else None
     result = DemoResult(
         accuracy,

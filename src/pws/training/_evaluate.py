@@ -58,7 +58,7 @@ def evaluate(run: Path, checkpoint: str = "best", sheet: Path | None = None) -> 
     worst = None if sheet is None else worst_images(loaded.data)
     with real_interrupts():
         trainer = bare_trainer(callbacks=[] if worst is None else [worst])
-        trainer.validate(loaded.module, datamodule=loaded.data, verbose=False)
+        trainer.test(loaded.module, datamodule=loaded.data, verbose=False)
     if sheet is not None and worst is not None:
         write_sheet(worst, sheet)
     return loaded.module.evaluation(str(loaded.checkpoint), loaded.data.splits)

@@ -40,11 +40,13 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> Tensor:
 
 
 def read_npz(path: Path) -> list[tuple[Tensor, Tensor]]:
-    """Images `(N, C, H, W)`, uint8 or float32, and labels `(N,)` of the training and the test part."""
-    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    """Images `(N, C, H, W)`, uint8 or float32, and labels `(N,)` of the training, the test and perhaps the validation part."""
+    keys = ["train_images", "train_labels", "test_images", "test_labels"]
     try:
-        check_memory(UNFOLDED * sum(_declared_bytes(path, key) for key in keys), f"npz: {path} says that it")
         with np.load(path, allow_pickle=False) as file:
+            validates = {"val_images", "val_labels"} <= set(file.files)
+            keys += ["val_images", "val_labels"] * validates
+            check_memory(UNFOLDED * sum(_declared_bytes(path, key) for key in keys), f"npz: {path} says that it")
             arrays = {key: torch.from_numpy(file[key]) for key in keys}
     except (MemoryError, PwsError):
         raise
@@ -53,18 +55,19 @@ def read_npz(path: Path) -> list[tuple[Tensor, Tensor]]:
             f"npz: cannot read {path} ({one_line(error)}). --data.root names a file in MedMNIST's layout: an .npz with the "
             f"arrays {', '.join(keys)}; images (N, H, W) or (N, H, W, C), labels (N,) of whole numbers."
         ) from error
-    parts = [_npz_part(path, part, arrays) for part in ("train", "test")]
+    parts = [_npz_part(path, part, arrays) for part in ("train", "test", *["val"] * validates)]
     largest, count = max(int(labels.max()) for _, labels in parts), sum(len(labels) for _, labels in parts)
     if largest >= count:
         raise PwsError(
             f"npz: the labels in {path} number the classes from 0 on; the largest is {largest:,}, for {count:,} images: a "
             "network of as many outputs would be built. Number the classes without gaps."
         )
-    train, test = (tuple(images.shape[1:]) for images, _ in parts)
-    if train != test:
-        raise PwsError(
-            f"npz: the images of {path} must be of one shape; got {train} for training and {test} for testing."
-        )
+    train, *others = (tuple(images.shape[1:]) for images, _ in parts)
+    for shape, use in zip(others, ("testing", "validation"), strict=False):
+        if shape != train:
+            raise PwsError(
+                f"npz: the images of {path} must be of one shape; got {train} for training and {shape} for {use}."
+            )
     return parts
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -15,6 +15,15 @@ from torch.optim import Optimizer
 from pws._clip_grad import clip_grad
 from pws.optim.bound import STEP_BOUND
 
+VALIDATION: Final = "val_"
+TEST: Final = "test_"
+"""What the names of logged metrics begin with."""
+
+
+def metrics_of(part: str, logged: Mapping[str, Any]) -> dict[str, float]:
+    """Of logged metrics those of the validation or the test images, by their names alone."""
+    return {name.removeprefix(part): float(value) for name, value in logged.items() if name.startswith(part)}
+
 
 def is_first_process() -> bool:
     """Whether this process speaks and writes for the run; told by the launcher's environment, before any set-up."""
@@ -23,13 +32,13 @@ def is_first_process() -> bool:
 
 
 class Clock(Callback):
-    """Seconds spent in training, validation left out, and the best score; kept over a resume in the checkpoint."""
+    """Seconds spent in training, validation left out, and the best validation score; kept over a resume in the checkpoint."""
 
     KEPT: Final = ("seconds", "best", "validated_step")
 
     def __init__(self, score: str = "") -> None:
         self.score = score
-        """The metric that the best is kept of."""
+        """The logged metric that the best is kept of."""
         self.seconds = 0.0
         self.best = 0.0
         self.validated_step = -1
@@ -48,6 +57,10 @@ class Clock(Callback):
         """Keep the best score, and when it was looked at last."""
         self.validated_step = trainer.global_step
         self.best = max(self.best, float(trainer.callback_metrics.get(self.score, 0.0)))
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop counting where there was no validation."""
+        self.stop()
 
     def stop(self) -> None:
         """Add what has passed since the last start; nothing if the clock stands."""
@@ -100,17 +113,21 @@ def _short(key: str) -> str:
 class EpochLines(Callback):
     """One line per epoch, for terminals and log files alike."""
 
-    def __init__(self, clock: Clock, score_line: Callable[[dict[str, float]], str]) -> None:
-        self.clock, self.score_line = clock, score_line
+    def __init__(self, clock: Clock, score_line: Callable[[dict[str, float]], str], *, validates: bool) -> None:
+        self.clock, self.score_line, self.validates = clock, score_line, validates
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Print the epoch's line."""
-        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-        if self.clock.validated_step != trainer.global_step:  # max_steps ended the epoch before its validation
-            return
+        if self.validates and self.clock.validated_step != trainer.global_step:
+            return  # max_steps ended the epoch before its validation
+        score = (
+            f"validation {self.score_line(metrics_of(VALIDATION, trainer.callback_metrics))}  "
+            if self.validates
+            else ""
+        )
         print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-            f"loss {metrics['train_loss_epoch']:.4f}  {self.score_line(metrics)}  {self.clock.seconds:.0f} s",
+            f"loss {float(trainer.callback_metrics['train_loss_epoch']):.4f}  {score}{self.clock.seconds:.0f} s",
             flush=True,
         )

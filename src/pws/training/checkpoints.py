@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
@@ -60,6 +61,24 @@ class CheckpointFiles(TorchCheckpointIO):
             partial.write_bytes(buffer.getbuffer())
             if path.name == LAST and path.exists():
                 path.replace(path.with_name(BEFORE))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's `best.ckpt` by `score`; a resumed run whose folder was moved still knows how good it is."""
+
+    def __init__(self, folder: Path, score: str, **settings: Any) -> None:
+        super().__init__(folder, filename=Path(BEST).stem, monitor=score, mode="max", **settings)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint; Lightning's own would forget the best score with another folder."""
+        there, here = str(state_dict["dirpath"]), str(self.dirpath)
+
+        def moved(path: str) -> str:
+            return here + path.removeprefix(there) if path.startswith(there) else path
+
+        paths = {key: moved(state_dict[key]) for key in state_dict if key.endswith("_path")}
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": here})
 
 
 def checksum_of(checkpoint: Mapping[str, Any]) -> str:

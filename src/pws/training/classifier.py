@@ -24,7 +24,7 @@ from pws.training.results import Evaluation
 class Classifier(TaskModule):
     """Mean cross-entropy of images `(N, C, H, W)` and labels `(N,)`; top-1, top-5 and accuracy by class."""
 
-    SCORE = "val_accuracy"
+    SCORE = "accuracy"
 
     def __init__(
         self,
@@ -36,16 +36,16 @@ class Classifier(TaskModule):
     ) -> None:
         super().__init__(model, optim, calibration, method)
         self.num_classes = num_classes
-        self.test_metrics = MetricCollection(
+        self.metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
                 "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
             }
         )
         self.class_accuracy = MulticlassAccuracy(num_classes, average="none")
-        self.test_loss = MeanMetric(nan_strategy="disable")  # the default would leave a batch of NaN out of the mean
+        self.mean_loss = MeanMetric(nan_strategy="disable")  # the default would leave a batch of NaN out of the mean
         self.overflowing: str | None = None
-        """The layer whose output overflowed first on the test images."""
+        """The layer whose output overflowed first."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of images."""
@@ -62,24 +62,24 @@ class Classifier(TaskModule):
         rewind = random_state(self.model)
         logits: Tensor = self(images).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
-        self.test_metrics.update(logits, labels)
+        self.metrics.update(logits, labels)
         self.class_accuracy.update(logits, labels)
-        self.test_loss.update(losses)
+        self.mean_loss.update(losses)
         if self.overflowing is None and not torch.isfinite(losses).all():
             self.overflowing = first_non_finite(self.model, batch, rewind)
         return logits
 
     def on_validation_epoch_end(self) -> None:
-        """Log val_accuracy, val_top5 and val_loss, over all processes."""
-        loss = self.test_loss.compute()
+        """Log accuracy, top5 and loss, over all processes."""
+        loss = self.mean_loss.compute()
         if not torch.isfinite(loss):
             layers = [layer for layer in from_all_processes(self.overflowing) if layer]
             raise NonFiniteLossError(self.trainer.global_step, layers[0] if layers else None)
-        values = {f"val_{name}": value for name, value in self.test_metrics.compute().items()}
-        self.log_dict({**values, "val_loss": loss})
-        self.last = {**{name: float(value) for name, value in values.items()}, "val_loss": float(loss)}
+        values = {**self.metrics.compute(), "loss": loss}
+        self.log_dict({f"{self.part}{name}": value for name, value in values.items()})
+        self.last = {name: float(value) for name, value in values.items()}
         self.per_class: list[float] = self.class_accuracy.compute().tolist()
-        for metric in (self.test_metrics, self.class_accuracy, self.test_loss):
+        for metric in (self.metrics, self.class_accuracy, self.mean_loss):
             metric.reset()
 
     def score_on(self, batches: Iterable[Any], images: int) -> float:
@@ -97,15 +97,15 @@ class Classifier(TaskModule):
         return Evaluation(
             checkpoint=checkpoint,
             images=len(parts.test),
-            accuracy=self.last["val_accuracy"],
-            top5=self.last["val_top5"],
-            loss=self.last["val_loss"],
+            accuracy=self.last["accuracy"],
+            top5=self.last["top5"],
+            loss=self.last["loss"],
             per_class=dict(zip(parts.classes, self.per_class, strict=True)),
         )
 
     def score_line(self, metrics: dict[str, float]) -> str:
         """Loss and accuracy."""
-        return f"test loss {metrics['val_loss']:.4f}  test accuracy {100 * metrics['val_accuracy']:.2f} %"
+        return f"loss {metrics['loss']:.4f}  accuracy {100 * metrics['accuracy']:.2f} %"
 
 
 def logits_of(outputs: Any, classes: int) -> Tensor:

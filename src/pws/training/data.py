@@ -159,15 +159,19 @@ class Shares:
 
 
 class Parts(Protocol):
-    """A dataset's two parts, and the names of its classes."""
+    """A dataset's parts, and the names of its classes."""
 
     @property
     def train(self) -> Sized:
         """What is trained on."""
 
     @property
+    def validation(self) -> Sized | None:
+        """What tells the best epoch."""
+
+    @property
     def test(self) -> Sized:
-        """What is not."""
+        """What the result is taken on."""
 
     @property
     def classes(self) -> list[str]:
@@ -225,9 +229,16 @@ class RecipeData(LightningDataModule, ABC):
         sampler.set_epoch(self.first_epoch)
         return self._loader(self.batches(images, train=True), sampler)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation images, in order; no loader if there are none."""
+        return [] if self.splits.validation is None else self._in_order(self.splits.validation)
+
+    def test_dataloader(self) -> DataLoader[Any]:
         """The test images, in order."""
-        shares, images = self.shares(), self.splits.test
+        return self._in_order(self.splits.test)
+
+    def _in_order(self, images: Sized) -> DataLoader[Any]:
+        shares = self.shares()
         sampler = TestSampler(len(images), self.test_batch_size(), rank=shares.rank, world=shares.world)
         return self._loader(self.batches(images, train=False), sampler)
 

@@ -114,12 +114,14 @@ def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> 
 
 
 def _npz(config: DataConfig, seed: int) -> Splits:
-    (train, labels), (test, test_labels) = read_npz(Path(config.root))
+    (train, labels), (test, test_labels), *validation = read_npz(Path(config.root))
     scaled = train.double() / 255 if train.dtype == torch.uint8 else train.double()
     count = int(max(labels.max(), test_labels.max())) + 1
     mean, std = scaled.mean((0, 2, 3)).tolist(), scaled.std((0, 2, 3)).clamp(min=1e-6).tolist()
     return _in_memory(
-        *(config, seed, (train, labels), (test, test_labels), [str(c) for c in range(count)], mean, std), flip=True
+        *(config, seed, (train, labels), (test, test_labels), [str(c) for c in range(count)], mean, std),
+        flip=True,
+        validation=validation[0] if validation else None,
     )
 
 
@@ -133,35 +135,47 @@ def _in_memory(
     std: Sequence[float],
     *,
     flip: bool,
+    validation: tuple[Tensor, Tensor] | None = None,
 ) -> Splits:
     pixels, labels = train
-    chosen = chosen_images(config, len(labels), seed)
+    chosen, held_out = chosen_images(config, len(labels), seed, own_validation=validation is not None)
+    if validation is None and held_out:
+        validation = pixels[held_out], labels[held_out]
     if chosen is not None:
         pixels, labels = pixels[chosen], labels[chosen]
     size = (config.image_size, config.image_size) if config.image_size else (pixels.shape[-2], pixels.shape[-1])
+    others = [part for part in (test, validation if config.validation else None) if part is not None]
     if size != tuple(pixels.shape[-2:]):
-        count = (len(pixels) + len(test[0])) * pixels.shape[1]
+        count = (len(pixels) + sum(len(part[1]) for part in others)) * pixels.shape[1]
         check_memory(5 * count * prod(size), f"data.image_size {size[0]} of {config.name}")  # as floats, then as bytes
     crop = v2.RandomCrop(size, padding=[max(1, size[1] // 8), max(1, size[0] // 8)])  # left and right, top and bottom
     steps: list[Any] = [crop, *([v2.RandomHorizontalFlip()] if flip else [])]
     augment = v2.Compose(steps) if config.augment else None
+    tested, *validated = (TensorImages(resized(pixels, size), labels) for pixels, labels in others)
     return Splits(
         TensorImages(resized(pixels, size), labels, augment),
-        TensorImages(resized(test[0], size), test[1]),
-        *(list(classes), mean, std),
+        validated[0] if validated else None,
+        *(tested, list(classes), mean, std),
     )
 
 
-def chosen_images(config: DataConfig, count: int, seed: int) -> list[int] | None:
-    """The numbers of the training images that the recipe uses, drawn by the seed; None for all."""
-    if config.train_images is None:
-        return None
-    if not 1 <= config.train_images <= count:
+def chosen_images(
+    config: DataConfig, count: int, seed: int, *, own_validation: bool = False
+) -> tuple[list[int] | None, list[int]]:
+    """The numbers of the training images that the recipe trains on (None: all), and of those held out; drawn by the seed."""
+    share = 0.0 if own_validation else config.validation
+    held_out = round(share * (config.train_images or count))
+    if not 1 <= (config.train_images or 1) <= count - held_out:
+        wanted = f"data.train_images {config.train_images:,}" if config.train_images else "all training images"
         raise PwsError(
-            f"data.train_images must be 1 to {count}, all that {config.name} has; got {config.train_images}."
+            f"{config.name} has {count:,} training images, which must do for {wanted} and, beside them, {held_out:,} for "
+            f"data.validation {share:g}. Ask for fewer, or --data.validation 0: the last epoch counts then, not the best."
         )
+    if config.train_images is None and not held_out:
+        return None, []
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order[: config.train_images]
+    trained = order[: config.train_images] if config.train_images else sorted(order[: count - held_out])
+    return trained, sorted(order[count - held_out :])
 
 
 def _folder(config: DataConfig, seed: int) -> Splits:
@@ -169,22 +183,28 @@ def _folder(config: DataConfig, seed: int) -> Splits:
     check_memory(
         4 * 3 * config.batch_size * side**2, f"a batch of {config.batch_size:,} images of {side} pixels per side"
     )
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
+    for name in ("train", "val"):
+        if not (root / name).is_dir():
             raise PwsError(
-                f"{config.name}: the folder {root / part} is missing. Put the images into {root}/train/CLASS/... and "
+                f"{config.name}: the folder {root / name} is missing. Put the images into {root}/train/CLASS/... and "
                 f"{root}/val/CLASS/..., or point --data.root at the folder that holds train and val."
             )
     prepare = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
     augment = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]) if config.augment else None
-    train, test = FolderImages(root / "train", prepare, augment), FolderImages(root / "val", prepare, None)
-    if train.files.classes != test.files.classes:
-        odd = sorted(set(train.files.classes) ^ set(test.files.classes))
-        raise PwsError(
-            f"{config.name}: train and val must hold the same class folders; these stand in one only: {odd}."
-        )
-    train.numbers = chosen_images(config, len(train.files), seed)
-    return Splits(train, test, train.files.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    train = FolderImages(root / "train", prepare, augment)
+    others = [FolderImages(root / name, prepare, None) for name in ("val", "test") if (root / name).is_dir()]
+    for part in others:
+        if train.files.classes != part.files.classes:
+            odd = sorted(set(train.files.classes) ^ set(part.files.classes))
+            raise PwsError(
+                f"{config.name}: train and {Path(part.files.root).name} must hold the same class folders; these stand in one "
+                f"only: {odd}."
+            )
+    train.numbers, held_out = chosen_images(config, len(train.files), seed, own_validation=len(others) > 1)
+    if held_out:
+        others.insert(0, FolderImages(root / "train", prepare, None, held_out))
+    validation = others[0] if len(others) > 1 and config.validation else None
+    return Splits(train, validation, others[-1], train.files.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 DATASETS: Final[dict[str, Callable[[DataConfig, int], Splits]]] = {

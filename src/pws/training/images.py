@@ -43,6 +43,8 @@ class Splits:
     """A dataset, ready to be batched."""
 
     train: Images
+    validation: Images | None
+    """What tells the best epoch; None if the recipe wants no such images."""
     test: Images
     classes: list[str]
     mean: Sequence[float]

@@ -158,7 +158,7 @@ def load_model(
         )
     if data not in DATASETS:
         raise UnknownNameError("dataset", data, [RANDOM, *DATASETS])
-    config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
+    config = DataConfig(name=data, batch_size=batch_size, image_size=image_size, validation=0)
     source = ImageData(replace(config, root=root) if root else config, seed=0)
     check_shares(len(source.splits.train), batch_size, world=1, accumulate=1)
     batches = list(islice(source.train_dataloader(), FORECAST_BATCHES))
@@ -176,7 +176,7 @@ def _detector(
         raise UnknownNameError(
             f"dataset with objects, which {spec} needs (--data digit-scenes needs no files):", data, DETECTION_DATASETS
         )
-    config = DataConfig(name=data, batch_size=batch_size, image_size=image_size)
+    config = DataConfig(name=data, batch_size=batch_size, image_size=image_size, validation=0)
     source = DetectionData(replace(config, root=root) if root else config, seed=0)
     check_shares(len(source.splits.train), batch_size, world=1, accumulate=1)
     (images, targets), *more = islice(source.train_dataloader(), FORECAST_BATCHES)

@@ -21,7 +21,7 @@ from pws.methods import Method
 from pws.models import ResNet
 from pws.optim import NonFiniteGradientError
 from pws.surgery import calibrate
-from pws.training.callbacks import ClipGrad
+from pws.training.callbacks import TEST, VALIDATION, ClipGrad
 from pws.training.data import Parts
 from pws.training.optimizer import build_optimizer, step_bound
 from pws.training.recipe import OptimConfig
@@ -56,7 +56,7 @@ class TaskModule(LightningModule, ABC):
     """
 
     SCORE: ClassVar[str]
-    """The logged metric that tells the best checkpoint: the larger, the better."""
+    """The metric that tells the best checkpoint: the larger, the better."""
 
     def __init__(
         self,
@@ -75,15 +75,28 @@ class TaskModule(LightningModule, ABC):
 
     @abstractmethod
     def score_on(self, batches: Iterable[Any], images: int) -> float:
-        """The score on the first `images` images, or a few more, of test batches; in eval mode, without gradients."""
+        """The score on the first `images` images, or a few more, of `batches`; in eval mode, without gradients."""
 
     @abstractmethod
     def score_line(self, metrics: dict[str, float]) -> str:
-        """What an epoch's line says of the test images."""
+        """What a line says of metrics by their names, such as accuracy."""
 
     @abstractmethod
     def evaluation(self, checkpoint: str, parts: Parts) -> Evaluation | DetectionEvaluation:
-        """What the validation that ran last has found, on the test images of `parts`."""
+        """What the test that ran last has found, on the test images of `parts`."""
+
+    @property
+    def part(self) -> str:
+        """What the names of logged metrics begin with: val_ or test_."""
+        return TEST if self.trainer.testing else VALIDATION
+
+    def test_step(self, batch: Any, index: int) -> Any:
+        """As validation_step."""
+        return self.validation_step(batch, index)
+
+    def on_test_epoch_end(self) -> None:
+        """As on_validation_epoch_end."""
+        self.on_validation_epoch_end()
 
     def on_fit_start(self) -> None:
         """Calibrate on the first step's batch, unless a resumed run carries the kernels in its checkpoint."""

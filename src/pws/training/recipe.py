@@ -37,6 +37,7 @@ DATA_RULES: Final[dict[str, Rule]] = {
     "image_size": SIDE,
     "workers": LOADERS,
     **dict.fromkeys(("batch_size", "train_images"), AT_LEAST_ONE),
+    "validation": BELOW_ONE,
 }
 OPTIM_RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("clip_norm", "step_bound", "decay"), POSITIVE),
@@ -115,6 +116,8 @@ class DataConfig:
         image_size: side in pixels that images are resized to; their own if left out, 224 for imagenet and folder. For task
             detect the shorter side; 800 if left out, 320 for SSD, whose images are squares.
         train_images: use only this many training images, drawn by the seed.
+        validation: as many images as this share of the training images are held out, drawn by the seed; they tell the best
+            epoch. npz with val_images and a folder with test/ bring such images themselves. 0 for none: the last epoch counts.
         workers: number of loader processes.
     """
 
@@ -125,6 +128,7 @@ class DataConfig:
     augment: bool | Augmentation = False
     image_size: int | None = None
     train_images: int | None = None
+    validation: float = 0.1
     workers: int = 0
 
     def __post_init__(self) -> None:
@@ -198,7 +202,8 @@ class TrainerConfig:
         strategy: auto or ddp.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true.
         accumulate: split each step's batch into this many parts, one after the other.
-        early_stop: stop after this many epochs without a better test accuracy, or average precision of boxes.
+        early_stop: stop after this many epochs without a better accuracy, or average precision of boxes, on the validation
+            images.
     """
 
     epochs: int = 10
@@ -244,6 +249,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_rules({"seed": SEED}, self)
+        if self.trainer.early_stop is not None and not self.data.validation:
+            raise PwsError(
+                "trainer.early_stop waits for a better result on the validation images, and data.validation 0 leaves none. Set "
+                "a share, such as --data.validation 0.1, or leave early_stop out."
+            )
         if self.task == "classify":
             _check_left_out(self, ("backbone", "trainable_stages", "head", "anchor_size", "options"), "task detect")
             if isinstance(self.data.augment, str):

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from pws._errors import PwsError
 from pws._files import write_whole
-from pws.training.callbacks import Clock, EpochLines, StepBar, is_first_process
-from pws.training.checkpoints import CheckpointFiles
+from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, is_first_process
+from pws.training.checkpoints import BEST, BestCheckpoint, CheckpointFiles
 from pws.training.data import RecipeData, check_shares
 from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
@@ -49,8 +49,9 @@ def train(
     data = data_of(recipe)
     seed_everything(recipe.seed, workers=True, verbose=False)
     module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
-    clock = Clock(module.SCORE)
-    trainer = _trainer(recipe, module, folder, clock, watch, quiet=quiet)
+    clock = Clock(VALIDATION + module.SCORE)
+    validates = data.splits.validation is not None
+    trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     with claimed(folder, recipe, resume=resume):
         start = resume_from(folder, recipe, module) if resume else Start()
@@ -62,8 +63,14 @@ def train(
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
         trainer.loggers = [MetricsFile(folder, start.rows), board]
         failure, metrics = _fit(trainer, module, data, start.checkpoint, clock)
+        best = folder / CHECKPOINTS / BEST
+        tested = best if validates and best.exists() else None
+        if failure is None:
+            failure, found = _test(trainer, module, data, tested)
+            metrics |= found
         verdict = None if watch is None or watch.monitor is None else watch.monitor.verdict
-        summary = summarize(trainer, module, clock, recipe, metrics, failure, None if verdict is None else str(verdict))
+        checkpoint, said = "best" if tested else "last", None if verdict is None else str(verdict)
+        summary = summarize(trainer, module, clock, recipe, metrics, checkpoint, failure, said)
         if trainer.is_global_zero:
             write_whole(folder / SUMMARY, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
             if watch is not None:
@@ -82,33 +89,60 @@ def _fit(
         with real_interrupts():
             trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            logged = clock.validated_step == trainer.global_step
-            if (
-                not logged or not metrics
-            ):  # max_steps ended an epoch before its validation, or a resumed run was at its end
-                trainer.loggers = [] if logged else trainer.loggers
-                metrics.update(trainer.validate(module, datamodule=data, verbose=False)[0])
+            if data.splits.validation is not None and clock.validated_step != trainer.global_step:
+                _validate_end(trainer, module, data, clock)
     except NonFiniteLossError as error:
         failure = error
     clock.stop()
     return failure, metrics
 
 
+def _validate_end(trainer: Trainer, module: TaskModule, data: RecipeData, clock: Clock) -> None:
+    """Validate where max_steps has ended an epoch before its validation: the end may be the best."""
+    before = clock.best
+    trainer.validate(module, datamodule=data, verbose=False)
+    if clock.best > before or not before:
+        best = next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
+        trainer.save_checkpoint(Path(str(best.dirpath)) / BEST)
+
+
+def _test(
+    trainer: Trainer, module: TaskModule, data: RecipeData, checkpoint: Path | None
+) -> tuple[NonFiniteLossError | None, dict[str, float]]:
+    """The metrics of the checkpoint, or of the present weights, on the test images; or how they failed."""
+    try:
+        with real_interrupts():
+            found = trainer.test(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    except NonFiniteLossError as error:
+        return error, {}
+    return None, dict(found[0])
+
+
 def _trainer(
-    recipe: Recipe, module: TaskModule, folder: Path, clock: Clock, watch: MonitorCallback | None, *, quiet: bool
+    recipe: Recipe,
+    module: TaskModule,
+    folder: Path,
+    clock: Clock,
+    watch: MonitorCallback | None,
+    *,
+    validates: bool,
+    quiet: bool,
 ) -> Trainer:
     config = recipe.trainer
     # Behind the validation: a checkpoint is the end of a whole epoch. Lightning's own `save_last` would store only those
     # epochs that are better than all before.
     keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(folder / "checkpoints", filename="best", monitor=module.SCORE, mode="max", **keep)
-    callbacks: list[Callback] = [clock, best, ModelCheckpoint(folder / "checkpoints", filename="last", **keep)]
+    score = VALIDATION + module.SCORE
+    callbacks: list[Callback] = [clock]
+    if validates:
+        callbacks.append(BestCheckpoint(folder / CHECKPOINTS, score, **keep))
+    callbacks.append(ModelCheckpoint(folder / CHECKPOINTS, filename="last", **keep))
     if watch is not None:
         callbacks.append(watch)
     if config.early_stop is not None:
-        callbacks.append(EarlyStopping(module.SCORE, mode="max", patience=config.early_stop, strict=False))
+        callbacks.append(EarlyStopping(score, mode="max", patience=config.early_stop, strict=False))
     if not quiet:
-        callbacks.append(EpochLines(clock, module.score_line))
+        callbacks.append(EpochLines(clock, module.score_line, validates=validates))
     if bar := (not quiet and sys.stdout.isatty()):
         callbacks.append(StepBar())
     try:

@@ -47,7 +47,7 @@ class Shown:
 
 
 class WorstImages(Callback, ABC):
-    """Keeps the worst test images of a validation, in a process of its own."""
+    """Keeps the worst images of a test, in a process of its own."""
 
     WORST: ClassVar[str]
     """How they are told."""
@@ -65,7 +65,7 @@ class WorstImages(Callback, ABC):
     def draw(self, number: int, found: Any) -> tuple[Image.Image, str]:
         """Test image `number` and what is said of it, below its name."""
 
-    def on_validation_batch_end(
+    def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
         """Keep the worst so far; of equal ones the first."""

@@ -6,17 +6,13 @@ import platform
 import resource
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Final
 
 import torch
 from lightning.pytorch import Trainer
 
-from pws.training.callbacks import Clock
+from pws.training.callbacks import TEST, Clock, metrics_of
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.recipe import Recipe
-
-TEST: Final = "val_"
-"""What the names of the test images' metrics begin with in a log."""
 
 
 @dataclass
@@ -28,9 +24,11 @@ class Summary:
     score: str
     """The metric that decides which checkpoint is the best: accuracy or box_ap."""
     best: float | None
-    """The best score of all epochs, in [0, 1]."""
+    """The best score of all epochs on the validation images, in [0, 1]; None if there are none."""
+    checkpoint: str
+    """The one that the test images were given to: best, or last where no validation images tell the best."""
     metrics: dict[str, float]
-    """Those of the test images after the last epoch; empty if the loss went non-finite."""
+    """Those of the test images; empty if the loss went non-finite."""
     train_loss: float | None
     epochs: int
     steps: int
@@ -53,6 +51,7 @@ def summarize(
     clock: Clock,
     recipe: Recipe,
     metrics: dict[str, float],
+    tested: str,
     failure: NonFiniteLossError | None,
     verdict: str | None = None,
 ) -> Summary:
@@ -62,9 +61,10 @@ def summarize(
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Summary(
         status="non-finite" if failure else "finished",
-        score=module.SCORE.removeprefix(TEST),
+        score=module.SCORE,
         best=clock.best or None,
-        metrics={} if failure else {k.removeprefix(TEST): v for k, v in metrics.items() if k.startswith(TEST)},
+        checkpoint=tested,
+        metrics={} if failure else metrics_of(TEST, metrics),
         train_loss=None if failure else metrics.get("train_loss_epoch"),
         epochs=trainer.current_epoch,
         steps=steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Final
 
@@ -39,10 +40,15 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
         raise PwsError(
             f"{config.name} in {config.root}: the training and the test images must have the same classes; in one only: {odd}."
         )
-    chosen = chosen_images(config, len(train), seed)
-    if chosen is not None:
-        train.numbers = [train.numbers[number] for number in chosen]
-    return DetectionSplits(train, test, train.classes)
+    chosen, held_out = chosen_images(config, len(train), seed)
+    validation = _some(train, held_out) if held_out else None
+    return DetectionSplits(train if chosen is None else _some(train, chosen), validation, test, train.classes)
+
+
+def _some(images: DetectionImages, numbers: list[int]) -> DetectionImages:
+    some = copy(images)
+    some.numbers = [images.numbers[number] for number in numbers]
+    return some
 
 
 def _coco(kind: str) -> Callable[[Path], Parts]:

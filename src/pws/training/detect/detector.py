@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from pws._errors import PwsError
@@ -23,7 +22,7 @@ Batch = tuple[list[Tensor], list[Target]]
 class Detector(TaskModule):
     """The sum of a detector's losses on lists of images and targets; average precision of boxes and masks on test images."""
 
-    SCORE = "val_box_ap"
+    SCORE = "box_ap"
 
     def __init__(
         self,
@@ -63,12 +62,20 @@ class Detector(TaskModule):
         return {"found": found}
 
     def on_validation_epoch_end(self) -> None:
-        """Log COCO's figures: val_box_ap, val_box_ap50, ..., val_mask_ap."""
-        self.figures = figures = figures_of(self.metric)
-        if self.trainer.state.fn == TrainerFn.VALIDATING:  # by class it takes as long again for each one
-            self.by_class = figures_by_class(self.metric, self.num_classes)
+        """Log COCO's figures: box_ap, box_ap50, ..., mask_ap."""
+        self.figures = figures_of(self.metric)
+        self.log_dict(
+            {f"{self.part}{kind}_{name}": v for kind, figures in self.figures.items() for name, v in figures.items()}
+        )
+
+        if (
+            not self.trainer.testing
+        ):  # what was found takes memory; after a test, `evaluation` asks for figures by class
+            self.metric.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the test before."""
         self.metric.reset()
-        self.log_dict({f"val_{kind}_{name}": value for kind, part in figures.items() for name, value in part.items()})
 
     def score_on(self, batches: Iterable[Batch], images: int) -> float:
         """Average precision of boxes."""
@@ -82,8 +89,9 @@ class Detector(TaskModule):
 
     def evaluation(self, checkpoint: str, parts: Parts) -> DetectionEvaluation:
         """COCO's figures and VOC's average precision, by class too."""
-        by_class = dict(zip(parts.classes, self.by_class, strict=True))
-        voc = [figures["voc_ap50"] for figures in self.by_class]
+        figures = figures_by_class(self.metric, self.num_classes)
+        by_class = dict(zip(parts.classes, figures, strict=True))
+        voc = [of_class["voc_ap50"] for of_class in figures]
         known = [value for value in voc if value is not None]
         kinds = {kind: {name: known_or_none(v) for name, v in part.items()} for kind, part in self.figures.items()}
         return DetectionEvaluation(
@@ -98,4 +106,4 @@ class Detector(TaskModule):
     def score_line(self, metrics: dict[str, float]) -> str:
         """The average precision in percent."""
         kinds = ("box", "mask") if self.masks else ("box",)
-        return "  ".join(f"{kind} AP {100 * metrics[f'val_{kind}_ap']:.1f}" for kind in kinds)
+        return "  ".join(f"{kind} AP {100 * metrics[f'{kind}_ap']:.1f}" for kind in kinds)

@@ -58,6 +58,7 @@ class DetectionSplits:
     """A dataset, ready to be batched."""
 
     train: DetectionImages
+    validation: DetectionImages | None
     test: DetectionImages
     classes: list[str]
     """Their labels are 1, 2, ..."""
