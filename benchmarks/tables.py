@@ -23,14 +23,20 @@ from benchmarks.experiment import PROGRAM
 from benchmarks.speed.tables import images_table, kept_table, peak_table, ratio_table, step_table
 from pws._errors import PwsError, UnknownNameError, one_line, reason_of, shown
 from pws._files import write_whole
-from pws.bench.grid_tables import StoredCell, accuracy_table, mask_table, range_table, steps_table
+from pws.bench.grid_tables import StoredCell, accuracy_table, mask_table, range_table, rate_table, steps_table
 from pws.bench.result_file import Result
 from pws.cli.arguments import command_parser, parse
 from pws.training.parsing import check_entries
 
 MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
-    "grid": {"accuracy": accuracy_table, "steps": steps_table, "range": range_table, "masks": mask_table},
+    "grid": {
+        "accuracy": accuracy_table,
+        "steps": steps_table,
+        "range": range_table,
+        "masks": mask_table,
+        "rate": rate_table,
+    },
     "suite": {
         "ratio": ratio_table,
         "images": images_table,

@@ -14,7 +14,7 @@ import pws
 from pws.bench import pool
 from pws.bench.cell import CellResult, train_cell
 from pws.bench.grid import load_grid
-from pws.bench.grid_tables import accuracy_table, mask_table, over_seeds, range_table, rates_of, steps_table
+from pws.bench.grid_tables import accuracy_table, mask_table, over_seeds, range_table, rate_table, rates_of, steps_table
 from pws.bench.pool import run_grid, stored_cell
 from pws.cli import main
 from pws.training.callbacks import Clock
@@ -44,10 +44,11 @@ def write(tmp_path: Path, text: str = GRID) -> Path:
 
 
 def test_a_cell_tells_its_accuracy_its_curve_and_where_it_broke(tmp_path: Path) -> None:
-    grid = load_grid(write(tmp_path))
+    grid = load_grid(write(tmp_path, GRID.replace("batch_size: 32", "batch_size: 32, validation: 0")))
     cells = {cell.key: cell for cell in grid.cells}
     good = train_cell(cells["none", "LR 0.01", 0], grid.evaluations, grid.evaluation_images)
     assert (good.steps, good.non_finite_step, [step for step, _ in good.curve]) == (4, None, [2, 4])
+    assert good.validation is None
     assert good.accuracy is not None
     assert good.curve[-1][1] == pytest.approx(
         good.accuracy, abs=1e-4
@@ -57,6 +58,14 @@ def test_a_cell_tells_its_accuracy_its_curve_and_where_it_broke(tmp_path: Path) 
     broken = train_cell(cells["none", "LR 1e+09", 0], grid.evaluations, grid.evaluation_images)
     assert broken.accuracy is None
     assert 1 <= (broken.non_finite_step or 0) <= 4
+
+
+def test_the_curve_of_a_cell_is_that_of_its_validation_images(tmp_path: Path) -> None:
+    grid = load_grid(write(tmp_path, GRID.replace("batch_size: 32", "batch_size: 32, validation: 0.5")))
+    result = train_cell(grid.cells[0], grid.evaluations, grid.evaluation_images)
+    assert result.validation is not None
+    assert result.curve[-1][1] == pytest.approx(result.validation, abs=1e-4)
+    assert stored_cell(grid.cells[0], result, 0.5)["validation"] == pytest.approx(result.validation)
 
 
 def test_a_grid_goes_on_where_it_stopped_and_trains_changed_cells_again(tmp_path: Path) -> None:
@@ -134,6 +143,27 @@ def test_the_tables() -> None:
     assert steps_table(RESULT).splitlines()[2:] == ["| a | 7.5 | - | - |", "| b | - | - | - |"]
     assert range_table(RESULT).splitlines()[2:] == ["| a | 0.1 to 0.2 |", "| b | none |"]
     assert over_seeds(RESULT)["a", "LR 0.4"].mean is None
+
+
+def test_the_rate_is_chosen_on_validation_images_where_there_are_some() -> None:
+    head = "| method | allconv, batch 4 |"
+    assert rate_table(RESULT).splitlines() == [
+        *(head, "| --- | ---: |"),
+        "| a | **85.0 ± 7.1** (LR 0.1) |",
+        "| b | 10.0 (LR 0.1) |",
+    ]
+    # The rate with the better validation score is not that with the better test score.
+    validated = {0.1: 0.7, 0.2: 0.8, 0.4: None}
+    cells = [
+        cell | {"validation": validated[float(cell["column"].removeprefix("LR "))]} if cell["accuracy"] else cell
+        for cell in RESULT["cells"]
+    ]
+    assert rate_table({**RESULT, "cells": cells}).splitlines()[2:] == [
+        "| a | **50.0** (LR 0.2) |",
+        "| b | 10.0 (LR 0.1) |",
+    ]
+    one = {**RESULT, "columns": {"LR 0.1": {"optim.lr": 0.1}}, "cells": [c for c in cells if c["column"] == "LR 0.1"]}
+    assert rate_table(one) == ""
 
 
 def test_the_table_of_masks_tells_failed_runs_and_marks_no_zero() -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from pws.bench.grid import Cell
 from pws.bench.result_file import commit
 from pws.methods import Method
-from pws.training.callbacks import TEST, Clock, metrics_of
+from pws.training.callbacks import TEST, VALIDATION, Clock, metrics_of
 from pws.training.data import RecipeData
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.quiet import bare_trainer, real_interrupts
@@ -39,6 +39,8 @@ class CellResult:
     """Steps done, score on the first validation images; on the first test images where there are none."""
     metrics: dict[str, float] = field(default_factory=dict)
     """All metrics of all test images."""
+    validation: float | None = None
+    """The score on the validation images, if there are any."""
 
 
 def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Method | None = None) -> CellResult:
@@ -60,12 +62,16 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
     )
     failure: NonFiniteLossError | None = None
     metrics: dict[str, float] = {}
+    validation: float | None = None
     try:
         with warnings.catch_warnings(), real_interrupts():
             warnings.simplefilter("ignore")
             trainer.fit(module, datamodule=data)
             clock.stop()
             metrics = metrics_of(TEST, trainer.test(module, datamodule=data, verbose=False)[0])
+            if data.splits.validation is not None:
+                trainer.validate(module, datamodule=data, verbose=False)
+                validation = float(trainer.callback_metrics[VALIDATION + module.SCORE])
     except NonFiniteLossError as error:
         clock.stop()
         failure = error
@@ -79,6 +85,7 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
         steps=trainer.global_step,
         seconds=round(clock.seconds - watch.seconds, 2),
         commit=commit(),
+        validation=validation,
         curve=watch.curve,
         metrics=metrics,
     )

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Final
 
 from pws.bench.grid import ONLY_COLUMN, cell_settings
@@ -14,6 +15,8 @@ from pws.training.recipe_file import recipe_of
 
 MASK_AP: Final = "mask_ap"
 """What a cell of a detector with masks holds beside its score."""
+VALIDATION: Final = "validation"
+"""The score on the validation images, of a cell that has them."""
 SHOWN: Final = 0.0005
 """From here on a score is more than 0.0 %."""
 
@@ -141,6 +144,39 @@ def range_table(result: Mapping[str, Any]) -> str:
             ranges.append(_widest(judged))
         lines.append(f"| {row} | " + " | ".join(ranges) + " |")
     return "\n".join(lines) + "\n"
+
+
+def rate_table(result: Mapping[str, Any]) -> str:
+    """Markdown: the score at the learning rate that is each method's best, by network and batch size of several rates; empty
+    if there is none. The validation images choose the rate; where a grid holds none out, the test images."""
+    groups = {group: rates for group, rates in rates_of(result).items() if len(rates) > 1}
+    if not groups:
+        return ""
+    summaries = over_seeds(result)
+    judged = over_seeds(result, VALIDATION) or summaries
+    found = {
+        (row, group): (lr, summaries[row, column])
+        for row, (group, rates) in product(result["rows"], groups.items())
+        for lr, column in _best_rate(row, rates, judged)
+    }
+
+    def text(row: str, group: str) -> str:
+        if (row, group) not in found:
+            return "-"
+        lr, summary = found[row, group]
+        best = max(other.mean or 0 for (_, its_group), (_, other) in found.items() if its_group == group)
+        bold = "**" if summary.mean == best and best >= SHOWN else ""
+        return f"{bold}{summary}{bold} (LR {lr:g})"
+
+    return _markdown(result, text, list(groups))
+
+
+def _best_rate(
+    row: str, rates: Sequence[tuple[float, str]], judged: Mapping[tuple[str, str], SeedSummary]
+) -> list[tuple[float, str]]:
+    """The rate with the largest mean, with its column; none for a row without a cell."""
+    means = {(lr, column): judged[row, column].mean for lr, column in rates if (row, column) in judged}
+    return sorted(means, key=lambda rate: -1.0 if means[rate] is None else means[rate])[-1:]  # type: ignore[arg-type, return-value]
 
 
 def rates_of(result: Mapping[str, Any]) -> dict[str, list[tuple[float, str]]]:

@@ -9,7 +9,7 @@ from typing import Any
 from pws._errors import PwsError, reason_of
 from pws.bench.cell import CellResult, train_cell
 from pws.bench.grid import Cell, Grid
-from pws.bench.grid_tables import MASK_AP, StoredCell, settings_of
+from pws.bench.grid_tables import MASK_AP, VALIDATION, StoredCell, settings_of
 from pws.bench.processes import Failure, each_apart
 from pws.bench.result_file import Result, read_result, write_result
 from pws.training.quiet import quiet_lightning
@@ -59,14 +59,14 @@ def run_grid(
 
 def stored_cell(cell: Cell, result: CellResult, target: float) -> Stored:
     """What is kept of a cell: its place, its accuracy, where it broke and when it reached the target."""
-    mask_ap = result.metrics.get(MASK_AP)
+    more = {MASK_AP: result.metrics.get(MASK_AP), VALIDATION: result.validation}
     return {
         **{"row": cell.row, "column": cell.column, "seed": cell.recipe.seed},
         "accuracy": None if result.accuracy is None else round(result.accuracy, 10),
         "non_finite_step": result.non_finite_step,
         "steps_to_target": next((step for step, accuracy in result.curve if accuracy >= target), None),
         "commit": result.commit,
-        **({} if mask_ap is None else {MASK_AP: round(mask_ap, 10)}),
+        **{name: round(value, 10) for name, value in more.items() if value is not None},
     }
 
 
