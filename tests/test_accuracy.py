@@ -60,6 +60,15 @@ def test_a_cell_tells_its_accuracy_its_curve_and_where_it_broke(tmp_path: Path) 
     assert 1 <= (broken.non_finite_step or 0) <= 4
 
 
+def test_a_cell_is_tested_with_the_average_of_its_weights(tmp_path: Path) -> None:
+    plain, average = (
+        load_grid(write(tmp_path, GRID.replace("columns:", f"  optim: {{ema: {decay}}}\ncolumns:"))).cells[0]
+        for decay in ("null", "0.9")
+    )
+    losses = [train_cell(cell, 1, 8).metrics["loss"] for cell in (plain, average)]
+    assert losses[0] != losses[1]
+
+
 def test_the_curve_of_a_cell_is_that_of_its_validation_images(tmp_path: Path) -> None:
     grid = load_grid(write(tmp_path, GRID.replace("batch_size: 32", "batch_size: 32, validation: 0.5")))
     result = train_cell(grid.cells[0], grid.evaluations, grid.evaluation_images)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from pws.bench.grid import Cell
 from pws.bench.result_file import commit
 from pws.methods import Method
-from pws.training.callbacks import TEST, VALIDATION, Clock, metrics_of
+from pws.training.callbacks import TEST, VALIDATION, Clock, averages, metrics_of
 from pws.training.data import RecipeData
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.quiet import bare_trainer, real_interrupts
@@ -58,7 +58,7 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
         check_val_every_n_epoch=None,
         val_check_interval=10**9,
         gradient_clip_val=recipe.optim.clip_norm,
-        callbacks=[clock, watch],
+        callbacks=[clock, watch, *averages(recipe.optim)],
     )
     failure: NonFiniteLossError | None = None
     metrics: dict[str, float] = {}

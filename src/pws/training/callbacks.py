@@ -8,12 +8,13 @@ from typing import Any, Final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from pws._clip_grad import clip_grad
 from pws.optim.bound import STEP_BOUND
+from pws.training.recipe import OptimConfig
 
 VALIDATION: Final = "val_"
 TEST: Final = "test_"
@@ -92,6 +93,11 @@ class ClipGrad(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
         """Shorten the gradients."""
         clip_grad(module, optimizer, self.bound)
+
+
+def averages(optim: OptimConfig) -> list[Callback]:
+    """What keeps the average of the weights, if the recipe wants one."""
+    return [] if optim.ema is None else [EMAWeightAveraging(decay=optim.ema)]
 
 
 class StepBar(RichProgressBar):

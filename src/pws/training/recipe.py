@@ -42,7 +42,7 @@ DATA_RULES: Final[dict[str, Rule]] = {
 OPTIM_RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("clip_norm", "step_bound", "decay"), POSITIVE),
     **dict.fromkeys(("lr", "weight_decay", "scale_lr_factor", "warmup_epochs"), NOT_NEGATIVE),
-    **dict.fromkeys(("momentum", "label_smoothing"), BELOW_ONE),
+    **dict.fromkeys(("momentum", "label_smoothing", "ema"), BELOW_ONE),
 }
 TRAINER_RULES: Final[dict[str, Rule]] = {
     "devices": DEVICES,
@@ -154,6 +154,7 @@ class OptimConfig:
         clip_norm: clip the gradient to this global norm, in place of the method's own step bound.
         step_bound: no layer's step is longer than this. "method" takes the method's own bound: for pws 0.03 with sgd and 0.05
             with others, none for other methods. null means no bound.
+        ema: validate, test and store an average of the weights: after each step this part of it stays, the rest is the weights.
         label_smoothing: part of each label that is spread over all classes.
     """
 
@@ -169,6 +170,7 @@ class OptimConfig:
     warmup_epochs: float = 0.0
     clip_norm: float | None = None
     step_bound: float | Literal["method"] | None = "method"
+    ema: float | None = None
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:

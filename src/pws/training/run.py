@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from pws._errors import PwsError
 from pws._files import write_whole
-from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, is_first_process
-from pws.training.checkpoints import BEST, BestCheckpoint, CheckpointFiles
+from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, averages, is_first_process
+from pws.training.checkpoints import BEST, BestCheckpoint, CheckpointFiles, load_weights
 from pws.training.data import RecipeData, check_shares
 from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
@@ -66,7 +66,9 @@ def train(
         best = folder / CHECKPOINTS / BEST
         tested = best if validates and best.exists() else None
         if failure is None:
-            failure, found = _test(trainer, module, data, tested)
+            if tested is not None:
+                load_weights(module, tested, recipe)
+            failure, found = _test(trainer, module, data)
             metrics |= found
         verdict = None if watch is None or watch.monitor is None else watch.monitor.verdict
         checkpoint, said = "best" if tested else "last", None if verdict is None else str(verdict)
@@ -106,13 +108,11 @@ def _validate_end(trainer: Trainer, module: TaskModule, data: RecipeData, clock:
         trainer.save_checkpoint(Path(str(best.dirpath)) / BEST)
 
 
-def _test(
-    trainer: Trainer, module: TaskModule, data: RecipeData, checkpoint: Path | None
-) -> tuple[NonFiniteLossError | None, dict[str, float]]:
-    """The metrics of the checkpoint, or of the present weights, on the test images; or how they failed."""
+def _test(trainer: Trainer, module: TaskModule, data: RecipeData) -> tuple[NonFiniteLossError | None, dict[str, float]]:
+    """The metrics of the test images, or how they failed."""
     try:
         with real_interrupts():
-            found = trainer.test(module, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+            found = trainer.test(module, datamodule=data, verbose=False)
     except NonFiniteLossError as error:
         return error, {}
     return None, dict(found[0])
@@ -137,6 +137,7 @@ def _trainer(
     if validates:
         callbacks.append(BestCheckpoint(folder / CHECKPOINTS, score, **keep))
     callbacks.append(ModelCheckpoint(folder / CHECKPOINTS, filename="last", **keep))
+    callbacks += averages(recipe.optim)
     if watch is not None:
         callbacks.append(watch)
     if config.early_stop is not None:
