@@ -214,7 +214,7 @@ def test_the_checksum_sees_every_change(change: Callable[[dict[str, Any]], Any])
     assert checksum_of(changed) != checksum_of(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "muon"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "rmsprop", "lamb", "muon"])
 def test_the_checksum_outlives_the_file(name: str, tmp_path: Path) -> None:
     trained(tmp_path / "run", f"--optim.name={name}", "--optim.lr=0.001", "--trainer.early_stop=3", epochs=1)
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)

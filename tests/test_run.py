@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer, seed_everything
-from timm.optim import Muon
+from timm.optim import Lamb, Muon
 from torch import Tensor, nn
 
 import pws
@@ -343,11 +343,12 @@ def test_the_steps_are_bounded_as_the_recipe_says() -> None:
     assert max(lengths(first_step("--model.method=none"))) > 0.03
 
 
-NAMES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "muon": Muon}
+NAMES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop, "lamb": Lamb, "muon": Muon}
 STANDARDIZING = {
     "sgd": pws.optim.SGD,
     "adamw": pws.optim.AdamW,
     "rmsprop": pws.optim.Wrapped,
+    "lamb": pws.optim.Wrapped,
     "muon": pws.optim.Wrapped,
 }
 

@@ -21,10 +21,10 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, bound: float | None) -
     """The optimizer over `pws.param_groups`; if layers are marked, no layer's step is longer than `bound`.
 
     Raises:
-        PwsError: muon without timm, or a model without anything to train.
+        PwsError: muon or lamb without timm, or a model without anything to train.
     """
     groups = param_groups(model, lr=optim.lr, weight_decay=optim.weight_decay, scale_lr_factor=optim.scale_lr_factor)
-    settings: dict[str, Any] = {} if optim.name == "adamw" else {"momentum": optim.momentum}
+    settings: dict[str, Any] = {} if optim.name in ("adamw", "lamb") else {"momentum": optim.momentum}
     if optim.nesterov:
         settings["nesterov"] = True
     if not marked(model):
@@ -47,12 +47,12 @@ def step_bound(optim: OptimConfig, method: Method | None) -> float | None:
 
 
 def _class_of(name: str) -> type[Optimizer]:
-    if name != "muon":
+    if name not in ("muon", "lamb"):
         return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
     try:
-        # torch's takes matrices only; timm's convolutions too, and AdamW for the rest.
-        from timm.optim.muon import Muon
+        # torch's Muon takes matrices only; timm's convolutions too, and AdamW for the rest.
+        from timm.optim import Lamb, Muon
     except ImportError as error:
-        raise PwsError("the optimizer muon is timm's: pip install 'pws-torch[models]'.") from error
-    found: type[Optimizer] = Muon
+        raise PwsError(f"the optimizer {name} is timm's: pip install 'pws-torch[models]'.") from error
+    found: type[Optimizer] = Muon if name == "muon" else Lamb
     return found

@@ -140,7 +140,7 @@ class OptimConfig:
     """The optimizer and its schedule.
 
     Args:
-        name: sgd, adamw, rmsprop or muon (AdamW for what is not a matrix). For standardized layers it is the optimizer of
+        name: sgd, adamw, rmsprop, lamb or muon (AdamW for what is not a matrix). For standardized layers it is the optimizer of
             pws.optim.
         lr: learning rate, for batches of batch_size.
         momentum: momentum of sgd, rmsprop and muon.
@@ -158,7 +158,7 @@ class OptimConfig:
         label_smoothing: part of each label that is spread over all classes.
     """
 
-    name: Literal["sgd", "adamw", "rmsprop", "muon"] = "sgd"
+    name: Literal["sgd", "adamw", "rmsprop", "lamb", "muon"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
