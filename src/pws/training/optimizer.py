@@ -51,7 +51,8 @@ def _class_of(name: str) -> type[Optimizer]:
         return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[name]
     try:
         # torch's Muon takes matrices only; timm's convolutions too, and AdamW for the rest.
-        from timm.optim import Lamb, Muon
+        from timm.optim.lamb import Lamb
+        from timm.optim.muon import Muon
     except ImportError as error:
         raise PwsError(f"the optimizer {name} is timm's: pip install 'pws-torch[models]'.") from error
     found: type[Optimizer] = Muon if name == "muon" else Lamb
