@@ -22,7 +22,6 @@ from torch import Tensor, nn
 import pws
 from pws._errors import PwsError
 from pws._mark import adopt
-from pws.cli import main
 from pws.training import Recipe, evaluate, load_recipe, train
 from pws.training.callbacks import ClipGrad
 from pws.training.classifier import Classifier
