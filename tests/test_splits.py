@@ -100,6 +100,8 @@ def test_medmnist_brings_validation_images(tmp_path: Path) -> None:
     assert splits.validation is not None
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 7, 20)
     assert pixels_of(splits.validation) == {own[0].tobytes()}
+    np.savez(path, **arrays, val_images=own, val_labels=np.arange(7) + 5)  # a class that the other parts lack
+    assert len(load_splits(DataConfig(name="npz", root=str(path)), seed=0).classes) == 12
     np.savez(path, **arrays, val_images=own[:, :8], val_labels=np.arange(7))
     with pytest.raises(PwsError, match=r"one shape; got \(1, 16, 16\) for training and \(1, 8, 16\) for validation"):
         load_splits(DataConfig(name="npz", root=str(path)), seed=0)

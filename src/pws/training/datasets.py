@@ -116,7 +116,7 @@ def _cifar(kind: type[Any], mean: tuple[float, ...], std: tuple[float, ...]) -> 
 def _npz(config: DataConfig, seed: int) -> Splits:
     (train, labels), (test, test_labels), *validation = read_npz(Path(config.root))
     scaled = train.double() / 255 if train.dtype == torch.uint8 else train.double()
-    count = int(max(labels.max(), test_labels.max())) + 1
+    count = int(max(part.max() for part in (labels, test_labels, *(own for _, own in validation)))) + 1
     mean, std = scaled.mean((0, 2, 3)).tolist(), scaled.std((0, 2, 3)).clamp(min=1e-6).tolist()
     return _in_memory(
         *(config, seed, (train, labels), (test, test_labels), [str(c) for c in range(count)], mean, std),

@@ -67,10 +67,8 @@ class Detector(TaskModule):
         self.log_dict(
             {f"{self.part}{kind}_{name}": v for kind, figures in self.figures.items() for name, v in figures.items()}
         )
-
-        if (
-            not self.trainer.testing
-        ):  # what was found takes memory; after a test, `evaluation` asks for figures by class
+        # What was found takes memory; after a test, `evaluation` asks for figures by class.
+        if not self.trainer.testing:
             self.metric.reset()
 
     def on_test_epoch_start(self) -> None:
