@@ -47,7 +47,7 @@ def test_the_shipped_suites() -> None:
         "scaling",
         "small",
     ]
-    assert [len(load_suite(name).cases) for name in SUITES] == [5, 3, 3, 6, 3, 1, 2, 5, 20, 4]
+    assert [len(load_suite(name).cases) for name in SUITES] == [4, 3, 3, 6, 3, 1, 2, 5, 20, 4]
     for name in SUITES:
         assert 1 <= len(load_suite(name, quick=True).cases) <= 2
 
