@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pws.cli import main
 from pws.training import load_recipe, train
-from pws.training.checkpoints import BEFORE, LAST, CheckpointFiles, checksum_of
+from pws.training.checkpoint_writers import CheckpointFiles
+from pws.training.checkpoints import BEFORE, LAST, checksum_of
 
 Damage = Callable[[Path], None]
 FLAGS = (

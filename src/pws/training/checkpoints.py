@@ -1,22 +1,18 @@
-"""A run's checkpoints: written whole and with a checksum, the last but one kept; verified before anything is done with them."""
+"""A run's checkpoints: verified before anything is done with them."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from pws._errors import PwsError, one_line
-from pws._files import written_whole
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import RESULT, differing
 
@@ -43,42 +39,6 @@ class DamagedCheckpointError(PwsError):
     def __init__(self, path: Path, reason: str) -> None:
         self.reason = f"{path} {reason}."
         super().__init__(f"{self.reason} {_next_step(path)}")
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's way to store checkpoints, but whole, with the recipe and a checksum, and `before.ckpt` kept."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write it; a process that ends here leaves the old one or the new one."""
-        path, buffer = Path(path), BytesIO()
-        content = {**checkpoint, "recipe": asdict(self.recipe)}
-        torch.save({**content, CHECKSUM: checksum_of(content)}, buffer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as partial:
-            partial.write_bytes(buffer.getbuffer())
-            if path.name == LAST and path.exists():
-                path.replace(path.with_name(BEFORE))
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Lightning's `best.ckpt` by `score`; a resumed run whose folder was moved still knows how good it is."""
-
-    def __init__(self, folder: Path, score: str, **settings: Any) -> None:
-        super().__init__(folder, filename=Path(BEST).stem, monitor=score, mode="max", **settings)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint; Lightning's own would forget the best score with another folder."""
-        there, here = str(state_dict["dirpath"]), str(self.dirpath)
-
-        def moved(path: str) -> str:
-            return here + path.removeprefix(there) if path.startswith(there) else path
-
-        paths = {key: moved(state_dict[key]) for key in state_dict if key.endswith("_path")}
-        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": here})
 
 
 def checksum_of(checkpoint: Mapping[str, Any]) -> str:

@@ -89,11 +89,16 @@ class TrainSampler(Sampler[Key]):
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.groups = groups
-        self.epoch = 0
+        self.epoch = self.first_batch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.first_batch = epoch, 0
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Leave out this epoch's first batches, which were trained before a resume."""
+        self.epoch, self.first_batch = epoch, batch
 
     def __len__(self) -> int:
         return self.count // self.batch_size * self.accumulate
@@ -102,7 +107,7 @@ class TrainSampler(Sampler[Key]):
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
         if self.groups is not None:
             order = torch.tensor(_grouped(order.tolist(), self.groups, self.batch_size))
-        for start in range(0, self.count - self.batch_size + 1, self.batch_size):
+        for start in range(0, self.count - self.batch_size + 1, self.batch_size)[self.first_batch // self.accumulate :]:
             own = order[start + self.rank : start + self.batch_size : self.world]
             for part in own.chunk(self.accumulate):
                 yield self.epoch, part.tolist()
@@ -186,7 +191,7 @@ class RecipeData(LightningDataModule, ABC):
     def __init__(self, config: DataConfig, seed: int) -> None:
         super().__init__()
         self.config, self.seed = config, seed
-        self.first_epoch = 0
+        self.first_epoch = self.first_batch = 0
         """Where a resumed run goes on: Lightning draws the first batches before it tells the sampler the epoch."""
 
     @abstractmethod
@@ -226,7 +231,7 @@ class RecipeData(LightningDataModule, ABC):
             accumulate=shares.accumulate,
             groups=self.groups(),
         )
-        sampler.set_epoch(self.first_epoch)
+        sampler.start_at(self.first_epoch, self.first_batch)
         return self._loader(self.batches(images, train=True), sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:

@@ -123,19 +123,19 @@ class TaskModule(LightningModule, ABC):
         step = (seed * 1_000_003 + self.trainer.current_epoch) * 1_000_003 + batch_idx
         torch.manual_seed((step * self.trainer.world_size + self.trainer.global_rank) % 2**63)
 
-    def training_step(self, batch: Any, _: int) -> Tensor:
-        """The sum of the batch's losses."""
+    def training_step(self, batch: Any, _: int) -> dict[str, Any]:
+        """The sum of the batch's losses, and what is logged."""
         self._batch, self._rewind = batch, random_state(self.model)
         losses = self.losses(batch)
         loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
         mean = _mean_over_processes(loss)
         if not torch.isfinite(mean):
             self._explain(batch)
-        logged: dict[str, Any] = {"on_step": True, "on_epoch": True, "batch_size": len(batch[0])}
-        self.log("train_loss", mean, **logged)
+        logged = {"train_loss": mean}
         if len(losses) > 1:
-            self.log_dict({f"train_{name}": part.detach() for name, part in losses.items()}, **logged)
-        return loss
+            logged |= {f"train_{name}": part.detach() for name, part in losses.items()}
+        self.log_dict({f"{name}_step": value for name, value in logged.items()})
+        return {"loss": loss, "logged": logged}
 
     def _explain(self, batch: Any) -> None:
         """Raise what happened: the same error in all processes, of which perhaps only one has seen it."""

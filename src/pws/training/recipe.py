@@ -46,7 +46,7 @@ OPTIM_RULES: Final[dict[str, Rule]] = {
 }
 TRAINER_RULES: Final[dict[str, Rule]] = {
     "devices": DEVICES,
-    **dict.fromkeys(("epochs", "max_steps", "num_nodes", "accumulate", "early_stop"), AT_LEAST_ONE),
+    **dict.fromkeys(("epochs", "max_steps", "num_nodes", "accumulate", "early_stop", "checkpoint_steps"), AT_LEAST_ONE),
 }
 
 
@@ -206,6 +206,8 @@ class TrainerConfig:
         accumulate: split each step's batch into this many parts, one after the other.
         early_stop: stop after this many epochs without a better accuracy, or average precision of boxes, on the validation
             images.
+        checkpoint_steps: store a checkpoint after so many steps too, not at the end of each epoch alone; --resume goes on from
+            there.
     """
 
     epochs: int = 10
@@ -217,6 +219,7 @@ class TrainerConfig:
     precision: str = "32-true"
     accumulate: int = 1
     early_stop: int | None = None
+    checkpoint_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_rules(TRAINER_RULES, self, "trainer.")

@@ -6,18 +6,19 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pws._errors import PwsError
 from pws._files import write_whole
 from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, averages, is_first_process
-from pws.training.checkpoints import BEST, BestCheckpoint, CheckpointFiles, load_weights
+from pws.training.checkpoint_writers import BestCheckpoint, CheckpointFiles, checkpoint_callbacks
+from pws.training.checkpoints import BEST, load_weights
 from pws.training.data import RecipeData, check_shares
+from pws.training.epoch_means import EpochMeans
 from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
@@ -55,7 +56,7 @@ def train(
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
     with claimed(folder, recipe, resume=resume):
         start = resume_from(folder, recipe, module) if resume else Start()
-        data.first_epoch = start.epoch
+        data.first_epoch, data.first_batch = start.epoch, start.batch
         if is_first_process():
             if resume:
                 take_up(folder, recipe)
@@ -129,14 +130,9 @@ def _trainer(
     quiet: bool,
 ) -> Trainer:
     config = recipe.trainer
-    # Behind the validation: a checkpoint is the end of a whole epoch. Lightning's own `save_last` would store only those
-    # epochs that are better than all before.
-    keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     score = VALIDATION + module.SCORE
-    callbacks: list[Callback] = [clock]
-    if validates:
-        callbacks.append(BestCheckpoint(folder / CHECKPOINTS, score, **keep))
-    callbacks.append(ModelCheckpoint(folder / CHECKPOINTS, filename="last", **keep))
+    callbacks: list[Callback] = [EpochMeans(), clock]
+    callbacks += checkpoint_callbacks(folder / CHECKPOINTS, config, score if validates else None)
     callbacks += averages(recipe.optim)
     if watch is not None:
         callbacks.append(watch)

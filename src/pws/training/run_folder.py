@@ -117,10 +117,16 @@ class Start:
     """None: it has written none yet, and starts again."""
     step: int = 0
     epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done."""
     rows: list[Row] = field(default_factory=list)
     """The rows of metrics.csv before `step`."""
     notes: list[str] = field(default_factory=list)
     """What was found damaged, and is done without."""
+
+    def place(self) -> str:
+        """In words."""
+        return f"epoch {self.epoch}" + (f", after {self.batch} batches" if self.batch else "")
 
 
 def resume_from(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
@@ -187,14 +193,29 @@ def _newest(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
         except DamagedCheckpointError as error:
             damage.append(error)
             continue
-        step, epoch = checkpoint["global_step"], checkpoint["epoch"] + 1
-        why = damage[0].reason if damage else f"{folder / LAST} does not exist."
-        return Start(
-            path, step, epoch, notes=[] if path.name == LAST else [f"{why} Going on from {path}, epoch {epoch}."]
-        )
+        start = _start(path, checkpoint, recipe)
+        if path.name != LAST:
+            why = damage[0].reason if damage else f"{folder / LAST} does not exist."
+            start.notes.append(f"{why} Going on from {path}, {start.place()}.")
+        return start
     if damage:
         raise damage[0]
     return Start()
+
+
+def _start(path: Path, checkpoint: dict[str, Any], recipe: Recipe) -> Start:
+    """Where a checkpoint's run goes on: with the next epoch, or within the present one."""
+    step, epoch = checkpoint["global_step"], checkpoint["epoch"]
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["is_last_batch"]:
+        return Start(path, step, epoch + 1)
+    there, here = checkpoint["recipe"]["trainer"]["accumulate"], recipe.trainer.accumulate
+    if there != here:
+        raise PwsError(
+            f"{path} was written within an epoch, of steps that trainer.accumulate divides in {there}; this recipe has {here}. "
+            f"Resume with --trainer.accumulate {there}; from the epoch's end on it may change."
+        )
+    return Start(path, step, epoch, progress["current"]["ready"])
 
 
 def _check_began(folder: Path) -> None:
