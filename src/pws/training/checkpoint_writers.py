@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pws._files import written_whole
-from pws.training.checkpoints import BEFORE, BEST, CHECKSUM, LAST, checksum_of
+from pws.training.checkpoint_files import make_way
+from pws.training.checkpoints import BEST, CHECKSUM, LAST, checksum_of, load_checkpoint
 from pws.training.recipe import Recipe, TrainerConfig
 
 
@@ -31,8 +32,11 @@ class CheckpointFiles(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
             partial.write_bytes(buffer.getbuffer())
-            if path.name == LAST and path.exists():
-                path.replace(path.with_name(BEFORE))
+            make_way(path)
+
+    def load_checkpoint(self, path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
+        """Read it, of one process or of several."""
+        return load_checkpoint(Path(path))
 
 
 class BestCheckpoint(ModelCheckpoint):

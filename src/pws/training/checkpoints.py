@@ -6,13 +6,17 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from pws._errors import PwsError, one_line
+from pws.optim.sharding import is_sharded
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import RESULT, differing
 
@@ -21,6 +25,10 @@ LAST: Final = "last.ckpt"
 BEFORE: Final = "before.ckpt"
 """What was `last.ckpt` before the last epoch's end."""
 CHECKSUM: Final = "checksum"
+REST: Final = "meta.pt"
+"""(sharded) The file with all but the tensors; Lightning's name."""
+FILES: Final = "files"
+"""(sharded) The checksums of the others, by name."""
 
 USED: Final[dict[str, type]] = {"state_dict": Mapping, "epoch": int, "global_step": int}
 """What every command needs of a checkpoint."""
@@ -65,6 +73,12 @@ def _bytes_of(value: Any) -> Iterator[Any]:
         yield repr(value).encode()
 
 
+def file_checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a sharded checkpoint but `REST`."""
+    files = sorted(file for file in folder.iterdir() if file.name != REST)
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def checkpoint_path(run: Path, name: str) -> Path:
     """The file of a run's checkpoint: "best", "last" or a path; the last one where the run ended before a best one."""
     if name not in ("best", "last"):
@@ -101,7 +115,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def _read(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise PwsError(
             f"the checkpoint {path} does not exist. A run writes its first one at the end of its first epoch."
         )
@@ -111,12 +125,45 @@ def _read(path: Path, needed: Mapping[str, type]) -> dict[str, Any]:
 
 
 def _check_unchanged(path: Path, checkpoint: dict[str, Any]) -> None:
-    stored = checkpoint.get(CHECKSUM)
+    stored = None if path.is_dir() else checkpoint.get(CHECKSUM)  # a folder's files were checked before they were read
     if stored is not None and stored != _checksum_found(checkpoint):
         raise DamagedCheckpointError(path, "does not match its checksum: it was changed after `pws train` wrote it")
 
 
 def _load(path: Path) -> Any:
+    return _load_folder(path) if path.is_dir() else _load_file(path)
+
+
+def _load_folder(path: Path) -> dict[str, Any]:
+    """A sharded checkpoint as one process would have written it."""
+    rest = _load_file(path / REST)
+    if not isinstance(rest, dict) or _checksum_found(rest) != rest.get(CHECKSUM):
+        raise DamagedCheckpointError(path / REST, "does not match its checksum")
+    found = file_checksums(path)
+    for name, checksum in rest[FILES].items():
+        if found.get(name) != checksum:
+            raise DamagedCheckpointError(
+                path / name, "is missing" if name not in found else "does not match its checksum"
+            )
+    buffer = BytesIO()
+    with warnings.catch_warnings():  # that there are no other processes
+        warnings.simplefilter("ignore")
+        dcp_to_torch_save(path, buffer)  # type: ignore[arg-type]
+    tensors = torch.load(BytesIO(buffer.getbuffer()), map_location="cpu", weights_only=True)
+    optimizers = [_by_number(tensors[key]) for key in sorted(tensors) if key.startswith("optimizer_")]
+    return {**rest, "state_dict": tensors["state_dict"], "optimizer_states": optimizers}
+
+
+def _by_number(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer whose parameters go by number, as torch's own, not by name."""
+    groups = [dict(group) for group in optimizer["param_groups"]]
+    numbers = {name: i for i, name in enumerate(chain.from_iterable(group["params"] for group in groups))}
+    for group in groups:
+        group["params"] = [numbers[name] for name in group["params"]]
+    return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
+
+
+def _load_file(path: Path) -> Any:
     try:
         raw = BytesIO(path.read_bytes())
     except OSError as error:
@@ -160,13 +207,23 @@ def _kind(value: Any) -> str:
 
 def _next_step(path: Path) -> str:
     """What to do about a bad one."""
-    beside = " and ".join(name for name in (LAST, BEST, BEFORE) if name != path.name and path.with_name(name).is_file())
+    beside = " and ".join(name for name in (LAST, BEST, BEFORE) if name != path.name and path.with_name(name).exists())
     return f"Put the file back that the run wrote{f'; {beside} beside it may be good' if beside else ''}."
 
 
 def load_weights(module: nn.Module, path: Path, recipe: Recipe) -> None:
     """Load a checkpoint's weights; raise `PwsError` unless it is as `pws train` wrote it, of this network and recipe."""
-    module.load_state_dict(read_checkpoint(path, module, recipe)["state_dict"])
+    weights = read_checkpoint(path, module, recipe)["state_dict"]
+    if any(map(is_sharded, module.parameters())):
+        set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(weights)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that was verified before, of one process or of several."""
+    checkpoint: dict[str, Any] = _load(path)
+    return checkpoint
 
 
 def _check_recipe(path: Path, stored: Any, recipe: Recipe, parts: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Final, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,6 +28,7 @@ from pws.training.optimizer import build_optimizer, step_bound
 from pws.training.recipe import OptimConfig
 from pws.training.results import DetectionEvaluation, Evaluation
 from pws.training.schedule import lr_factor
+from pws.training.shard import shard
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -98,6 +100,11 @@ class TaskModule(LightningModule, ABC):
         """As on_validation_epoch_end."""
         self.on_validation_epoch_end()
 
+    def configure_model(self) -> None:
+        """Shard the network if the strategy does that; Lightning makes the optimizer after it."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         """Calibrate on the first step's batch, unless a resumed run carries the kernels in its checkpoint."""
         if self.calibration == "none" or self.trainer.ckpt_path is not None:
@@ -141,15 +148,15 @@ class TaskModule(LightningModule, ABC):
         """Raise what happened: the same error in all processes, of which perhaps only one has seen it."""
         images = batch[0]
         bad = [number for number, image in enumerate(images) if not torch.isfinite(image).all()]
-        seen = from_all_processes((bad, None if bad else first_non_finite(self.model, batch, self._rewind)))
-        for numbers, _ in seen:
+        for numbers in from_all_processes(bad):
             if numbers:
                 raise PwsError(
                     f"the batch of step {self.global_step} holds NaN or infinity in {len(numbers)} of {len(images)} images "
                     f"(first: image {numbers[0]} of the batch). No network can train on it: mend the data or its "
                     "normalization."
                 )
-        layers = [layer for _, layer in seen if layer]
+        # All processes together: those of a sharded network gather its layers from each other.
+        layers = [layer for layer in from_all_processes(first_non_finite(self.model, batch, self._rewind)) if layer]
         raise NonFiniteLossError(self.global_step, layers[0] if layers else None)
 
     def configure_callbacks(self) -> list[Callback]:

@@ -25,6 +25,7 @@ from pws.training.rules import (
 )
 
 TaskName = Literal["classify", "detect"]
+FSDP2: Final = "fsdp2"
 Augmentation = Literal["flip", "jitter", "ssd"]
 MODEL_RULES: Final[dict[str, Rule]] = {
     "width": WIDTH,
@@ -201,7 +202,7 @@ class TrainerConfig:
         accelerator: auto, cpu, gpu.
         devices: number of devices per node, or auto.
         num_nodes: number of machines.
-        strategy: auto or ddp.
+        strategy: auto, ddp, or fsdp2, with which each process holds a part of the parameters and of the optimizer's state.
         precision: 32-true, bf16-mixed, 16-mixed, 64-true.
         accumulate: split each step's batch into this many parts, one after the other.
         early_stop: stop after this many epochs without a better accuracy, or average precision of boxes, on the validation
@@ -223,10 +224,10 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_rules(TRAINER_RULES, self, "trainer.")
-        if self.strategy.split("_")[0] not in ("auto", "ddp"):
+        if self.strategy != FSDP2 and self.strategy.split("_")[0] not in ("auto", "ddp"):
             raise PwsError(
-                f"trainer.strategy must be auto or ddp (or a variant, such as ddp_spawn); got {self.strategy!r}. Sharded "
-                "strategies flatten the parameters, and neither weight decay by parameter nor the filters survive that."
+                f"trainer.strategy must be auto, ddp (or a variant, such as ddp_spawn) or {FSDP2}; got {self.strategy!r}. "
+                "Other sharded strategies flatten the parameters; weight decay by parameter and whole filters do not survive it."
             )
 
 
@@ -258,6 +259,10 @@ class Recipe:
             raise PwsError(
                 "trainer.early_stop waits for a better result on the validation images, and data.validation 0 leaves none. Set "
                 "a share, such as --data.validation 0.1, or leave early_stop out."
+            )
+        if self.optim.ema is not None and self.trainer.strategy == FSDP2:
+            raise PwsError(
+                "optim.ema averages whole weights, and trainer.strategy fsdp2 shards them. Use ddp, or no average."
             )
         if self.task == "classify":
             _check_left_out(self, ("backbone", "trainable_stages", "head", "anchor_size", "options"), "task detect")

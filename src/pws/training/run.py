@@ -6,11 +6,13 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import DoublePrecision
 
 from pws._errors import PwsError
 from pws._files import write_whole
@@ -23,8 +25,9 @@ from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
 from pws.training.quiet import real_interrupts
-from pws.training.recipe import Recipe
+from pws.training.recipe import FSDP2, Recipe
 from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
+from pws.training.sharded import Sharded
 from pws.training.summary import Summary, summarize
 from pws.training.tasks import data_of, module_of
 
@@ -107,6 +110,8 @@ def _validate_end(trainer: Trainer, module: TaskModule, data: RecipeData, clock:
     if clock.best > before or not before:
         best = next(c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint))
         trainer.save_checkpoint(Path(str(best.dirpath)) / BEST)
+        if isinstance(trainer.strategy, Sharded):
+            trainer.strategy.wait()
 
 
 def _test(trainer: Trainer, module: TaskModule, data: RecipeData) -> tuple[NonFiniteLossError | None, dict[str, float]]:
@@ -147,13 +152,11 @@ def _trainer(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
-            precision=config.precision,  # type: ignore[arg-type]
+            **_strategy(recipe),
             max_epochs=config.epochs,
             max_steps=-1 if config.max_steps is None else config.max_steps,
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=recipe.optim.clip_norm,
-            plugins=CheckpointFiles(recipe),
             logger=False,
             callbacks=callbacks,
             log_every_n_steps=10,
@@ -170,6 +173,16 @@ def _trainer(
         MisconfigurationException,
     ) as error:
         raise PwsError(f"Lightning refuses the trainer settings {asdict(config)}: {error}") from error
+
+
+def _strategy(recipe: Recipe) -> dict[str, Any]:
+    """The Trainer's strategy and precision, and what stores checkpoints."""
+    config = recipe.trainer
+    if config.strategy != FSDP2:
+        return {"strategy": config.strategy, "precision": config.precision, "plugins": CheckpointFiles(recipe)}
+    if config.precision == "64-true":  # Lightning's list for this strategy leaves it out, and it works
+        return {"strategy": Sharded(recipe), "plugins": DoublePrecision()}
+    return {"strategy": Sharded(recipe), "precision": config.precision}
 
 
 def _headline(recipe: Recipe, data: RecipeData, module: TaskModule, folder: Path, start: Start, *, resume: bool) -> str:

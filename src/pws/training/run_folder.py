@@ -18,6 +18,7 @@ from torch import nn
 from pws._errors import PwsError
 from pws._files import remove_partials, write_whole
 from pws.training.callbacks import is_first_process
+from pws.training.checkpoint_files import restore
 from pws.training.checkpoints import (
     BEFORE,
     BEST,
@@ -233,5 +234,6 @@ def take_up(folder: Path, recipe: Recipe) -> None:
     """Make a verified folder that of the resumed run: what a kill left half-written goes, the recipe is the present one."""
     for name in (RECIPE, SUMMARY, MetricsFile.NAME, *(f"{CHECKPOINTS}/{name}" for name in (LAST, BEFORE, BEST))):
         remove_partials(folder / name)
+    restore(folder / CHECKPOINTS / BEST)
     if _stored(folder / RECIPE) != recipe:
         write_whole(folder / RECIPE, _content(recipe))

@@ -1,0 +1,104 @@
+"""Lightning's strategy for FSDP2, with checkpoints to which each process writes its part."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import distributed
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from pws._errors import PwsError, one_line
+from pws.training.checkpoint_files import put_folder
+from pws.training.checkpoints import CHECKSUM, FILES, REST, checksum_of, file_checksums
+from pws.training.module import from_all_processes
+from pws.training.recipe import Recipe
+
+
+class Sharded(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, with all processes in one data-parallel group.
+
+    Checkpoints are folders of `torch.distributed.checkpoint`. They are copied to the CPU, and written while the training goes
+    on. A whole one takes the place of the one before.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(tensor_parallel_size=1)
+        self.recipe = recipe
+        self._writing: Future[None] | None = None
+        self._group: Any = None
+
+    def setup_environment(self) -> None:
+        """Start the processes' group, and one that checkpoints alone use: they are written beside the training."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        self._group = distributed.new_group(backend="gloo")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Begin to write it, once the one before is written."""
+        self.wait()
+        path = Path(self.broadcast(str(filepath)))
+        partial = path.with_name(f".{path.stem}.partial")
+        if self.is_global_zero:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.barrier()
+        tensors = {"state_dict": checkpoint.pop("state_dict")}
+        tensors |= {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states", []))}
+        rest = {**checkpoint, "recipe": asdict(self.recipe)}
+        written = async_save(tensors, storage_writer=FileSystemWriter(partial), process_group=self._group)
+        assert isinstance(written, Future)
+        self._writing = _then(written, lambda: _finish(partial, path, rest) if self.is_global_zero else None)
+
+    def wait(self) -> None:
+        """Until the checkpoint is written; raise the same error in all processes if it could not be."""
+        if self._writing is None:
+            return
+        error, self._writing = self._writing.exception(), None
+        seen = [one_line(e) for e in from_all_processes(error and OSError(one_line(error))) if e is not None]
+        if seen:
+            raise PwsError(
+                f"a checkpoint could not be written: {seen[0]}. The one before is whole. Make room on the disk, or mend what "
+                "else is wrong there, and --resume goes on."
+            )
+
+    def on_train_end(self) -> None:
+        """Leave nothing half written."""
+        self.wait()
+
+    def teardown(self) -> None:
+        """Leave nothing half written, where an error ends the training."""
+        if self._writing is not None:
+            self._writing.exception()
+        super().teardown()
+
+
+def _then(future: Future[Any], action: Callable[[], None]) -> Future[None]:
+    """What ends with `action`, which runs in the thread that `future` ends in."""
+    ended: Future[None] = Future()
+
+    def follow(done: Future[Any]) -> None:
+        try:
+            done.result()
+            action()
+        except BaseException as error:
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    future.add_done_callback(follow)
+    return ended
+
+
+def _finish(partial: Path, path: Path, rest: Mapping[str, Any]) -> None:
+    """Add what no process holds a part of, with the checksums of all files, and put the folder in its place."""
+    content = {**rest, FILES: file_checksums(partial)}
+    torch.save({**content, CHECKSUM: checksum_of(content)}, partial / REST)
+    put_folder(partial, path)
