@@ -135,13 +135,12 @@ class TaskModule(LightningModule, ABC):
         self._batch, self._rewind = batch, random_state(self.model)
         losses = self.losses(batch)
         loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
-        mean = _mean_over_processes(loss)
-        if not torch.isfinite(mean):
+        parts = losses if len(losses) > 1 else {}
+        means = _mean_over_processes(torch.stack([loss, *parts.values()]).detach())
+        if not torch.isfinite(means[0]):
             self._explain(batch)
-        logged = {"train_loss": mean}
-        if len(losses) > 1:
-            logged |= {f"train_{name}": part.detach() for name, part in losses.items()}
-        self.log_dict({f"{name}_step": value for name, value in logged.items()})
+        logged = {f"train_{name}": mean for name, mean in zip(("loss", *parts), means, strict=True)}
+        self.log_dict({f"{name}_step": mean for name, mean in logged.items()})
         return {"loss": loss, "logged": logged}
 
     def _explain(self, batch: Any) -> None:
@@ -198,10 +197,9 @@ def from_all_processes(seen: Any) -> list[Any]:
     return gathered
 
 
-def _mean_over_processes(loss: Tensor) -> Tensor:
-    """The loss of the whole batch; not finite if it is so in any process, so that all of them end together."""
+def _mean_over_processes(losses: Tensor) -> Tensor:
+    """Those of the whole batch; not finite if they are so in any process, so that all of them end together."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        return loss.detach()
-    total = loss.detach().clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+        return losses
+    distributed.all_reduce(losses)
+    return losses / distributed.get_world_size()

@@ -227,7 +227,7 @@ class TrainerConfig:
         if self.strategy != FSDP2 and self.strategy.split("_")[0] not in ("auto", "ddp"):
             raise PwsError(
                 f"trainer.strategy must be auto, ddp (or a variant, such as ddp_spawn) or {FSDP2}; got {self.strategy!r}. "
-                "Other sharded strategies flatten the parameters; weight decay by parameter and whole filters do not survive it."
+                "Other sharded strategies flatten the parameters; weight decay by parameter and the filters do not survive it."
             )
 
 

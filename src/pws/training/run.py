@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import DoublePrecision
 
-from pws._errors import PwsError
+from pws._errors import PwsError, one_line
 from pws._files import write_whole
 from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, averages, is_first_process
 from pws.training.checkpoint_writers import BestCheckpoint, CheckpointFiles, checkpoint_callbacks
@@ -53,6 +53,8 @@ def train(
     data = data_of(recipe)
     seed_everything(recipe.seed, workers=True, verbose=False)
     module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
+    if recipe.trainer.precision == "64-true":
+        module.double()  # Lightning would do it behind a checkpoint, which would lose the half of its digits
     clock = Clock(VALIDATION + module.SCORE)
     validates = data.splits.validation is not None
     trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)
@@ -99,6 +101,13 @@ def _fit(
                 _validate_end(trainer, module, data, clock)
     except NonFiniteLossError as error:
         failure = error
+    except RuntimeError as error:
+        if "closed by peer" not in str(error) and "NCCL" not in str(error):
+            raise
+        raise PwsError(
+            f"another process of the run ended, and this one can't go on without it ({one_line(error)[:120]}). What that one "
+            "said stands above, or in its log; the system may have killed it for its memory. --resume goes on."
+        ) from error
     clock.stop()
     return failure, metrics
 
