@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -90,12 +92,26 @@ def _submitted(executor: Any, tasks: Mapping[Key, tuple[Any, ...]]) -> dict[Key,
     if not tasks:
         return {}
     try:
-        with executor.batch():
+        with _stderr_to(executor.folder / "submission.log"), executor.batch():
             return {key: executor.submit(_in_job, *task) for key, task in tasks.items()}
     except RuntimeError as error:
         raise PwsError(
             f"no job can be submitted ({one_line(error)}). Mend the options that start with --slurm."
         ) from error
+
+
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Keep off the terminal what submitit and its processes say, such as where Ctrl-C has found them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.dup(2)
+    try:
+        with path.open("a") as file, redirect_stderr(file):
+            os.dup2(file.fileno(), 2)
+            yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _in_job(setup: Callable[[], Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
