@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +14,7 @@ from pws.bench.cell import train_cell
 from pws.bench.grid import Grid
 from pws.cli.accuracy import train_grid
 from pws.cli.arguments import command_parser, parse
+from pws.cli.launching import add_launching, launching
 
 RULES: Final = "rules"
 """The grid that no YAML file can hold."""
@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> int:
         PROGRAM,
     )
     parser.add_argument("grid", type=str, help="one of them")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells trained at a time; all cores")
+    add_launching(parser)
     parser.add_argument("--out", type=str, help="folder of the files; benchmarks/results/accuracy if left out")
     parser.add_argument(
         "--quick", action="store_true", help="digits and a few steps: to see that it works, not to measure"
@@ -42,7 +42,9 @@ def run(arguments: list[str]) -> int:
     out = Path(parsed.out or (QUICK if parsed.quick else RESULTS / "accuracy"))
     command = f"{PROGRAM} accuracy {parsed.grid}{' --quick' if parsed.quick else ''}"
     train = train_by_rule if by_rule else train_cell
-    return train_grid(quick(grid) if parsed.quick else grid, out, parsed.jobs, command, train)
+    grid = quick(grid) if parsed.quick else grid
+    jobs, launcher = launching(parsed, len(grid.cells), out)
+    return train_grid(grid, out, jobs, command, train, launcher)
 
 
 def quick(grid: Grid) -> Grid:

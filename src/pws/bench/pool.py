@@ -1,4 +1,4 @@
-"""The cells of a grid in parallel processes, each stored when it is done."""
+"""The cells of a grid side by side, each stored when it is done."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pws._errors import PwsError, reason_of
 from pws.bench.cell import CellResult, train_cell
 from pws.bench.grid import Cell, Grid
 from pws.bench.grid_tables import MASK_AP, VALIDATION, StoredCell, settings_of
+from pws.bench.launcher import Launcher
 from pws.bench.processes import Failure, each_apart
 from pws.bench.result_file import Result, read_result, write_result
 from pws.training.quiet import quiet_lightning
@@ -28,6 +29,7 @@ def run_grid(
     listen: Callable[[Mapping[Key, Stored]], None],
     fail: Callable[[Key, str], None],
     train: Callable[[Cell, int, int], CellResult] = train_cell,
+    launcher: Launcher | None = None,
 ) -> Result | None:
     """Train what `path` does not hold yet; returns the content of `path`, None if there is none.
 
@@ -35,10 +37,11 @@ def run_grid(
         grid: the cells.
         path: the result file. Cells in it with the settings and the target of the grid are kept; others are trained again.
         command: what the file says that made it.
-        jobs: processes, of one thread each.
+        jobs: cells at a time, each on one thread.
         listen: called with the cells done, at the start and after each.
         fail: called with a cell that has no result and the reason, such as that its process died; the others go on.
         train: trains a cell, given the number of evaluations and of their images.
+        launcher: makes a job of each cell; None trains them in processes of this one.
 
     Raises:
         PwsError: the file holds something else, or a cell's data or model can't be had.
@@ -47,7 +50,8 @@ def run_grid(
     listen(done)
     waiting = {cell.key: cell for cell in grid.cells if cell.key not in done}
     tasks = {key: (cell, grid.evaluations, grid.evaluation_images) for key, cell in waiting.items()}
-    for key, result in each_apart(train, tasks, jobs, quiet_lightning):
+    each = each_apart if launcher is None else launcher.each
+    for key, result in each(train, tasks, jobs, quiet_lightning):
         if isinstance(result, Failure):
             fail(key, result.reason)
             continue

@@ -136,10 +136,10 @@ def _serve(connection: Connection, setup: Callable[[], Any]) -> None:
     with suppress(EOFError, OSError):
         while True:
             function, arguments = connection.recv()
-            connection.send(_outcome(function, arguments))
+            connection.send(outcome_of(function, arguments))
 
 
-def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
+def outcome_of(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
     """Whether it is an error of what was given, and the result, the `Failure` or the error's message."""
     try:
         return False, function(*arguments)

@@ -1,8 +1,7 @@
-"""`pws bench accuracy`: methods side by side, a grid of cells in parallel processes."""
+"""`pws bench accuracy`: methods side by side, a grid of cells in parallel processes or jobs."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -17,8 +16,10 @@ from pws.bench.cell import CellResult, train_cell
 from pws.bench.grid import Cell, Grid, load_grid
 from pws.bench.grid_report import write_grid_report
 from pws.bench.grid_tables import over_seeds
+from pws.bench.launcher import Launcher
 from pws.bench.pool import run_grid
-from pws.cli.arguments import check_failures, check_folder, check_jobs, command_parser, parse
+from pws.cli.arguments import check_failures, check_folder, command_parser, parse
+from pws.cli.launching import add_launching, launching
 
 Done = Mapping[tuple[str, str, int], dict[str, Any]]
 
@@ -32,11 +33,13 @@ def run(arguments: list[str]) -> int:
         "pws bench accuracy grid.yaml --jobs 2",
     )
     parser.add_argument("grid", type=str, help="a YAML file with title, settings, columns, rows, seeds")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cells trained at a time; all cores")
+    add_launching(parser)
     parser.add_argument("--out", type=str, default="bench", help="folder of the files")
     parsed = parse(parser, arguments)
     grid = load_grid(Path(parsed.grid))
-    return train_grid(grid, Path(parsed.out), parsed.jobs, f"pws bench accuracy {parsed.grid}")
+    out = Path(parsed.out)
+    jobs, launcher = launching(parsed, len(grid.cells), out)
+    return train_grid(grid, out, jobs, f"pws bench accuracy {parsed.grid}", launcher=launcher)
 
 
 def train_grid(
@@ -45,15 +48,15 @@ def train_grid(
     jobs: int,
     command: str,
     train: Callable[[Cell, int, int], CellResult] = train_cell,
+    launcher: Launcher | None = None,
 ) -> int:
     """Train what `out` does not hold yet, show how it goes, write the tables and pictures; returns the exit code."""
-    check_jobs(jobs)
     check_folder(out)
     console = Console()
     console.print(grid.title, highlight=False)
     path = out / f"{grid.name}.json"
     with _Progress(grid, jobs, console) as progress:
-        result = run_grid(grid, path, command, jobs, progress, progress.fail, train)
+        result = run_grid(grid, path, command, jobs, progress, progress.fail, train, launcher)
     if result is not None:
         files = write_grid_report(result, out / grid.name)
         console.print(f"Files: {path}, {', '.join(map(str, files))}", highlight=False, soft_wrap=True)

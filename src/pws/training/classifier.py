@@ -22,7 +22,10 @@ from pws.training.results import Evaluation
 
 
 class Classifier(TaskModule):
-    """Mean cross-entropy of images `(N, C, H, W)` and labels `(N,)`; top-1, top-5 and accuracy by class."""
+    """Mean cross-entropy of images `(N, C, H, W)` and labels `(N,)`; top-1, top-5 and accuracy by class.
+
+    In training labels may be shares of the classes, `(N, classes)`, as mixup makes them.
+    """
 
     SCORE = "accuracy"
 

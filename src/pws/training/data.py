@@ -1,7 +1,10 @@
 """The data of a run: batches that depend on the seed, the epoch and the image alone.
 
 A batch is asked for by epoch and image numbers, and each image's augmentation is seeded by (seed, epoch, image). So the
-same images come in the same shape whatever the number of processes, of loader workers, or of restarts.
+same images come in the same shape whatever the number of processes, of loader workers, or of restarts. Mixup and cutmix are
+seeded by the batch's first image, and mix what one process computes at a time: their results depend on how a step is divided.
+
+With repeated augmentation `count + n` is image `n` once more, `2 * count + n` the time after: each with a seed of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pws._errors import PwsError
+from pws.training.augmentation import Erase, Mix, erasing, mixing
 from pws.training.datasets import load_splits
 from pws.training.images import Images, Splits
 from pws.training.recipe import DataConfig
@@ -39,21 +43,30 @@ def seeded(seed: int, epoch: int, number: int) -> Iterator[None]:
 
 
 class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Normalized batches `(N, C, H, W)` float32 and labels `(N,)`, by epoch and image numbers."""
+    """Normalized batches `(N, C, H, W)` float32 and labels, by epoch and image numbers.
 
-    def __init__(self, images: Images, splits: Splits, seed: int) -> None:
-        self.images, self.seed = images, seed
+    Labels are int64 `(N,)`, or float32 `(N, classes)` where `mix` makes them shares.
+    """
+
+    def __init__(
+        self, images: Images, splits: Splits, seed: int, erase: Erase | None = None, mix: Mix | None = None
+    ) -> None:
+        self.images, self.seed, self.erase, self.mix = images, seed, erase, mix
         self.mean = torch.tensor(splits.mean)[:, None, None]
         self.std = torch.tensor(splits.std)[:, None, None]
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
         epoch, numbers = key
-        if self.images.augment is None:
+        if self.images.augment is None and self.erase is None:
             pixels, labels = self.images.get(numbers)
+            inputs = self.normalized(pixels)
         else:
             parts = [self._augmented(epoch, number) for number in numbers]
-            pixels, labels = torch.cat([p for p, _ in parts]), torch.cat([label for _, label in parts])
-        return self.normalized(pixels), labels
+            inputs, labels = torch.cat([image for image, _ in parts]), torch.cat([label for _, label in parts])
+        if self.mix is not None:
+            with seeded(self.seed, epoch, -1 - numbers[0]):  # no image has a negative number
+                inputs, labels = self.mix(inputs, labels)
+        return inputs.contiguous(memory_format=torch.channels_last), labels
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """What the network takes in place of these pixels; bytes count as 0 to 1."""
@@ -61,10 +74,10 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
         return ((scaled - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def _augmented(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        assert self.images.augment is not None
         with seeded(self.seed, epoch, number):
-            pixels, label = self.images.get([number])
-            return self.images.augment(pixels), label
+            pixels, label = self.images.get([number % len(self.images)])
+            image = self.normalized(pixels if self.images.augment is None else self.images.augment(pixels))
+            return image if self.erase is None else self.erase(image), label
 
 
 class TrainSampler(Sampler[Key]):
@@ -72,7 +85,8 @@ class TrainSampler(Sampler[Key]):
 
     A step's batch is shared out: process r of R takes every R-th of its images from r on, in `accumulate` equal parts.
     Images that do not fill a last batch are left out for this epoch. With `groups`, the group of each image, a batch holds
-    images of one group as long as there are enough of them: the last ones of each group are put together.
+    images of one group as long as there are enough of them: the last ones of each group are put together. With `repeats`,
+    a step has as many copies of each image, shared out like images, and an epoch as many fewer images.
     """
 
     def __init__(
@@ -85,10 +99,11 @@ class TrainSampler(Sampler[Key]):
         world: int,
         accumulate: int,
         groups: Sequence[int] | None = None,
+        repeats: int = 1,
     ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.groups = groups
+        self.groups, self.repeats = groups, repeats
         self.epoch = self.first_batch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -105,10 +120,13 @@ class TrainSampler(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        order = (order[:, None] + self.count * torch.arange(self.repeats)).flatten()[: self.count]
         if self.groups is not None:
             order = torch.tensor(_grouped(order.tolist(), self.groups, self.batch_size))
         for start in range(0, self.count - self.batch_size + 1, self.batch_size)[self.first_batch // self.accumulate :]:
             own = order[start + self.rank : start + self.batch_size : self.world]
+            # First copies first: mixup mixes neighbours, which should be different images.
+            own = own[(own // self.count).argsort(stable=True)]
             for part in own.chunk(self.accumulate):
                 yield self.epoch, part.tolist()
 
@@ -230,6 +248,7 @@ class RecipeData(LightningDataModule, ABC):
             world=shares.world,
             accumulate=shares.accumulate,
             groups=self.groups(),
+            repeats=self.config.ra_reps,
         )
         sampler.start_at(self.first_epoch, self.first_batch)
         return self._loader(self.batches(images, train=True), sampler)
@@ -262,5 +281,10 @@ class ImageData(RecipeData):
         self.splits = load_splits(config, seed)
 
     def batches(self, images: Images, *, train: bool) -> ImageBatches:
-        """Normalized images and labels; training images are augmented by themselves."""
-        return ImageBatches(images, self.splits, self.seed)
+        """Normalized images and labels; training images are augmented as the recipe says."""
+        if not train:
+            return ImageBatches(images, self.splits, self.seed)
+        shares = self.shares()
+        together = self.config.batch_size // (shares.world * shares.accumulate)
+        mix = mixing(self.config, len(self.splits.classes), together)
+        return ImageBatches(images, self.splits, self.seed, erasing(self.config), mix)

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from pws._errors import PwsError, UnknownNameError
 from pws.training.array_files import read_idx, read_npz
+from pws.training.augmentation import auto_augment, check_pixels
 from pws.training.images import FolderImages, Splits, TensorImages, resized
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
@@ -149,8 +150,10 @@ def _in_memory(
         count = (len(pixels) + sum(len(part[1]) for part in others)) * pixels.shape[1]
         check_memory(5 * count * prod(size), f"data.image_size {size[0]} of {config.name}")  # as floats, then as bytes
     crop = v2.RandomCrop(size, padding=[max(1, size[1] // 8), max(1, size[0] // 8)])  # left and right, top and bottom
-    steps: list[Any] = [crop, *([v2.RandomHorizontalFlip()] if flip else [])]
-    augment = v2.Compose(steps) if config.augment else None
+    moves = [crop, *([v2.RandomHorizontalFlip()] if flip else [])] if config.augment else []
+    check_pixels(config, pixels)
+    steps = [*moves, *auto_augment(config)]
+    augment = v2.Compose(steps) if steps else None
     tested, *validated = (TensorImages(resized(pixels, size), labels) for pixels, labels in others)
     return Splits(
         TensorImages(resized(pixels, size), labels, augment),
@@ -190,7 +193,9 @@ def _folder(config: DataConfig, seed: int) -> Splits:
                 f"{root}/val/CLASS/..., or point --data.root at the folder that holds train and val."
             )
     prepare = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
-    augment = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]) if config.augment else None
+    moves = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()] if config.augment else [prepare]
+    steps = [*moves, *auto_augment(config)]
+    augment = v2.Compose(steps) if steps != [prepare] else None
     train = FolderImages(root / "train", prepare, augment)
     others = [FolderImages(root / name, prepare, None) for name in ("val", "test") if (root / name).is_dir()]
     for part in others:

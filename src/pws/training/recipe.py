@@ -18,6 +18,7 @@ from pws.training.rules import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
+    SHARE,
     SIDE,
     WIDTH,
     Rule,
@@ -27,6 +28,9 @@ from pws.training.rules import (
 TaskName = Literal["classify", "detect"]
 FSDP2: Final = "fsdp2"
 Augmentation = Literal["flip", "jitter", "ssd"]
+ALPHA: Final[Rule] = ("0 (none), or from 0.001 to 1,000", lambda value: value == 0 or 1e-3 <= value <= 1e3)
+RA_MAGNITUDE: Final[Rule] = ("from 0 to 30", lambda value: 0 <= value <= 30)
+RA_REPS: Final[Rule] = ("at least 1, and at most 100", lambda value: 1 <= value <= 100)
 MODEL_RULES: Final[dict[str, Rule]] = {
     "width": WIDTH,
     "dropout": BELOW_ONE,
@@ -39,7 +43,15 @@ DATA_RULES: Final[dict[str, Rule]] = {
     "workers": LOADERS,
     **dict.fromkeys(("batch_size", "train_images"), AT_LEAST_ONE),
     "validation": BELOW_ONE,
+    **{"ra_magnitude": RA_MAGNITUDE, "random_erase": SHARE, "ra_reps": RA_REPS},
+    **dict.fromkeys(("mixup_alpha", "cutmix_alpha"), ALPHA),
 }
+CLASSIFY_ONLY: Final = (
+    *("model.dropout", "model.standardize_head", "model.calibrate"),
+    *("data.auto_augment", "data.ra_magnitude", "data.random_erase", "data.mixup_alpha", "data.cutmix_alpha"),
+    *("data.ra_reps", "optim.label_smoothing"),
+)
+DETECT_ONLY: Final = ("model.backbone", "model.trainable_stages", "model.head", "model.anchor_size", "model.options")
 OPTIM_RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("clip_norm", "step_bound", "decay"), POSITIVE),
     **dict.fromkeys(("lr", "weight_decay", "scale_lr_factor", "warmup_epochs"), NOT_NEGATIVE),
@@ -114,6 +126,15 @@ class DataConfig:
         augment: random crop of the image padded by an eighth, and flip (not for digits); for imagenet and folder a random
             resized crop and flip. For task detect: flip (true is the same), jitter (scale jitter, crop and flip) or ssd
             (photometric distortion, zoom out, crop and flip).
+        auto_augment: (classify) further changes of colour and shape, torchvision's: ra (RandAugment) or ta_wide
+            (TrivialAugment).
+        ra_magnitude: (ra) how strong they are, from 0 to 30.
+        random_erase: (classify) probability with which a rectangle of the normalized image becomes 0.
+        mixup_alpha: (classify) mix each image and its label with another of its batch; the share is drawn from
+            Beta(alpha, alpha). 0 for none. A batch is here what one process computes at a time.
+        cutmix_alpha: (classify) the same with a rectangle cut from the other. With mixup too, a batch has one of them.
+        ra_reps: (classify) repeated augmentation: each image comes so many times in a batch, augmented in another way each
+            time. An epoch stays as long, and has as many fewer images.
         image_size: side in pixels that images are resized to; their own if left out, 224 for imagenet and folder. For task
             detect the shorter side; 800 if left out, 320 for SSD, whose images are squares.
         train_images: use only this many training images, drawn by the seed.
@@ -127,6 +148,12 @@ class DataConfig:
     download: bool = False
     batch_size: int = 128
     augment: bool | Augmentation = False
+    auto_augment: Literal["ra", "ta_wide"] | None = None
+    ra_magnitude: int = 9
+    random_erase: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    ra_reps: int = 1
     image_size: int | None = None
     train_images: int | None = None
     validation: float = 0.1
@@ -134,6 +161,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_rules(DATA_RULES, self, "data.")
+        if self.ra_reps > 1 and not (self.augment or self.auto_augment or self.random_erase):
+            raise PwsError(
+                f"data.ra_reps {self.ra_reps} repeats each image, augmented in another way each time, and the recipe has no "
+                "augmentation. Set data.augment, data.auto_augment or data.random_erase."
+            )
 
 
 @dataclass(frozen=True)
@@ -265,15 +297,11 @@ class Recipe:
                 "optim.ema averages whole weights, and trainer.strategy fsdp2 shards them. Use ddp, or no average."
             )
         if self.task == "classify":
-            _check_left_out(self, ("backbone", "trainable_stages", "head", "anchor_size", "options"), "task detect")
+            _check_left_out(self, DETECT_ONLY, "task detect")
             if isinstance(self.data.augment, str):
                 raise PwsError(f"data.augment is true or false for task classify; got {self.data.augment!r}.")
         else:
-            _check_left_out(self, ("dropout", "standardize_head", "calibrate"), "task classify")
-            if self.optim.label_smoothing:
-                raise PwsError(
-                    "optim.label_smoothing is a setting of task classify: detectors have losses of their own."
-                )
+            _check_left_out(self, CLASSIFY_ONLY, "task classify")
         if self.name and not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             raise PwsError(
                 "name is a folder's name: letters, digits, '.', '_', '+', '-', not a '.' first; got "
@@ -282,10 +310,11 @@ class Recipe:
 
 
 def _check_left_out(recipe: Recipe, settings: tuple[str, ...], task: str) -> None:
-    """Raise `PwsError` for a setting of the model that another task has."""
-    default = ModelConfig()
-    for name in settings:
-        if getattr(recipe.model, name) != getattr(default, name):
+    """Raise `PwsError` for a setting that another task has."""
+    defaults = {"model": ModelConfig(), "data": DataConfig(), "optim": OptimConfig()}
+    for setting in settings:
+        part, name = setting.split(".")
+        if getattr(getattr(recipe, part), name) != getattr(defaults[part], name):
             raise PwsError(
-                f"model.{name} is a setting of {task}, and this recipe's task is {recipe.task}. Leave it out, or set task."
+                f"{setting} is a setting of {task}, and this recipe's task is {recipe.task}. Leave it out, or set task."
             )

@@ -22,6 +22,7 @@ LOADERS: Final[Rule] = (f"at least 0, and at most {PROCESSES} on this machine", 
 WIDTH: Final[Rule] = ("positive, and at most 1,000", lambda value: 0 < value <= 1000)
 SIDE: Final[Rule] = ("at least 1, and at most 65,536", lambda value: 1 <= value <= 2**16)
 DEVICES: Final[Rule] = (f"-1 (all), or 1 to {PROCESSES}", lambda value: value == -1 or 1 <= value <= PROCESSES)
+SHARE: Final[Rule] = ("from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE: Final[Rule] = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
