@@ -72,7 +72,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--data.workers=-1"], "data.workers must be at least 0"),
         (["--model.calibrate=initalpha"], "defined by residual blocks"),
         (["--model.method=bn", "--model.calibrate=all"], "the method bn has none"),
-        (["--trainer.strategy=fsdp"], "trainer.strategy must be auto or ddp"),
+        (["--trainer.strategy=fsdp"], "trainer.strategy must be auto, ddp"),
         (["--name=.."], "name is a folder's name"),
         (["--name=a/b"], "name is a folder's name"),
         (["--resume"], "does not exist"),

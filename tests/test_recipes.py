@@ -131,7 +131,7 @@ def test_published_settings() -> None:
         (lambda: OptimConfig(clip_norm=1.0, step_bound=1), "both clip the gradient"),
         (lambda: DataConfig(batch_size=0), "data.batch_size must be at least 1"),
         (lambda: ModelConfig(width=0), "model.width must be positive"),
-        (lambda: TrainerConfig(strategy="fsdp"), "trainer.strategy must be auto or ddp"),
+        (lambda: TrainerConfig(strategy="fsdp"), "trainer.strategy must be auto, ddp"),
         (lambda: Recipe(name="a/b"), "name is a folder's name"),
         (lambda: replace(Recipe(), seed=-1), "seed must be at least 0"),
         (lambda: recipe_of({"optim.schedule": "step"}), "needs optim.milestones"),

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from pws._files import written_whole
-from pws.training.checkpoint_files import make_way
+from pws.training.checkpoint_files import make_way, tidy
 from pws.training.checkpoints import BEST, CHECKSUM, LAST, checksum_of, load_checkpoint
 from pws.training.recipe import Recipe, TrainerConfig
 
@@ -32,7 +32,8 @@ class CheckpointFiles(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as partial:
             partial.write_bytes(buffer.getbuffer())
-            make_way(path)
+            make_way(path, folder=False)
+        tidy(path)
 
     def load_checkpoint(self, path: Any, *args: Any, **settings: Any) -> dict[str, Any]:
         """Read it, of one process or of several."""

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
@@ -30,6 +30,9 @@ from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume
 from pws.training.sharded import Sharded
 from pws.training.summary import Summary, summarize
 from pws.training.tasks import data_of, module_of
+
+LOST: Final = ("gloo/transport", "by peer", "NCCL")
+"""What the errors say that torch raises where another process is gone; they have no class of their own."""
 
 
 def train(
@@ -102,7 +105,7 @@ def _fit(
     except NonFiniteLossError as error:
         failure = error
     except RuntimeError as error:
-        if "closed by peer" not in str(error) and "NCCL" not in str(error):
+        if not any(word in str(error) for word in LOST):
             raise
         raise PwsError(
             f"another process of the run ended, and this one can't go on without it ({one_line(error)[:120]}). What that one "
