@@ -7,7 +7,7 @@ same images come in the same shape whatever the number of processes, of loader w
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -72,7 +72,8 @@ class TrainSampler(Sampler[Key]):
 
     A step's batch is shared out: process r of R takes every R-th of its images from r on, in `accumulate` equal parts.
     Images that do not fill a last batch are left out for this epoch. With `groups`, the group of each image, a batch holds
-    images of one group as long as there are enough of them: the last ones of each group are put together.
+    images of one group as long as there are enough of them: the last ones of each group are put together. `order` draws an
+    epoch's order in place of any order.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class TrainSampler(Sampler[Key]):
         world: int,
         accumulate: int,
         groups: Sequence[int] | None = None,
+        order: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.groups = groups
+        self.groups, self.order = groups, order
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -99,7 +101,8 @@ class TrainSampler(Sampler[Key]):
         return self.count // self.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[Key]:
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.count, generator=generator) if self.order is None else self.order(generator)
         if self.groups is not None:
             order = torch.tensor(_grouped(order.tolist(), self.groups, self.batch_size))
         for start in range(0, self.count - self.batch_size + 1, self.batch_size):
@@ -197,6 +200,10 @@ class RecipeData(LightningDataModule, ABC):
         """The group of each training image, where batches hold images of one group."""
         return None
 
+    def order(self) -> Callable[[torch.Generator], Tensor] | None:
+        """What draws an epoch's order of the training images, where not any will do."""
+        return None
+
     def _loader(self, batches: Dataset[Any], sampler: Sampler[Key]) -> DataLoader[Any]:
         workers = self.config.workers
         return DataLoader(
@@ -225,6 +232,7 @@ class RecipeData(LightningDataModule, ABC):
             world=shares.world,
             accumulate=shares.accumulate,
             groups=self.groups(),
+            order=self.order(),
         )
         sampler.set_epoch(self.first_epoch)
         return self._loader(self.batches(images, train=True), sampler)
@@ -259,3 +267,7 @@ class ImageData(RecipeData):
     def batches(self, images: Images, *, train: bool) -> ImageBatches:
         """Normalized images and labels; training images are augmented by themselves."""
         return ImageBatches(images, self.splits, self.seed)
+
+    def order(self) -> Callable[[torch.Generator], Tensor] | None:
+        """That of the dataset."""
+        return self.splits.order

@@ -38,6 +38,7 @@ DATA_RULES: Final[dict[str, Rule]] = {
     "workers": LOADERS,
     **dict.fromkeys(("batch_size", "train_images"), AT_LEAST_ONE),
     "validation": BELOW_ONE,
+    "max_corrupt": NOT_NEGATIVE,
 }
 OPTIM_RULES: Final[dict[str, Rule]] = {
     **dict.fromkeys(("clip_norm", "step_bound", "decay"), POSITIVE),
@@ -104,10 +105,10 @@ class DataConfig:
     """The images.
 
     Args:
-        name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), or
-            npz (root is a file in MedMNIST's layout). For task detect: digit-scenes, scenes (made by pws scenes), coco,
-            coco-keypoints, voc.
-        root: folder of the files; digits needs none.
+        name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), stream
+            (shards written by pws pack), or npz (root is a file in MedMNIST's layout). For task detect: digit-scenes, scenes
+            (made by pws scenes), coco, coco-keypoints, voc.
+        root: folder of the files; digits needs none. For stream also a URL, such as s3://bucket/folder.
         download: let torchvision download what is missing (fashion-mnist, cifar10, cifar100).
         batch_size: images per step of the optimizer, over all devices and accumulated batches together.
         augment: random crop of the image padded by an eighth, and flip (not for digits); for imagenet and folder a random
@@ -119,6 +120,8 @@ class DataConfig:
         validation: as many images as this share of the training images are held out, drawn by the seed; they tell the best
             epoch. npz with val_images and a folder with test/ bring such images themselves. 0 for none: the last epoch counts.
         workers: number of loader processes.
+        max_corrupt: (folder, imagenet, stream) so many images of each part that can't be decoded are named and replaced by the
+            next one; one more ends the run.
     """
 
     name: str = "digits"
@@ -130,6 +133,7 @@ class DataConfig:
     train_images: int | None = None
     validation: float = 0.1
     workers: int = 0
+    max_corrupt: int = 0
 
     def __post_init__(self) -> None:
         check_rules(DATA_RULES, self, "data.")
@@ -262,6 +266,10 @@ class Recipe:
                 raise PwsError(f"data.augment is true or false for task classify; got {self.data.augment!r}.")
         else:
             _check_left_out(self, ("dropout", "standardize_head", "calibrate"), "task classify")
+            if self.data.max_corrupt:
+                raise PwsError(
+                    "data.max_corrupt is a setting of task classify: a detection image that can't be read ends the run."
+                )
             if self.optim.label_smoothing:
                 raise PwsError(
                     "optim.label_smoothing is a setting of task classify: detectors have losses of their own."
