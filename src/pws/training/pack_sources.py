@@ -19,7 +19,7 @@ from pws._errors import PwsError
 from pws.training.datasets import PHOTO_MEAN, PHOTO_STD, class_folders, load_splits
 from pws.training.images import TensorImages, read_image
 from pws.training.recipe import DataConfig
-from pws.training.shards import ImagesIndex
+from pws.training.shards import ImagesIndex, StoredImage
 
 IN_MEMORY: Final = ("digits", "fashion-mnist", "cifar10", "cifar100")
 QUALITY: Final = 95
@@ -27,8 +27,6 @@ QUALITY: Final = 95
 MOST_IMAGES: Final = 1000
 MOST_BYTES: Final = 64 * 2**20
 """Of a shard, in the mean."""
-StoredImage = tuple[bytes, int, bytes]
-"""What a shard holds of an image: the bytes of a file, the label, the name."""
 
 
 class Entry(ABC):

@@ -17,6 +17,8 @@ VERSION: Final = 1
 INDEX: Final = "pws.json"
 PARTS: Final = ("train", "val", "test")
 LITDATA_INDEX: Final = "index.json"
+StoredImage = tuple[bytes, int, bytes]
+"""What a shard holds of an image: the bytes of a file, the label, the name."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -24,6 +25,7 @@ from pws.training.shards import (
     ImagesIndex,
     Shard,
     ShardIndex,
+    StoredImage,
     check_size,
     check_sizes,
     parse_index,
@@ -35,13 +37,20 @@ PATIENCE: Final = 600
 """Seconds that a process waits for another one that copies the shard that it needs."""
 
 
+_SETTINGS: Final = {
+    "LITDATA_DISABLE_VERSION_CHECK": "1",  # it would ask the package index for a newer version each time
+    "LITDATA_POSIX_PAGE_BYTES": "0",  # it would look ahead for the images that follow, and ours are drawn
+}
+
+
 def litdata() -> Any:
-    """The library, which would ask the package index for a newer version of itself each time.
+    """The library, set up for what is done here.
 
     Raises:
         PwsError: it is not installed.
     """
-    os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import litdata.streaming.downloader
         import litdata.streaming.sampler
@@ -61,13 +70,11 @@ class PackedFolder:
     url: str | None
     index: ShardIndex
 
-    def file(self, part: str, shard: Shard) -> Path:
-        """A shard's file."""
-        path = self.folder / part / shard.file
-        if self.url is not None and not path.exists():
-            copy_from(f"{self.url}/{part}", shard.file, path.parent)
-            check_size(path, shard)
-        return path
+    def fetch(self, part: str, shard: Shard) -> None:
+        """Have a shard's file in the folder."""
+        if self.url is not None and not (self.folder / part / shard.file).exists():
+            copy_from(f"{self.url}/{part}", shard.file, self.folder / part)
+            check_size(self.folder / part / shard.file, shard)
 
 
 def open_packed(root: str) -> PackedFolder:
@@ -150,7 +157,7 @@ class StreamImages(ReadImages):
     def read(self, number: int) -> tuple[Tensor, int]:
         """Read an image from its shard."""
         data, label, name = self._item(number)
-        return decode_image(bytes(data), bytes(name).decode(), grey=self.about.channels == 1), int(label)
+        return decode_image(bytes(data), bytes(name).decode(), grey=self.about.channels == 1), label
 
     def name_of(self, number: int) -> str:
         """What it was called when it was packed."""
@@ -162,20 +169,23 @@ class StreamImages(ReadImages):
         shards = torch.bucketize(numbers, torch.tensor(self.starts), right=True) - 1
         return drawn_by_shards(shards, len(self.shards), generator, WINDOW)
 
-    def _item(self, number: int) -> tuple[Any, int, Any]:
-        shard = bisect_right(self.starts, number) - 1
-        path = self.packed.file(self.part, self.shards[shard])
+    def _item(self, number: int) -> StoredImage:
+        place = bisect_right(self.starts, number) - 1
+        shard = self.shards[place]
+        self.packed.fetch(self.part, shard)
         try:
-            item: tuple[Any, int, Any] = self._opened[litdata().streaming.sampler.ChunkedIndex(number, shard)]
+            return self._stored(number, place)
         except Exception as error:  # litdata's, or the system's
+            path = self.packed.folder / self.part / shard.file
             raise PwsError(f"cannot read image {number} of the shard {path}: {one_line(error)}.") from error
-        return item
 
     @cached_property
-    def _opened(self) -> Any:
-        """litdata maps each shard that it reads from into memory, and keeps so many of them."""
-        folder = self.packed.folder / self.part
-        return litdata().StreamingDataset(str(folder), max_pre_download=WINDOW, batch_decode=0)
+    def _stored(self) -> Callable[[int, int], StoredImage]:
+        """Reads an image by its number and its shard's; litdata maps so many shards into memory."""
+        library, folder = litdata(), self.packed.folder / self.part
+        data = library.StreamingDataset(str(folder), max_pre_download=WINDOW, batch_decode=0)
+        index = library.streaming.sampler.ChunkedIndex
+        return lambda number, place: data[index(number, place)]
 
 
 def drawn_by_shards(shards: Tensor, count: int, generator: torch.Generator, window: int) -> Tensor:
