@@ -10,9 +10,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from pws._errors import PwsError
@@ -69,14 +70,14 @@ class FileEntry(Entry):
 class ArrayEntry(Entry):
     """An image in memory."""
 
-    pixels: Tensor
-    """`(C, H, W)` uint8"""
+    pixels: NDArray[np.uint8]
+    """`(H, W, C)`. No tensor: torch would hand each to another process as a file of its own."""
     label: int
     name: str
 
     def data(self) -> bytes:
         """As PNG, which loses nothing."""
-        return _written(TF.to_pil_image(self.pixels), "PNG")
+        return _written(Image.fromarray(self.pixels.squeeze(2) if self.pixels.shape[2] == 1 else self.pixels), "PNG")
 
 
 def _written(image: Image.Image, kind: str) -> bytes:
@@ -144,9 +145,10 @@ def memory_source(name: str, root: str, *, download: bool) -> Source:
         assert isinstance(images, TensorImages)
         digest.update(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes())
         total += images.pixels.numel()
+        arrays = images.pixels.permute(0, 2, 3, 1).numpy()
         entries = [
-            ArrayEntry(pixels, int(label), f"{part}/{number}")
-            for number, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True))
+            ArrayEntry(pixels, label, f"{part}/{number}")
+            for number, (pixels, label) in enumerate(zip(arrays, images.labels.tolist(), strict=True))
         ]
         parts[part] = _mixed(entries) if part == "train" else entries
         channels, height, width = images.pixels.shape[1:]
