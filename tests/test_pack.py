@@ -146,6 +146,15 @@ def test_processes_write_the_same_files(tmp_path: Path) -> None:
     assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
 
 
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_packing(tmp_path: Path) -> None:
+    source = digits()
+    train: list[Entry] = [Deadly(np.zeros((8, 8, 1), np.uint8), 0, "deadly"), *source.parts["train"][1:]]
+    with pytest.raises(PwsError, match=r"a process died, .* Lower --jobs"):
+        pack(replace(source, parts={**source.parts, "train": train}), tmp_path / "out", 2, quiet)
+    assert not (tmp_path / "out" / "pws.json").exists()
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     pack_lock = tmp_path / "out" / ".packing" / "lock"
     pack_lock.parent.mkdir(parents=True)

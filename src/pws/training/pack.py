@@ -6,7 +6,10 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -149,8 +152,18 @@ def _processes(jobs: int) -> Iterator[Each[Any, Any]]:
     if jobs == 1:
         yield map
         return
-    with get_context("spawn").Pool(jobs) as pool:
-        yield pool.imap_unordered
+    # Not multiprocessing's Pool, which waits for ever for the shard of a process that was killed.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        try:
+            yield lambda work, tasks: (
+                one.result() for one in as_completed([pool.submit(work, task) for task in tasks])
+            )
+        except BrokenProcessPool as error:
+            raise PwsError(
+                "a process died, as they do when memory runs out. Lower --jobs; the same command goes on."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _write(tasks: list[ShardTask], each: Each[ShardTask, int], progress: Progress) -> None:
