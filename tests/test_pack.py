@@ -198,9 +198,14 @@ def others(out: Path) -> None:
     (out / ".packing" / "source.json").write_text("{}")
 
 
+def mine(out: Path) -> None:
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+
+
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "packed images": (whole, "holds packed images already"),
-    "other files": (lambda out: (out.mkdir(), (out / "mine.txt").write_text("mine")), "exists already, and nothing is"),
+    "other files": (mine, "exists already, and nothing is"),
     "a file": (lambda out: out.write_text("mine"), "exists already, and nothing is"),
     "another packing": (others, "holds an unfinished packing of other images"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from pws._errors import PwsError
 from pws.cli import main
-from pws.training.data import ImageBatches, ImageData
+from pws.training.data import ImageBatches, ImageData, TrainSampler
 from pws.training.datasets import load_splits
 from pws.training.images import Splits, TensorImages
 from pws.training.pack import pack
 from pws.training.pack_sources import source_of
-from pws.training.recipe import DataConfig
+from pws.training.recipe import DataConfig, Recipe, TaskName
 from pws.training.stream import StreamImages, drawn_by_shards
 
 
@@ -132,6 +133,28 @@ def drawn(root: Path, seed: int, epoch: int, **settings: Any) -> list[tuple[int,
     assert isinstance(train, StreamImages)
     assert train.numbers is not None
     return [tuple(train.numbers[number] for number in numbers) for _, numbers in sampler]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (2, 2)])
+def test_processes_share_out_the_batches_of_one(digits: Path, world: int, accumulate: int) -> None:
+    train = of(digits).train
+    assert isinstance(train, StreamImages)
+    settings: dict[str, Any] = {"seed": 3, "order": train.order}
+    whole = [batch for _, batch in TrainSampler(1437, 100, rank=0, world=1, accumulate=1, **settings)]
+    shares = [
+        [part for _, part in TrainSampler(1437, 100, rank=rank, world=world, accumulate=accumulate, **settings)]
+        for rank in range(world)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [part for share in shares for part in share[step * accumulate : (step + 1) * accumulate]]
+        assert sorted(number for part in parts for number in part) == sorted(batch)
+        assert {len(part) for part in parts} == {100 // (world * accumulate)}
+
+
+def test_images_go_to_another_process(digits: Path) -> None:
+    train = of(digits).train
+    expected = train.get([1, 1400])
+    assert all(map(torch.equal, pickle.loads(pickle.dumps(train)).get([1, 1400]), expected))
 
 
 def test_loader_processes_and_a_url_give_the_same_batches(
@@ -295,3 +318,11 @@ def test_no_image_can_be_decoded(photos: Path) -> None:
     images = load_splits(with_corrupt(photos, "folder", 100), seed=0).train
     with pytest.raises(PwsError, match="none of the 6 images can be decoded"):
         images.get([0])
+
+
+@pytest.mark.parametrize(
+    ("task", "limit", "told"), [("classify", -1, "data.max_corrupt must be at least 0"), ("detect", 1, "task classify")]
+)
+def test_limits_that_no_recipe_has(task: TaskName, limit: int, told: str) -> None:
+    with pytest.raises(PwsError, match=told):
+        Recipe(task=task, data=DataConfig(max_corrupt=limit))

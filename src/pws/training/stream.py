@@ -146,7 +146,7 @@ class StreamImages(ReadImages):
 
     def __getstate__(self) -> dict[str, Any]:
         return {
-            name: value for name, value in vars(self).items() if name != "_opened"
+            name: value for name, value in vars(self).items() if name != "_stored"
         }  # each process maps files itself
 
     @property
