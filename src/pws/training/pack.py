@@ -105,12 +105,13 @@ def begin(source: Source, out: Path) -> None:
                 f"{out} holds an unfinished packing of other images, or with another --size. Give the command that began it, "
                 "name another folder, or remove it."
             )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.name != RECORDS for path in out.iterdir())):
         raise PwsError(f"{out} exists already, and nothing is overwritten. Name another folder, or remove it.")
-    for part in source.parts:
-        (out / RECORDS / part).mkdir(parents=True, exist_ok=True)
-        (out / part).mkdir(exist_ok=True)
+    began.parent.mkdir(parents=True, exist_ok=True)
     write_whole(began, said)
+    for part in source.parts:
+        (out / RECORDS / part).mkdir(exist_ok=True)
+        (out / part).mkdir(exist_ok=True)
 
 
 def _clean(parts: Iterable[str], out: Path) -> None:

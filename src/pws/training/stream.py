@@ -145,9 +145,8 @@ class StreamImages(ReadImages):
         super().__init__(self.starts[-1], prepare, augment, max_corrupt)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name != "_stored"
-        }  # each process maps files itself
+        # Each process maps the files itself.
+        return {name: value for name, value in vars(self).items() if name != "_stored"}
 
     @property
     def about(self) -> ImagesIndex:
