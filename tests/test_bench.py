@@ -12,10 +12,10 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["shift"], "unknown bench 'shift'. Valid: accuracy, speed"),
-        (["tables", "README.md"], "unknown bench 'tables'. Valid: accuracy, speed"),
-        (["sped"], "unknown bench 'sped'; did you mean speed? Valid: accuracy, speed"),
-        ([], "needs a name. Valid: accuracy, speed"),
+        (["shift"], "unknown bench 'shift'. Valid: accuracy, loader, speed"),
+        (["tables", "README.md"], "unknown bench 'tables'. Valid: accuracy, loader, speed"),
+        (["sped"], "unknown bench 'sped'; did you mean speed? Valid: accuracy, loader, speed"),
+        ([], "needs a name. Valid: accuracy, loader, speed"),
     ],
 )
 def test_what_is_no_bench(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,4 +33,5 @@ def test_the_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr().out
     assert "pws bench accuracy grid.yaml" in shown
     assert "pws bench speed --model timm:resnet18" in shown
+    assert "pws bench loader RECIPE" in shown
     assert "python -m benchmarks" in shown

@@ -46,7 +46,7 @@ def bench(name: str, out: Path) -> dict[str, Any]:
 
 
 def test_all_commands_are_tested() -> None:
-    experiments = ["initial", "shift", "centred", "depth", "forecast", "cost", "warm-start"]
+    experiments = ["initial", "shift", "centred", "depth", "forecast", "cost", "stream", "warm-start"]
     assert sorted(COMMANDS) == sorted([*experiments, "accuracy", "speed", "convert", "tables"])
 
 
@@ -101,6 +101,14 @@ def test_experiments(
     printed = capsys.readouterr().out
     assert f"Files: {tmp_path / 'new' / 'folder' / name}.json" in printed
     assert all(f"{method}, LR {lr:g}: " in printed for method, lr in cells)
+
+
+def test_a_streamed_epoch_keeps_its_memory(tmp_path: Path) -> None:
+    result = bench("stream", tmp_path)
+    assert (result["images"], result["shards"], len(set(result["orders"].values()))) == (3000, 3, 4)
+    memory = result["epochs"]["0 workers"]["memory_mib"]
+    assert len(memory) > 10
+    assert max(memory) < 1.05 * min(memory)
 
 
 def test_a_watched_run_measures_all_layers() -> None:

@@ -20,9 +20,11 @@ COMMANDS: Final = {
     "bench": "measure a model's speed, or compare methods on your data: pws bench speed --model timm:resnet18",
     "evaluate": "measure a run on its test images: pws evaluate runs/NAME",
     "predict": "look at image files with a run's network: pws predict runs/NAME photo.jpg",
+    "pack": "write images into shards that training streams: pws pack data/imagenet data/shards",
     "scenes": "draw detection data, with boxes and masks, without a download: pws scenes data/scenes",
 }
 GOES_ON: Final = {
+    "pack": "; the same command goes on",
     "train": "; `pws train runs/NAME --resume` goes on",
     "bench": "; `pws bench accuracy` goes on when the same command is given again",
 }

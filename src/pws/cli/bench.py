@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from pws._errors import PwsError, nearest
-from pws.cli import accuracy, speed
+from pws.cli import accuracy, loader, speed
 
-BENCHES: Final = {"accuracy": accuracy.run, "speed": speed.run}
+BENCHES: Final = {"accuracy": accuracy.run, "loader": loader.run, "speed": speed.run}
 USAGE: Final = """usage: pws bench NAME [options]     (pws bench NAME --help tells the options)
 
   accuracy  train a grid of methods, learning rates, batch sizes and seeds on your data: pws bench accuracy grid.yaml
+  loader    time a recipe's loader beside its training steps: pws bench loader RECIPE
   speed     time your model with its norms, without them and with pws: pws bench speed --model timm:resnet18
 
 The experiments behind the documentation run from a checkout of the repository: python -m benchmarks."""

@@ -10,7 +10,7 @@ With repeated augmentation `count + n` is image `n` once more, `2 * count + n` t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,7 +86,8 @@ class TrainSampler(Sampler[Key]):
     A step's batch is shared out: process r of R takes every R-th of its images from r on, in `accumulate` equal parts.
     Images that do not fill a last batch are left out for this epoch. With `groups`, the group of each image, a batch holds
     images of one group as long as there are enough of them: the last ones of each group are put together. With `repeats`,
-    a step has as many copies of each image, shared out like images, and an epoch as many fewer images.
+    a step has as many copies of each image, shared out like images, and an epoch as many fewer images. `order` draws an
+    epoch's order in place of any order.
     """
 
     def __init__(
@@ -100,10 +101,11 @@ class TrainSampler(Sampler[Key]):
         accumulate: int,
         groups: Sequence[int] | None = None,
         repeats: int = 1,
+        order: Callable[[torch.Generator], Tensor] | None = None,
     ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.groups, self.repeats = groups, repeats
+        self.groups, self.repeats, self.order = groups, repeats, order
         self.epoch = self.first_batch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -119,7 +121,8 @@ class TrainSampler(Sampler[Key]):
         return self.count // self.batch_size * self.accumulate
 
     def __iter__(self) -> Iterator[Key]:
-        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.count, generator=generator) if self.order is None else self.order(generator)
         order = (order[:, None] + self.count * torch.arange(self.repeats)).flatten()[: self.count]
         if self.groups is not None:
             order = torch.tensor(_grouped(order.tolist(), self.groups, self.batch_size))
@@ -220,6 +223,10 @@ class RecipeData(LightningDataModule, ABC):
         """The group of each training image, where batches hold images of one group."""
         return None
 
+    def order(self) -> Callable[[torch.Generator], Tensor] | None:
+        """What draws an epoch's order of the training images, where not any will do."""
+        return None
+
     def _loader(self, batches: Dataset[Any], sampler: Sampler[Key]) -> DataLoader[Any]:
         workers = self.config.workers
         return DataLoader(
@@ -249,6 +256,7 @@ class RecipeData(LightningDataModule, ABC):
             accumulate=shares.accumulate,
             groups=self.groups(),
             repeats=self.config.ra_reps,
+            order=self.order(),
         )
         sampler.start_at(self.first_epoch, self.first_batch)
         return self._loader(self.batches(images, train=True), sampler)
@@ -288,3 +296,7 @@ class ImageData(RecipeData):
         together = self.config.batch_size // (shares.world * shares.accumulate)
         mix = mixing(self.config, len(self.splits.classes), together)
         return ImageBatches(images, self.splits, self.seed, erasing(self.config), mix)
+
+    def order(self) -> Callable[[torch.Generator], Tensor] | None:
+        """That of the dataset."""
+        return self.splits.order

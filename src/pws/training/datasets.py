@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -15,14 +16,18 @@ from torchvision.transforms import v2
 from pws._errors import PwsError, UnknownNameError
 from pws.training.array_files import read_idx, read_npz
 from pws.training.augmentation import auto_augment, check_pixels
-from pws.training.images import FolderImages, Splits, TensorImages, resized
+from pws.training.images import Augment, FolderImages, ReadImages, Splits, TensorImages, fitted, image_folder, resized
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
+from pws.training.stream import StreamImages, open_packed
 
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
 DIGIT_CLASSES: Final = [str(digit) for digit in range(10)]
 FASHION_PARTS: Final = ("train", "t10k")
 FASHION_CLASSES: Final[list[str]] = tv.FashionMNIST.classes
+PHOTO_MEAN: Final = (0.485, 0.456, 0.406)
+PHOTO_STD: Final = (0.229, 0.224, 0.225)
+"""Of ImageNet's channels."""
 
 
 def load_splits(config: DataConfig, seed: int) -> Splits:
@@ -149,11 +154,8 @@ def _in_memory(
     if size != tuple(pixels.shape[-2:]):
         count = (len(pixels) + sum(len(part[1]) for part in others)) * pixels.shape[1]
         check_memory(5 * count * prod(size), f"data.image_size {size[0]} of {config.name}")  # as floats, then as bytes
-    crop = v2.RandomCrop(size, padding=[max(1, size[1] // 8), max(1, size[0] // 8)])  # left and right, top and bottom
-    moves = [crop, *([v2.RandomHorizontalFlip()] if flip else [])] if config.augment else []
     check_pixels(config, pixels)
-    steps = [*moves, *auto_augment(config)]
-    augment = v2.Compose(steps) if steps else None
+    augment = small_steps(config, size, flip=flip)
     tested, *validated = (TensorImages(resized(pixels, size), labels) for pixels, labels in others)
     return Splits(
         TensorImages(resized(pixels, size), labels, augment),
@@ -183,33 +185,87 @@ def chosen_images(
 
 def _folder(config: DataConfig, seed: int) -> Splits:
     root, side = Path(config.root), config.image_size or 224
+    check_batch(config, side)
+    prepare, augment = photo_steps(config, side)
+    files = class_folders(root, config.name)
+    parts = {name: FolderImages(found, prepare, None, config.max_corrupt) for name, found in files.items()}
+    train = FolderImages(files["train"], prepare, augment, config.max_corrupt)
+    others = [part for name, part in parts.items() if name != "train"]
+    validation, test = _divided(config, seed, train, parts["train"], others)
+    return Splits(train, validation, test, files["train"].classes, PHOTO_MEAN, PHOTO_STD)
+
+
+def class_folders(root: Path, name: str = "folder") -> dict[str, tv.ImageFolder]:
+    """The files of root/train/CLASS, root/val/CLASS and, where it is there, root/test/CLASS.
+
+    Raises:
+        PwsError: a folder is missing, or they hold other classes.
+    """
+    for part in ("train", "val"):
+        if not (root / part).is_dir():
+            raise PwsError(
+                f"{name}: the folder {root / part} is missing. Put the images into {root}/train/CLASS/... and "
+                f"{root}/val/CLASS/..., or point --data.root at the folder that holds train and val."
+            )
+    files = {part: image_folder(root / part) for part in ("train", "val", "test") if (root / part).is_dir()}
+    classes = files["train"].classes
+    for part, found in files.items():
+        if found.classes != classes:
+            odd = sorted(set(classes) ^ set(found.classes))
+            raise PwsError(
+                f"{name}: train and {part} must hold the same class folders; these stand in one only: {odd}."
+            )
+    return files
+
+
+def _stream(config: DataConfig, seed: int) -> Splits:
+    packed = open_packed(config.root)
+    about, side = packed.index.about, config.image_size or 224
+    if about.size is None:
+        check_batch(config, side)
+        prepare, augment = photo_steps(config, side)
+    else:
+        size = (config.image_size, config.image_size) if config.image_size else about.size
+        prepare = partial(fitted, channels=about.channels, size=size)
+        steps = small_steps(config, size, flip=about.flip)
+        augment = v2.Compose([partial(resized, size=size), steps]) if steps else None
+    parts = {name: StreamImages(packed, name, prepare, None, config.max_corrupt) for name in packed.index.parts}
+    train = StreamImages(packed, "train", prepare, augment, config.max_corrupt)
+    others = [parts[name] for name in ("val", "test") if name in parts]
+    validation, test = _divided(config, seed, train, parts["train"], others)
+    return Splits(train, validation, test, about.classes, about.mean, about.std, train.order)
+
+
+def _divided(
+    config: DataConfig, seed: int, train: ReadImages, plain: ReadImages, others: Sequence[ReadImages]
+) -> tuple[ReadImages | None, ReadImages]:
+    """The images that tell the best epoch and those of the test: `others`, or held-out ones of `plain` and `others`."""
+    train.numbers, plain.numbers = chosen_images(config, len(train), seed, own_validation=len(others) > 1)
+    found = [plain, *others] if plain.numbers else [*others]
+    return found[0] if len(found) > 1 and config.validation else None, found[-1]
+
+
+def check_batch(config: DataConfig, side: int) -> None:
+    """Raise `PwsError` if the memory can't hold a batch of colour images of so many pixels per side."""
     check_memory(
         4 * 3 * config.batch_size * side**2, f"a batch of {config.batch_size:,} images of {side} pixels per side"
     )
-    for name in ("train", "val"):
-        if not (root / name).is_dir():
-            raise PwsError(
-                f"{config.name}: the folder {root / name} is missing. Put the images into {root}/train/CLASS/... and "
-                f"{root}/val/CLASS/..., or point --data.root at the folder that holds train and val."
-            )
+
+
+def photo_steps(config: DataConfig, side: int) -> tuple[Augment, Augment | None]:
+    """What photographs of any size go through without and with augmentation."""
     prepare = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
     moves = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()] if config.augment else [prepare]
     steps = [*moves, *auto_augment(config)]
-    augment = v2.Compose(steps) if steps != [prepare] else None
-    train = FolderImages(root / "train", prepare, augment)
-    others = [FolderImages(root / name, prepare, None) for name in ("val", "test") if (root / name).is_dir()]
-    for part in others:
-        if train.files.classes != part.files.classes:
-            odd = sorted(set(train.files.classes) ^ set(part.files.classes))
-            raise PwsError(
-                f"{config.name}: train and {Path(part.files.root).name} must hold the same class folders; these stand in one "
-                f"only: {odd}."
-            )
-    train.numbers, held_out = chosen_images(config, len(train.files), seed, own_validation=len(others) > 1)
-    if held_out:
-        others.insert(0, FolderImages(root / "train", prepare, None, held_out))
-    validation = others[0] if len(others) > 1 and config.validation else None
-    return Splits(train, validation, others[-1], train.files.classes, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return prepare, v2.Compose(steps) if steps != [prepare] else None
+
+
+def small_steps(config: DataConfig, size: tuple[int, int], *, flip: bool) -> Augment | None:
+    """The augmentation of small images of one size."""
+    crop = v2.RandomCrop(size, padding=[max(1, size[1] // 8), max(1, size[0] // 8)])  # left and right, top and bottom
+    moves = [crop, *([v2.RandomHorizontalFlip()] if flip else [])] if config.augment else []
+    steps = [*moves, *auto_augment(config)]
+    return v2.Compose(steps) if steps else None
 
 
 DATASETS: Final[dict[str, Callable[[DataConfig, int], Splits]]] = {
@@ -220,5 +276,6 @@ DATASETS: Final[dict[str, Callable[[DataConfig, int], Splits]]] = {
     "imagenet": _folder,
     "folder": _folder,
     "npz": _npz,
+    "stream": _stream,
 }
 """Name to loader."""

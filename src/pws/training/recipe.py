@@ -45,11 +45,12 @@ DATA_RULES: Final[dict[str, Rule]] = {
     "validation": BELOW_ONE,
     **{"ra_magnitude": RA_MAGNITUDE, "random_erase": SHARE, "ra_reps": RA_REPS},
     **dict.fromkeys(("mixup_alpha", "cutmix_alpha"), ALPHA),
+    "max_corrupt": NOT_NEGATIVE,
 }
 CLASSIFY_ONLY: Final = (
     *("model.dropout", "model.standardize_head", "model.calibrate"),
     *("data.auto_augment", "data.ra_magnitude", "data.random_erase", "data.mixup_alpha", "data.cutmix_alpha"),
-    *("data.ra_reps", "optim.label_smoothing"),
+    *("data.ra_reps", "data.max_corrupt", "optim.label_smoothing"),
 )
 DETECT_ONLY: Final = ("model.backbone", "model.trainable_stages", "model.head", "model.anchor_size", "model.options")
 OPTIM_RULES: Final[dict[str, Rule]] = {
@@ -117,10 +118,10 @@ class DataConfig:
     """The images.
 
     Args:
-        name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), or
-            npz (root is a file in MedMNIST's layout). For task detect: digit-scenes, scenes (made by pws scenes), coco,
-            coco-keypoints, voc.
-        root: folder of the files; digits needs none.
+        name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), stream
+            (shards written by pws pack), or npz (root is a file in MedMNIST's layout). For task detect: digit-scenes, scenes
+            (made by pws scenes), coco, coco-keypoints, voc.
+        root: folder of the files; digits needs none. For stream also a URL, such as s3://bucket/folder.
         download: let torchvision download what is missing (fashion-mnist, cifar10, cifar100).
         batch_size: images per step of the optimizer, over all devices and accumulated batches together.
         augment: random crop of the image padded by an eighth, and flip (not for digits); for imagenet and folder a random
@@ -141,6 +142,8 @@ class DataConfig:
         validation: as many images as this share of the training images are held out, drawn by the seed; they tell the best
             epoch. npz with val_images and a folder with test/ bring such images themselves. 0 for none: the last epoch counts.
         workers: number of loader processes.
+        max_corrupt: (folder, imagenet, stream) so many images of each part that can't be decoded are named and replaced by the
+            next one; one more ends the run.
     """
 
     name: str = "digits"
@@ -158,6 +161,7 @@ class DataConfig:
     train_images: int | None = None
     validation: float = 0.1
     workers: int = 0
+    max_corrupt: int = 0
 
     def __post_init__(self) -> None:
         check_rules(DATA_RULES, self, "data.")
