@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from pws._errors import PwsError, UnknownNameError
 from pws.training.array_files import read_idx, read_npz
-from pws.training.images import FolderImages, Splits, TensorImages, resized
+from pws.training.images import FolderImages, Splits, TensorImages, center_crop, resized
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 
@@ -189,7 +189,7 @@ def _folder(config: DataConfig, seed: int) -> Splits:
                 f"{config.name}: the folder {root / name} is missing. Put the images into {root}/train/CLASS/... and "
                 f"{root}/val/CLASS/..., or point --data.root at the folder that holds train and val."
             )
-    prepare = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+    prepare = center_crop(side)
     augment = v2.Compose([v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()]) if config.augment else None
     train = FolderImages(root / "train", prepare, augment)
     others = [FolderImages(root / name, prepare, None) for name in ("val", "test") if (root / name).is_dir()]

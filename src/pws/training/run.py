@@ -1,4 +1,4 @@
-"""A run from recipe to `runs/<name>/`: recipe.yaml, metrics.csv, TensorBoard events, checkpoints/, summary.json."""
+"""A run from recipe to `runs/<name>/`: recipe.yaml, data.json, metrics.csv, TensorBoard events, checkpoints/, summary.json."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pws._files import write_whole
 from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, averages, is_first_process
 from pws.training.checkpoints import BEST, BestCheckpoint, CheckpointFiles, load_weights
 from pws.training.data import RecipeData, check_shares
+from pws.training.facts import write_facts
 from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
@@ -25,7 +26,7 @@ from pws.training.quiet import real_interrupts
 from pws.training.recipe import Recipe
 from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.summary import Summary, summarize
-from pws.training.tasks import data_of, module_of
+from pws.training.tasks import TASKS, data_of, module_of
 
 
 def train(
@@ -59,6 +60,7 @@ def train(
         if is_first_process():
             if resume:
                 take_up(folder, recipe)
+            write_facts(folder, TASKS[recipe.task].facts.of(data))
             _say(_headline(recipe, data, module, folder, start, resume=resume), start, quiet=quiet)
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
         trainer.loggers = [MetricsFile(folder, start.rows), board]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
@@ -14,7 +14,9 @@ from pws.training.data import ImageData, RecipeData
 from pws.training.detect.backbone import stages_trained
 from pws.training.detect.data import DetectionData
 from pws.training.detect.detector import Detector
+from pws.training.detect.facts import ObjectFacts
 from pws.training.detect.network import detector_for
+from pws.training.facts import ImageFacts
 from pws.training.module import TaskModule
 from pws.training.network import check_calibration, method_for, model_for
 from pws.training.recipe import Recipe, TaskName
@@ -30,11 +32,15 @@ class Task:
     """From the recipe's model settings, the data and the method."""
     module: Callable[..., TaskModule]
     """From the network, the optimizer's settings, the number of classes, the calibration and the method."""
+    facts: Any
+    """What the run keeps of its data (a class of `Facts`); `facts.of(data)` are those of some data."""
 
 
 TASKS: Final[dict[TaskName, Task]] = {
-    "classify": Task(ImageData, lambda config, data, method: model_for(config, data.splits, method), Classifier),
-    "detect": Task(DetectionData, detector_for, Detector),
+    "classify": Task(
+        ImageData, lambda config, data, method: model_for(config, data.splits, method), Classifier, ImageFacts
+    ),
+    "detect": Task(DetectionData, detector_for, Detector, ObjectFacts),
 }
 
 
