@@ -206,6 +206,7 @@ class TrainerConfig:
         accumulate: split each step's batch into this many parts, one after the other.
         early_stop: stop after this many epochs without a better accuracy, or average precision of boxes, on the validation
             images.
+        logger: wandb or mlflow: where metrics.csv's numbers go too. Project or experiment pws; files in the run's folder.
     """
 
     epochs: int = 10
@@ -217,6 +218,7 @@ class TrainerConfig:
     precision: str = "32-true"
     accumulate: int = 1
     early_stop: int | None = None
+    logger: Literal["wandb", "mlflow"] | None = None
 
     def __post_init__(self) -> None:
         check_rules(TRAINER_RULES, self, "trainer.")

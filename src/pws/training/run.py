@@ -19,6 +19,7 @@ from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, avera
 from pws.training.checkpoints import BEST, BestCheckpoint, CheckpointFiles, load_weights
 from pws.training.data import RecipeData, check_shares
 from pws.training.facts import write_facts
+from pws.training.loggers import closed, named_loggers
 from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
@@ -54,7 +55,7 @@ def train(
     validates = data.splits.validation is not None
     trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
-    with claimed(folder, recipe, resume=resume):
+    with claimed(folder, recipe, resume=resume), closed(trainer):
         start = resume_from(folder, recipe, module) if resume else Start()
         data.first_epoch = start.epoch
         if is_first_process():
@@ -63,7 +64,7 @@ def train(
             write_facts(folder, TASKS[recipe.task].facts.of(data))
             _say(_headline(recipe, data, module, folder, start, resume=resume), start, quiet=quiet)
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
-        trainer.loggers = [MetricsFile(folder, start.rows), board]
+        trainer.loggers = [MetricsFile(folder, start.rows), board, *named_loggers(recipe, folder, quiet=quiet)]
         failure, metrics = _fit(trainer, module, data, start.checkpoint, clock)
         best = folder / CHECKPOINTS / BEST
         tested = best if validates and best.exists() else None
