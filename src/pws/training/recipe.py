@@ -206,6 +206,9 @@ class TrainerConfig:
         accumulate: split each step's batch into this many parts, one after the other.
         early_stop: stop after this many epochs without a better accuracy, or average precision of boxes, on the validation
             images.
+        compile: (classify) let torch.compile build the network's passes; checkpoints stay those of the plain network.
+        checkpoint_activations: keep the inputs of residual blocks alone, and run the blocks again in the backward pass: less
+            memory, a third more time.
         logger: wandb or mlflow: where metrics.csv's numbers go too. Project or experiment pws; files in the run's folder.
     """
 
@@ -218,6 +221,8 @@ class TrainerConfig:
     precision: str = "32-true"
     accumulate: int = 1
     early_stop: int | None = None
+    compile: bool = False
+    checkpoint_activations: bool = False
     logger: Literal["wandb", "mlflow"] | None = None
 
     def __post_init__(self) -> None:
@@ -226,6 +231,11 @@ class TrainerConfig:
             raise PwsError(
                 f"trainer.strategy must be auto or ddp (or a variant, such as ddp_spawn); got {self.strategy!r}. Sharded "
                 "strategies flatten the parameters, and neither weight decay by parameter nor the filters survive that."
+            )
+        if self.compile and self.checkpoint_activations:
+            raise PwsError(
+                "trainer.compile chooses by itself what is computed again in the backward pass: leave out "
+                "trainer.checkpoint_activations, or trainer.compile."
             )
 
 
@@ -264,6 +274,10 @@ class Recipe:
                 raise PwsError(f"data.augment is true or false for task classify; got {self.data.augment!r}.")
         else:
             _check_left_out(self, ("dropout", "standardize_head", "calibrate"), "task classify")
+            if self.trainer.compile:
+                raise PwsError(
+                    "trainer.compile is a setting of task classify: a detector's shapes change with every image. Leave it out."
+                )
             if self.optim.label_smoothing:
                 raise PwsError(
                     "optim.label_smoothing is a setting of task classify: detectors have losses of their own."

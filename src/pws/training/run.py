@@ -15,14 +15,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from pws._errors import PwsError
 from pws._files import write_whole
-from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, averages, is_first_process
+from pws.training.callbacks import VALIDATION, Clock, averages, is_first_process
+from pws.training.checkpointing import checkpoint_activations
 from pws.training.checkpoints import BEST, BestCheckpoint, CheckpointFiles, load_weights
+from pws.training.compiling import Compile
 from pws.training.data import RecipeData, check_shares
 from pws.training.facts import write_facts
 from pws.training.loggers import closed, named_loggers
 from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
+from pws.training.progress import EpochLines, Pace, StepBar
 from pws.training.quiet import real_interrupts
 from pws.training.recipe import Recipe
 from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
@@ -47,10 +50,12 @@ def train(
         PwsError: the recipe asks for something that does not exist or fit, or the folder exists.
         NonFiniteLossError: the loss went non-finite; summary.json says so too.
     """
-    watch = None if monitor is None else watcher(monitor)
+    watch = None if monitor is None else watcher(monitor, recipe.trainer)
     data = data_of(recipe)
     seed_everything(recipe.seed, workers=True, verbose=False)
     module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
+    if recipe.trainer.checkpoint_activations:
+        checkpoint_activations(module.model)
     clock = Clock(VALIDATION + module.SCORE)
     validates = data.splits.validation is not None
     trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)
@@ -145,10 +150,13 @@ def _trainer(
         callbacks.append(watch)
     if config.early_stop is not None:
         callbacks.append(EarlyStopping(score, mode="max", patience=config.early_stop, strict=False))
+    if config.compile:
+        callbacks.append(Compile())
+    pace = Pace(clock)
     if not quiet:
-        callbacks.append(EpochLines(clock, module.score_line, validates=validates))
+        callbacks += [pace, EpochLines(pace, module.score_line, validates=validates)]
     if bar := (not quiet and sys.stdout.isatty()):
-        callbacks.append(StepBar())
+        callbacks.append(StepBar(pace))
     try:
         return Trainer(
             accelerator=config.accelerator,
