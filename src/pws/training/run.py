@@ -30,11 +30,17 @@ from pws.training.quiet import real_interrupts
 from pws.training.recipe import Recipe
 from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.summary import Summary, summarize
-from pws.training.tasks import TASKS, data_of, module_of
+from pws.training.tasks import TASKS, Task, data_of, module_of
 
 
 def train(
-    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, monitor: int | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    monitor: int | None = None,
+    task: Task | None = None,
 ) -> Summary:
     """Train `recipe` and leave everything in `folder`.
 
@@ -45,15 +51,18 @@ def train(
             from the start if there is none.
         quiet: print nothing.
         monitor: diagnose the network every so many steps, and leave diagnosis.html and diagnosis.json in the folder.
+        task: what is trained on what, in place of the recipe's task of that name; `fit` makes one.
 
     Raises:
         PwsError: the recipe asks for something that does not exist or fit, or the folder exists.
         NonFiniteLossError: the loss went non-finite; summary.json says so too.
     """
     watch = None if monitor is None else watcher(monitor, recipe.trainer)
-    data = data_of(recipe)
+    data = data_of(recipe) if task is None else task.data(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
+    module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))), task=task)
+    if recipe.trainer.precision == "64-true":
+        module.double()  # Lightning would do so behind the reading of a checkpoint, whose last digits would be lost
     if recipe.trainer.checkpoint_activations:
         checkpoint_activations(module.model)
     clock = Clock(VALIDATION + module.SCORE)
@@ -66,7 +75,7 @@ def train(
         if is_first_process():
             if resume:
                 take_up(folder, recipe)
-            write_facts(folder, TASKS[recipe.task].facts.of(data))
+            write_facts(folder, (task or TASKS[recipe.task]).facts.of(data))
             _say(_headline(recipe, data, module, folder, start, resume=resume), start, quiet=quiet)
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
         trainer.loggers = [MetricsFile(folder, start.rows), board, *named_loggers(recipe, folder, quiet=quiet)]

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from pws._errors import PwsError
 from pws.methods import Method
 from pws.training.classifier import Classifier
 from pws.training.data import ImageData, RecipeData
@@ -20,6 +21,9 @@ from pws.training.facts import ImageFacts
 from pws.training.module import TaskModule
 from pws.training.network import check_calibration, method_for, model_for
 from pws.training.recipe import Recipe, TaskName
+
+OWN: Final = "own"
+"""The name of data that were given in Python."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,32 @@ TASKS: Final[dict[TaskName, Task]] = {
 
 
 def data_of(recipe: Recipe) -> RecipeData:
-    """The recipe's data."""
+    """The recipe's data.
+
+    Raises:
+        PwsError: they are none that have a name.
+    """
+    check_named(recipe)
     return TASKS[recipe.task].data(recipe.data, recipe.seed)
 
 
-def module_of(recipe: Recipe, data: RecipeData, method: Method | None = None, *, fresh: bool = True) -> TaskModule:
-    """The recipe's network, ready to be trained; `method` replaces the recipe's.
+def check_named(recipe: Recipe) -> None:
+    """Raise `PwsError` if the recipe is of a run whose network and data no recipe can name."""
+    if recipe.data.name == OWN:
+        raise PwsError(
+            f"this run trained a {recipe.model.name} that pws.training.fit was given in Python, with its data: a recipe can't "
+            "name them. Build the network there, and load its weights: network.load_state_dict(pws.training.weights(RUN))."
+        )
+
+
+def module_of(
+    recipe: Recipe, data: RecipeData, method: Method | None = None, *, fresh: bool = True, task: Task | None = None
+) -> TaskModule:
+    """The recipe's network, ready to be trained; `method` replaces the recipe's, `task` the one of its name.
 
     Where it is not `fresh`, a checkpoint follows: the backbone's run, which may be gone by then, is not read.
     """
-    task, method = TASKS[recipe.task], method or method_for(recipe.model)
+    task, method = task or TASKS[recipe.task], method or method_for(recipe.model)
     config = recipe.model
     if not fresh:
         config = replace(config, backbone=None, trainable_stages=stages_trained(config))

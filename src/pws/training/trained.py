@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pws._errors import PwsError
-from pws.training.checkpoints import checkpoint_path, load_weights
+from pws.training.checkpoints import checkpoint_path, load_weights, read_weights
 from pws.training.classifier import logits_of
 from pws.training.data import normalized
 from pws.training.detect.facts import ObjectFacts
 from pws.training.facts import ImageFacts, read_facts
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import load_recipe
-from pws.training.tasks import TASKS, module_of
+from pws.training.tasks import TASKS, check_named, module_of
 
 SCORE: Final = 0.5
 """Objects below it are left out."""
@@ -138,6 +138,7 @@ def trained_of(run: str | Path, checkpoint: str = "best", *, device: str | torch
     if not (run / "recipe.yaml").is_file():
         raise PwsError(f"{run} is no run folder: it has no recipe.yaml. Give the folder that `pws train` printed.")
     recipe = load_recipe(run / "recipe.yaml")
+    check_named(recipe)
     path = checkpoint_path(run, checkpoint)
     facts = read_facts(run, TASKS[recipe.task].facts)
     with torch.random.fork_rng(devices=[]):
@@ -147,3 +148,17 @@ def trained_of(run: str | Path, checkpoint: str = "best", *, device: str | torch
         return TrainedClassifier(module.model, facts, recipe, path).to(device)
     assert isinstance(facts, ObjectFacts)
     return TrainedDetector(module.model, facts.classes, recipe, path).to(device)
+
+
+def weights(run: str | Path, checkpoint: str = "best") -> dict[str, Tensor]:
+    """The state dict of the network that a run trained, whatever network that is.
+
+    Args:
+        run: the run's folder.
+        checkpoint: "best", "last" or the path of a file.
+
+    Raises:
+        PwsError: the checkpoint is missing or damaged.
+    """
+    stored = read_weights(checkpoint_path(Path(run), checkpoint))
+    return {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
