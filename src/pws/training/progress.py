@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
 from lightning.pytorch.utilities import rank_zero_only
 
 from pws.training.callbacks import VALIDATION, Clock, metrics_of
@@ -73,6 +74,11 @@ class StepBar(RichProgressBar):
     def __init__(self, pace: Pace) -> None:
         super().__init__()
         self.pace = pace
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Lightning's, but for batches per second."""
+        columns = super().configure_columns(trainer)
+        return [column for column in columns if not isinstance(column, ProcessingSpeedColumn)]
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
