@@ -23,6 +23,7 @@ def _fashion_mnist() -> str | None:
 
 NEEDS: Final[dict[str, tuple[Callable[[], str | None], str]]] = {
     "chromium": (_browser, "apt-get install chromium"),
+    "compiler": (lambda: shutil.which("g++"), "apt-get install g++"),
     "fashion-mnist": (_fashion_mnist, "apt-get install dataset-fashion-mnist"),
 }
 """Name to what finds it, and how to get it."""

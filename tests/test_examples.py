@@ -16,6 +16,10 @@ FOLDER: Final = Path(__file__).parents[1] / "examples"
 PRINTED: Final[dict[str, list[tuple[str, tuple[float, ...]]]]] = {
     "plain_loop": [(r"epoch 5: loss [\d.]+, test accuracy ([\d.]+) %", (90,))],
     "lightning_module": [(r"test accuracy ([\d.]+) %", (85,))],
+    "own_training": [
+        (r"epoch 5/5  loss", ()),
+        (r"test accuracy ([\d.]+) %, of the network loaded again ([\d.]+) %", (90, 90)),
+    ],
     "timm_model": [
         (r"layer1.0.bn1 +BatchNorm2d +remove +behind layer1.0.conv1", ()),
         (r"norms left: 0\n", ()),
@@ -40,10 +44,10 @@ PRINTED: Final[dict[str, list[tuple[str, tuple[float, ...]]]]] = {
 }
 
 
-def test_there_are_seven_and_each_has_a_line_in_the_readme() -> None:
+def test_there_are_eight_and_each_has_a_line_in_the_readme() -> None:
     scripts = {path.stem for path in FOLDER.glob("*.py")}
     assert scripts == set(PRINTED)
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     lines = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \| \S", lines, re.MULTILINE)) == scripts
 

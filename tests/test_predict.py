@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,14 +14,13 @@ from small_data import write_folder
 from torch import Tensor, nn
 
 from pws.cli import main
-from pws.training._evaluate import TrainedRun, load_trained
-from pws.training.data import RecipeData
-from pws.training.detect.detector import Detector
+from pws.training._evaluate import load_trained
 from pws.training.detect.objects import SeenObject
 from pws.training.detect.pictures import draw_objects
 from pws.training.pictures import GREEN
 from pws.training.predict import predictor
-from pws.training.recipe import OptimConfig, Recipe
+from pws.training.recipe import Recipe
+from pws.training.trained import TrainedDetector
 
 TRAIN = ("--model.width=0.125", "--trainer.epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=1")
 
@@ -139,6 +137,10 @@ def test_nothing_is_overwritten_without_force(
 class Finder(nn.Module):
     """A detector that finds the bright rectangle of an image, in class 2, and something unsure."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         found = []
         for image in images:
@@ -159,14 +161,8 @@ class Finder(nn.Module):
         return found
 
 
-class Splits:
-    classes = ("cat", "dog")
-
-
-def detector() -> TrainedRun:
-    data: Any = type("Data", (), {"splits": Splits()})()
-    module = Detector(Finder(), OptimConfig(), 2)
-    return TrainedRun(Recipe(name="finder"), module, cast(RecipeData, data), Path("best.ckpt"))
+def detector() -> TrainedDetector:
+    return TrainedDetector(Finder(), ["cat", "dog"], Recipe(name="finder"), Path("best.ckpt"))
 
 
 def test_a_detector_gives_boxes_masks_and_keypoints_in_pixels_of_the_file() -> None:
@@ -193,7 +189,7 @@ def test_a_photo_is_looked_at_upright(tmp_path: Path, monkeypatch: pytest.Monkey
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
-    monkeypatch.setattr("pws.training.predict.load_trained", lambda *_: detector())
+    monkeypatch.setattr("pws.training.predict.trained_of", lambda *_, **__: detector())
     assert main(["predict", "run", str(tmp_path / "photo.png"), "--out", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "photo.json").read_text())
     assert (record["height"], record["width"]) == (60, 40)

@@ -22,6 +22,7 @@ pws.diagnose(conv, (images, images), nn.functional.mse_loss, lr=0.1, forward=lam
 pws.convert(conv, images, calibrate=False, keep="layer1.*", warm_start=True, form="layers")
 pws.fold(pws.Plan.load("plan.json").apply(conv), like=conv)
 pws.training.ClipGrad(0.1)
+labels: list[int] = [int(label) for label in pws.load("runs/a", "last", device="cpu").predict(images)]
 pws.optim.SGD(conv, lr=0.1, step_bound=None)
 
 pws.Conv1d(3, 8)  # wrong
@@ -50,6 +51,7 @@ pws.Monitor(conv, evry=50)  # wrong
 pws.Monitor(conv, every=1.5)  # wrong
 pws.clip_grad(conv)  # wrong
 pws.optim.SGD(conv, 0.1, stepbound=None)  # wrong
+pws.load("runs/a", devise="cpu")  # wrong
 pws.trainning  # wrong
 pws.training.ClipGard()  # wrong
 """

@@ -16,6 +16,7 @@ from pws._layers import (
     Linear,
     StandardizedLayer,
 )
+from pws._load import load
 from pws._mark import Mark, mark, marked, unmark
 from pws._param_groups import param_groups
 from pws._standardize import standardize
@@ -46,6 +47,7 @@ __all__ = [
     "fold",
     "forecast",
     "kernels",
+    "load",
     "mark",
     "marked",
     "optim",

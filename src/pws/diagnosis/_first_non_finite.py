@@ -35,7 +35,8 @@ def first_non_finite(model: nn.Module, batch: Any, rewind: Callable[[], None] | 
     try:
         if rewind is not None:
             rewind()
-        example_of(model, batch).outputs(model)
+        with torch.compiler.set_stance("force_eager"):  # compiled, layers would not be seen one by one
+            example_of(model, batch).outputs(model)
     finally:
         go_on()
         for handle in handles:

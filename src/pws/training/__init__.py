@@ -3,11 +3,13 @@
 from pws.training._evaluate import evaluate
 from pws.training.callbacks import ClipGrad
 from pws.training.monitor import MonitorCallback
+from pws.training.own import fit
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.recipe_file import load_recipe, shipped_recipes
 from pws.training.results import DetectionEvaluation, Evaluation
 from pws.training.run import train
 from pws.training.summary import Summary
+from pws.training.trained import weights
 
 __all__ = [
     "ClipGrad",
@@ -21,7 +23,9 @@ __all__ = [
     "Summary",
     "TrainerConfig",
     "evaluate",
+    "fit",
     "load_recipe",
     "shipped_recipes",
     "train",
+    "weights",
 ]

@@ -8,13 +8,14 @@ from pathlib import Path
 from pws._errors import PwsError
 from pws.training.checkpoints import checkpoint_path, load_weights
 from pws.training.data import RecipeData
+from pws.training.facts import DATA, write_facts
 from pws.training.module import TaskModule
 from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import load_recipe
 from pws.training.results import DetectionEvaluation, Evaluation
 from pws.training.sheet import worst_images, write_sheet
-from pws.training.tasks import data_of, module_of
+from pws.training.tasks import TASKS, data_of, module_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def evaluate(run: Path, checkpoint: str = "best", sheet: Path | None = None) -> 
         PwsError: the run or the checkpoint is missing, corrupt, or of another architecture.
     """
     loaded = load_trained(run, checkpoint)
+    if not (run / DATA).exists():  # of a run before there was such a file: `pws.load` asks for it
+        write_facts(run, TASKS[loaded.recipe.task].facts.of(loaded.data))
     worst = None if sheet is None else worst_images(loaded.data)
     with real_interrupts():
         trainer = bare_trainer(callbacks=[] if worst is None else [worst])

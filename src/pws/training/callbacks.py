@@ -1,14 +1,14 @@
-"""What a run says while it trains, and what it counts."""
+"""What a run does beside its steps, and what it counts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, RichProgressBar
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
@@ -63,6 +63,10 @@ class Clock(Callback):
         """Stop counting where there was no validation."""
         self.stop()
 
+    def until_now(self) -> float:
+        """The seconds, with those since the last start."""
+        return self.seconds + (time.perf_counter() - self._started if self._started else 0.0)
+
     def stop(self) -> None:
         """Add what has passed since the last start; nothing if the clock stands."""
         if self._started:
@@ -72,8 +76,9 @@ class Clock(Callback):
             self._started = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return {key: getattr(self, key) for key in self.KEPT}
+        """For the checkpoint, which may be written while the clock runs."""
+        running = time.perf_counter() - self._started if self._started else 0.0
+        return {**{key: getattr(self, key) for key in self.KEPT}, "seconds": self.seconds + running}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
@@ -98,42 +103,3 @@ class ClipGrad(Callback):
 def averages(optim: OptimConfig) -> list[Callback]:
     """What keeps the average of the weights, if the recipe wants one."""
     return [] if optim.ema is None else [EMAWeightAveraging(decay=optim.ema)]
-
-
-class StepBar(RichProgressBar):
-    """A bar over the steps of the epoch, with the loss; the epoch's line says the rest."""
-
-    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
-        shown = {key: value for key, value in trainer.callback_metrics.items() if key.endswith("_step")}
-        return {_short(key): f"{float(value):.4g}" for key, value in shown.items()}
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # counted like the epoch's line
-
-
-def _short(key: str) -> str:
-    return key.removeprefix("train_").removesuffix("_step").removeprefix("loss_")
-
-
-class EpochLines(Callback):
-    """One line per epoch, for terminals and log files alike."""
-
-    def __init__(self, clock: Clock, score_line: Callable[[dict[str, float]], str], *, validates: bool) -> None:
-        self.clock, self.score_line, self.validates = clock, score_line, validates
-
-    @rank_zero_only
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Print the epoch's line."""
-        if self.validates and self.clock.validated_step != trainer.global_step:
-            return  # max_steps ended the epoch before its validation
-        score = (
-            f"validation {self.score_line(metrics_of(VALIDATION, trainer.callback_metrics))}  "
-            if self.validates
-            else ""
-        )
-        print(
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-            f"loss {float(trainer.callback_metrics['train_loss_epoch']):.4f}  {score}{self.clock.seconds:.0f} s",
-            flush=True,
-        )

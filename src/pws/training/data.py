@@ -70,14 +70,19 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def normalized(self, pixels: Tensor) -> Tensor:
         """What the network takes in place of these pixels; bytes count as 0 to 1."""
-        scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        return ((scaled - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return normalized(pixels, self.mean, self.std)
 
     def _augmented(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
         with seeded(self.seed, epoch, number):
             pixels, label = self.images.get([number % len(self.images)])
             image = self.normalized(pixels if self.images.augment is None else self.images.augment(pixels))
             return image if self.erase is None else self.erase(image), label
+
+
+def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels `(N, C, H, W)` with the mean and deviation of each channel, `(C, 1, 1)`, taken out; bytes count as 0 to 1."""
+    scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+    return ((scaled - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 class TrainSampler(Sampler[Key]):
@@ -284,9 +289,9 @@ class ImageData(RecipeData):
 
     splits: Splits
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, splits: Splits | None = None) -> None:
         super().__init__(config, seed)
-        self.splits = load_splits(config, seed)
+        self.splits = splits or load_splits(config, seed)
 
     def batches(self, images: Images, *, train: bool) -> ImageBatches:
         """Normalized images and labels; training images are augmented as the recipe says."""

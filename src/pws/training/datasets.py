@@ -16,7 +16,17 @@ from torchvision.transforms import v2
 from pws._errors import PwsError, UnknownNameError
 from pws.training.array_files import read_idx, read_npz
 from pws.training.augmentation import auto_augment, check_pixels
-from pws.training.images import Augment, FolderImages, ReadImages, Splits, TensorImages, fitted, image_folder, resized
+from pws.training.images import (
+    Augment,
+    FolderImages,
+    ReadImages,
+    Splits,
+    TensorImages,
+    center_crop,
+    fitted,
+    image_folder,
+    resized,
+)
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
 from pws.training.stream import StreamImages, open_packed
@@ -254,7 +264,7 @@ def check_batch(config: DataConfig, side: int) -> None:
 
 def photo_steps(config: DataConfig, side: int) -> tuple[Augment, Augment | None]:
     """What photographs of any size go through without and with augmentation."""
-    prepare = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+    prepare = center_crop(side)
     moves = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip()] if config.augment else [prepare]
     steps = [*moves, *auto_augment(config)]
     return prepare, v2.Compose(steps) if steps != [prepare] else None

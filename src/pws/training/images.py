@@ -231,6 +231,12 @@ def fitted(image: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
     return resized(image[None], size)[0]
 
 
+def center_crop(side: int) -> Augment:
+    """What takes the square in the middle of a picture, 7/8 of its shorter side, in `side` pixels."""
+    crop: Augment = v2.Compose([v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)])
+    return crop
+
+
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Pixels `(N, C, H, W)` of another height and width."""
     if tuple(pixels.shape[-2:]) == size:

@@ -7,6 +7,8 @@ import resource
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from pws._errors import PwsError
 
 GROUP_LIMIT: Final = Path("/sys/fs/cgroup/memory.max")
@@ -19,6 +21,13 @@ def check_memory(need: float, what: str) -> None:
         raise PwsError(
             f"{what} needs {need / 2**30:,.1f} GiB of memory; there are {have / 2**30:,.1f}. Make it smaller."
         )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes so far: on a GPU the allocator's peak, else the process's largest resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # in KiB on Linux
 
 
 def memory_limit() -> int:

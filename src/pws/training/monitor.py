@@ -22,6 +22,7 @@ from pws.diagnosis.report import require_plotly
 from pws.optim import SGD
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
+from pws.training.recipe import TrainerConfig
 
 
 class MonitorCallback(Callback):
@@ -101,12 +102,16 @@ def _log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
         logger.log_metrics(metrics, step)
 
 
-def watcher(every: int) -> MonitorCallback:
+def watcher(every: int, trainer: TrainerConfig) -> MonitorCallback:
     """The callback of a run.
 
     Raises:
-        PwsError: `every` is below 1, or what writes the report at the end is not installed.
+        PwsError: `every` is below 1, layers run twice in a step, or what writes the report at the end is not installed.
     """
+    if trainer.checkpoint_activations:
+        raise PwsError(
+            "--monitor measures one pass per step, and trainer.checkpoint_activations runs blocks twice. Leave one of them out."
+        )
     check_every(every)
     require_plotly()
     return MonitorCallback(every)

@@ -14,17 +14,14 @@ from torch import Tensor
 
 from pws._errors import PwsError
 from pws._files import write_whole, written_whole
-from pws.training._evaluate import TrainedRun, load_trained
-from pws.training.classifier import Classifier
-from pws.training.data import ImageBatches, ImageData
 from pws.training.detect.objects import SeenObject, found_objects
 from pws.training.detect.pictures import draw_objects
 from pws.training.images import read_image
 from pws.training.pictures import draw_classes
+from pws.training.trained import SCORE, Trained, TrainedClassifier, trained_of
 
 TOP: Final = 5
 """Classes that a classifier's prediction names."""
-SCORE: Final = 0.5
 SIDE: Final = 640
 """Pixels of a picture's longer side at least."""
 
@@ -118,7 +115,7 @@ def predict(
         PwsError: a file is no image, or the run can't be had. Then nothing is written.
     """
     check_files(files, out)
-    trained = load_trained(run, checkpoint)
+    trained = trained_of(run, checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     said = predictor(trained, score)
     for file in files:
         image = read_image(file, upright=True)
@@ -158,43 +155,31 @@ def check_files(files: Sequence[Path], out: Path) -> None:
             raise PwsError(f"{path} would replace the image itself. Name another folder with --out.")
 
 
-def predictor(trained: TrainedRun, score: float | None = None) -> Callable[[Tensor], Prediction]:
+def predictor(trained: Trained, score: float | None = None) -> Callable[[Tensor], Prediction]:
     """What tells of an image `(3, H, W)` uint8 what the run's network finds.
 
     Raises:
         PwsError: a score for a classifier, or none in [0, 1].
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained.module.to(device).eval()
-    if isinstance(trained.module, Classifier):
+    if isinstance(trained, TrainedClassifier):
         if score is not None:
             raise PwsError(f"--score is for detectors, and {trained.recipe.name} is a classifier. Leave it out.")
-        return lambda image: _classified(trained, image, device)
+        return lambda image: _classified(trained, image)
     if score is not None and not 0 <= score <= 1:
         raise PwsError(f"--score must be in [0, 1]; got {score:g}.")
-    return lambda image: _detected(trained, image, device, SCORE if score is None else score)
+    return lambda image: _detected(trained, image, SCORE if score is None else score)
 
 
-@torch.inference_mode()
-def _classified(trained: TrainedRun, image: Tensor, device: torch.device) -> Prediction:
-    assert isinstance(trained.data, ImageData)
-    splits = trained.data.splits
-    inputs = ImageBatches(splits.test, splits, seed=0).normalized(splits.test.prepare(image)[None])
-    probabilities = trained.module(inputs.to(device)).double().softmax(1)[0].cpu()
-    if not torch.isfinite(probabilities).all():
-        raise PwsError(
-            f"the network's outputs are not finite: the training of {trained.checkpoint} has diverged. Use another checkpoint."
-        )
-    top = probabilities.topk(min(TOP, len(splits.classes)))
+def _classified(trained: TrainedClassifier, image: Tensor) -> Prediction:
+    (probabilities,) = trained.probabilities(trained.prepare(image)[None])
+    top = probabilities.topk(min(TOP, len(trained.classes)))
     labels = top.indices.tolist()
     return ClassPrediction(
-        labels, [(splits.classes[label], p) for label, p in zip(labels, top.values.tolist(), strict=True)]
+        labels, [(trained.classes[label], p) for label, p in zip(labels, top.values.tolist(), strict=True)]
     )
 
 
 @torch.inference_mode()
-def _detected(trained: TrainedRun, image: Tensor, device: torch.device, score: float) -> Prediction:
-    (found,) = trained.module([image.to(device).float() / 255])
-    return DetectionPrediction(
-        found_objects(found, trained.data.splits.classes, score), (image.shape[1], image.shape[2])
-    )
+def _detected(trained: Trained, image: Tensor, score: float) -> Prediction:
+    (found,) = trained([image])
+    return DetectionPrediction(found_objects(found, trained.classes, score), (image.shape[1], image.shape[2]))

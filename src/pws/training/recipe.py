@@ -50,7 +50,7 @@ DATA_RULES: Final[dict[str, Rule]] = {
 CLASSIFY_ONLY: Final = (
     *("model.dropout", "model.standardize_head", "model.calibrate"),
     *("data.auto_augment", "data.ra_magnitude", "data.random_erase", "data.mixup_alpha", "data.cutmix_alpha"),
-    *("data.ra_reps", "data.max_corrupt", "optim.label_smoothing"),
+    *("data.ra_reps", "data.max_corrupt", "optim.label_smoothing", "trainer.compile"),
 )
 DETECT_ONLY: Final = ("model.backbone", "model.trainable_stages", "model.head", "model.anchor_size", "model.options")
 OPTIM_RULES: Final[dict[str, Rule]] = {
@@ -245,6 +245,10 @@ class TrainerConfig:
             images.
         checkpoint_steps: store a checkpoint after so many steps too, not at the end of each epoch alone; --resume goes on from
             there.
+        compile: (classify) let torch.compile build the network's passes; checkpoints stay those of the plain network.
+        checkpoint_activations: keep the inputs of residual blocks alone, and run the blocks again in the backward pass: less
+            memory, a third more time.
+        logger: wandb or mlflow: where metrics.csv's numbers go too. Project or experiment pws; files in the run's folder.
     """
 
     epochs: int = 10
@@ -257,6 +261,9 @@ class TrainerConfig:
     accumulate: int = 1
     early_stop: int | None = None
     checkpoint_steps: int | None = None
+    compile: bool = False
+    checkpoint_activations: bool = False
+    logger: Literal["wandb", "mlflow"] | None = None
 
     def __post_init__(self) -> None:
         check_rules(TRAINER_RULES, self, "trainer.")
@@ -264,6 +271,11 @@ class TrainerConfig:
             raise PwsError(
                 f"trainer.strategy must be auto, ddp (or a variant, such as ddp_spawn) or {FSDP2}; got {self.strategy!r}. "
                 "Other sharded strategies flatten the parameters; weight decay by parameter and the filters do not survive it."
+            )
+        if self.compile and self.checkpoint_activations:
+            raise PwsError(
+                "trainer.compile chooses by itself what is computed again in the backward pass: leave out "
+                "trainer.checkpoint_activations, or trainer.compile."
             )
 
 

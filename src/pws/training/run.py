@@ -1,4 +1,4 @@
-"""A run from recipe to `runs/<name>/`: recipe.yaml, metrics.csv, TensorBoard events, checkpoints/, summary.json."""
+"""A run from recipe to `runs/<name>/`: recipe.yaml, data.json, metrics.csv, TensorBoard events, checkpoints/, summary.json."""
 
 from __future__ import annotations
 
@@ -16,27 +16,38 @@ from lightning.pytorch.plugins import DoublePrecision
 
 from pws._errors import PwsError, one_line
 from pws._files import write_whole
-from pws.training.callbacks import VALIDATION, Clock, EpochLines, StepBar, averages, is_first_process
+from pws.training.callbacks import VALIDATION, Clock, averages, is_first_process
 from pws.training.checkpoint_writers import BestCheckpoint, CheckpointFiles, checkpoint_callbacks
+from pws.training.checkpointing import checkpoint_activations
 from pws.training.checkpoints import BEST, load_weights
+from pws.training.compiling import Compile
 from pws.training.data import RecipeData, check_shares
 from pws.training.epoch_means import EpochMeans
+from pws.training.facts import write_facts
+from pws.training.loggers import closed, named_loggers
 from pws.training.metrics_file import MetricsFile
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.monitor import MonitorCallback, leave_report, watcher
+from pws.training.progress import EpochLines, Pace, StepBar
 from pws.training.quiet import real_interrupts
 from pws.training.recipe import FSDP2, Recipe
 from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.sharded import Sharded
 from pws.training.summary import Summary, summarize
-from pws.training.tasks import data_of, module_of
+from pws.training.tasks import TASKS, Task, data_of, module_of
 
 LOST: Final = ("gloo/transport", "by peer", "NCCL")
 """What the errors say that torch raises where another process is gone; they have no class of their own."""
 
 
 def train(
-    recipe: Recipe, folder: Path, *, resume: bool = False, quiet: bool = False, monitor: int | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    monitor: int | None = None,
+    task: Task | None = None,
 ) -> Summary:
     """Train `recipe` and leave everything in `folder`.
 
@@ -47,30 +58,34 @@ def train(
             from the start if there is none.
         quiet: print nothing.
         monitor: diagnose the network every so many steps, and leave diagnosis.html and diagnosis.json in the folder.
+        task: what is trained on what, in place of the recipe's task of that name; `fit` makes one.
 
     Raises:
         PwsError: the recipe asks for something that does not exist or fit, or the folder exists.
         NonFiniteLossError: the loss went non-finite; summary.json says so too.
     """
-    watch = None if monitor is None else watcher(monitor)
-    data = data_of(recipe)
+    watch = None if monitor is None else watcher(monitor, recipe.trainer)
+    data = data_of(recipe) if task is None else task.data(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
+    module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))), task=task)
     if recipe.trainer.precision == "64-true":
-        module.double()  # Lightning would do it behind a checkpoint, which would lose the half of its digits
+        module.double()  # Lightning would do so behind the reading of a checkpoint, whose last digits would be lost
+    if recipe.trainer.checkpoint_activations:
+        checkpoint_activations(module.model)
     clock = Clock(VALIDATION + module.SCORE)
     validates = data.splits.validation is not None
     trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
-    with claimed(folder, recipe, resume=resume):
+    with claimed(folder, recipe, resume=resume), closed(trainer):
         start = resume_from(folder, recipe, module) if resume else Start()
         data.first_epoch, data.first_batch = start.epoch, start.batch
         if is_first_process():
             if resume:
                 take_up(folder, recipe)
+            write_facts(folder, (task or TASKS[recipe.task]).facts.of(data))
             _say(_headline(recipe, data, module, folder, start, resume=resume), start, quiet=quiet)
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
-        trainer.loggers = [MetricsFile(folder, start.rows), board]
+        trainer.loggers = [MetricsFile(folder, start.rows), board, *named_loggers(recipe, folder, quiet=quiet)]
         failure, metrics = _fit(trainer, module, data, start.checkpoint, clock)
         best = folder / CHECKPOINTS / BEST
         tested = best if validates and best.exists() else None
@@ -155,10 +170,13 @@ def _trainer(
         callbacks.append(watch)
     if config.early_stop is not None:
         callbacks.append(EarlyStopping(score, mode="max", patience=config.early_stop, strict=False))
+    if config.compile:
+        callbacks.append(Compile())
+    pace = Pace(clock)
     if not quiet:
-        callbacks.append(EpochLines(clock, module.score_line, validates=validates))
+        callbacks += [pace, EpochLines(pace, module.score_line, validates=validates)]
     if bar := (not quiet and sys.stdout.isatty()):
-        callbacks.append(StepBar())
+        callbacks.append(StepBar(pace))
     try:
         return Trainer(
             accelerator=config.accelerator,

@@ -26,6 +26,7 @@ from pws.training.checkpoints import (
     DamagedCheckpointError,
     read_checkpoint,
 )
+from pws.training.facts import DATA
 from pws.training.metrics_file import MetricsFile, Row, rows_before
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import RESULT, differing, load_recipe
@@ -232,7 +233,7 @@ def _check_began(folder: Path) -> None:
 
 def take_up(folder: Path, recipe: Recipe) -> None:
     """Make a verified folder that of the resumed run: what a kill left half-written goes, the recipe is the present one."""
-    for name in (RECIPE, SUMMARY, MetricsFile.NAME, *(f"{CHECKPOINTS}/{name}" for name in (LAST, BEFORE, BEST))):
+    for name in (RECIPE, DATA, SUMMARY, MetricsFile.NAME, *(f"{CHECKPOINTS}/{name}" for name in (LAST, BEFORE, BEST))):
         remove_partials(folder / name)
     restore(folder / CHECKPOINTS / BEST)
     if _stored(folder / RECIPE) != recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from pws.training.callbacks import TEST, Clock, metrics_of
+from pws.training.memory import peak_memory
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.recipe import Recipe
 
@@ -57,8 +57,7 @@ def summarize(
 ) -> Summary:
     """What there is to say at the end of a run."""
     steps, on_gpu = trainer.global_step, trainer.strategy.root_device.type == "cuda"
-    # ru_maxrss is in KiB on Linux.
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(trainer.strategy.root_device)
     return Summary(
         status="non-finite" if failure else "finished",
         score=module.SCORE,

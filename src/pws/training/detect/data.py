@@ -41,9 +41,9 @@ class DetectionData(RecipeData):
 
     splits: DetectionSplits
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, splits: DetectionSplits | None = None) -> None:
         super().__init__(config, seed)
-        self.splits = load_detection_splits(config, seed)
+        self.splits = splits or load_detection_splits(config, seed)
 
     def batches(self, images: DetectionImages, *, train: bool) -> DetectionBatches:
         """Training images augmented as the recipe says and without crowds; test images as they are."""
