@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -62,7 +63,7 @@ class Sharded(ModelParallelStrategy):
         if self._writing is None:
             return
         error, self._writing = self._writing.exception(), None
-        seen = [one_line(e) for e in from_all_processes(error and OSError(one_line(error))) if e is not None]
+        seen = [reason for reason in from_all_processes(error and _reason(error)) if reason]
         if seen:
             raise PwsError(
                 f"a checkpoint could not be written: {seen[0]}. The one before is whole. Make room on the disk, or mend what "
@@ -78,6 +79,13 @@ class Sharded(ModelParallelStrategy):
         if self._writing is not None:
             self._writing.exception()
         super().teardown()
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in the process where it did."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return one_line(error)
 
 
 def _then(future: Future[Any], action: Callable[[], None]) -> Future[None]:
