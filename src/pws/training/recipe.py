@@ -327,10 +327,10 @@ class Recipe:
 
 def _check_left_out(recipe: Recipe, settings: tuple[str, ...], task: str) -> None:
     """Raise `PwsError` for a setting that another task has."""
-    defaults = {"model": ModelConfig(), "data": DataConfig(), "optim": OptimConfig()}
     for setting in settings:
         part, name = setting.split(".")
-        if getattr(getattr(recipe, part), name) != getattr(defaults[part], name):
+        config = getattr(recipe, part)
+        if getattr(config, name) != getattr(type(config)(), name):
             raise PwsError(
                 f"{setting} is a setting of {task}, and this recipe's task is {recipe.task}. Leave it out, or set task."
             )
