@@ -80,7 +80,7 @@ def test_without_a_compiler_nothing_is_left(tmp_path: Path, monkeypatch: pytest.
         (("--trainer.compile=true", "--trainer.checkpoint_activations=true"), "chooses by itself"),
         (
             ("--task=detect", "--data.name=digit-scenes", "--model.name=ssd-vgg16", "--trainer.compile=true"),
-            "detector's shapes",
+            "trainer.compile is a setting of task classify",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +34,7 @@ CLASSIFIER: Final = (
 DETECTOR: Final = (
     *("scenes-faster-rcnn", "--model.name=retinanet-resnet18", "--data.name=digit-scenes", "--data.batch_size=4"),
     *("--data.augment=false", "--data.image_size=64", "--data.train_images=24", "--model.width=0.05"),
-    *("--model.options={}", "--trainer.epochs=1", "--trainer.max_steps=3", "--data.workers=0"),
+    *("--model.options={}", "--trainer.epochs=1", "--trainer.max_steps=3", "--data.validation=0.2"),
 )
 EVERYWHERE: Final = ("--trainer.accelerator=cpu", "--trainer.precision=64-true", "--trainer.checkpoint_steps=2")
 SHARDED: Final = ("--trainer.devices=2", "--trainer.strategy=fsdp2")
@@ -151,15 +153,27 @@ def test_an_average_of_sharded_weights_is_refused() -> None:
         load_recipe(CLASSIFIER[0], "--trainer.strategy=fsdp2", "--optim.ema=0.9")
 
 
+def test_each_process_needs_an_image_of_each_part(tmp_path: Path, noise: str) -> None:
+    few = one_process(*CLASSIFIER, noise, "--data.validation=0.01", "--data.train_images=96")
+    two = replace(few, trainer=replace(few.trainer, devices=2))
+    with pytest.raises(PwsError, match="each process needs a validation image at least; there are 1 for 2 processes"):
+        train(two, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize("task", ["classify", "detect"])
+@pytest.mark.parametrize(
+    ("task", "devices", "strategy"),
+    [("classify", 4, "ddp"), ("classify", 4, "fsdp2"), ("detect", 4, "ddp"), ("detect", 2, "fsdp2")],
+)
 def test_several_processes_train_as_one(tmp_path: Path, noise: str, task: str, devices: int, strategy: str) -> None:
     settings = (*CLASSIFIER, noise) if task == "classify" else DETECTOR
     train(one_process(*settings), tmp_path / "one", quiet=True)
     run(tmp_path / "several", *settings, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}")
     assert_same_end(tmp_path / "several", tmp_path / "one")
+    found, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("several", "one"))
+    for key in ("best", "metrics", "train_loss"):
+        assert found[key] == pytest.approx(wanted[key], rel=1e-6), key
 
 
 @pytest.mark.slow

@@ -209,6 +209,20 @@ class Parts(Protocol):
         """Their names, in the order of the labels."""
 
 
+def check_tested(splits: Parts, world: int) -> None:
+    """Raise `PwsError` unless each process has a validation and a test image."""
+    for name, part in (("validation", splits.validation), ("test", splits.test)):
+        if part is not None and len(part) < world:
+            raise PwsError(
+                f"each process needs a {name} image at least; there are {len(part)} for {world} processes. "
+                + (
+                    "Hold out more, or none, with --data.validation."
+                    if part is splits.validation
+                    else "Use fewer processes."
+                )
+            )
+
+
 class RecipeData(LightningDataModule, ABC):
     """The loaders of a recipe's data."""
 

@@ -21,7 +21,7 @@ from pws.training.checkpoint_writers import BestCheckpoint, CheckpointFiles, che
 from pws.training.checkpointing import checkpoint_activations
 from pws.training.checkpoints import BEST, load_weights
 from pws.training.compiling import Compile
-from pws.training.data import RecipeData, check_shares
+from pws.training.data import RecipeData, check_shares, check_tested
 from pws.training.epoch_means import EpochMeans
 from pws.training.facts import write_facts
 from pws.training.loggers import closed, named_loggers
@@ -76,6 +76,7 @@ def train(
     validates = data.splits.validation is not None
     trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)
     check_shares(len(data.splits.train), recipe.data.batch_size, trainer.world_size, trainer.accumulate_grad_batches)
+    check_tested(data.splits, trainer.world_size)
     with claimed(folder, recipe, resume=resume), closed(trainer):
         start = resume_from(folder, recipe, module) if resume else Start()
         data.first_epoch, data.first_batch = start.epoch, start.batch

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pws._errors import PwsError
 from pws.methods import Method
 from pws.training.data import Parts
-from pws.training.detect.metrics import build_metric, figures_by_class, figures_of, known_or_none, update_metric
+from pws.training.detect.metrics import build_metric, figures_by_class, figures_of, gather, known_or_none, update_metric
 from pws.training.detect.samples import Target
 from pws.training.module import TaskModule
 from pws.training.recipe import OptimConfig
@@ -63,6 +63,7 @@ class Detector(TaskModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log COCO's figures: box_ap, box_ap50, ..., mask_ap."""
+        gather(self.metric)
         self.figures = figures_of(self.metric)
         self.log_dict(
             {f"{self.part}{kind}_{name}": v for kind, figures in self.figures.items() for name, v in figures.items()}

@@ -6,12 +6,14 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import box_convert
 
 from pws.training.detect.samples import Target
 from pws.training.detect.voc_ap import ImageBoxes, voc_ap50
+from pws.training.module import from_all_processes
 
 FIGURES: Final = {
     "map": "ap",
@@ -42,7 +44,9 @@ RECALLS: Final[list[float]] = np.linspace(0, 1, 101).tolist()
 def build_metric(*, masks: bool) -> MeanAveragePrecision:
     """COCO's metric of boxes, and of masks where there are some."""
     kinds: Any = ("bbox", "segm") if masks else ("bbox",)
-    metric = MeanAveragePrecision(iou_type=kinds, compute_with_cache=False, backend="faster_coco_eval")
+    metric = MeanAveragePrecision(
+        iou_type=kinds, compute_with_cache=False, backend="faster_coco_eval", sync_on_compute=False
+    )
     metric.iou_thresholds, metric.rec_thresholds = OVERLAPS, RECALLS  # its arguments would be rounded too
     metric.warn_on_many_detections = False  # COCO takes the best hundred of each image
     return metric
@@ -52,6 +56,17 @@ def update_metric(metric: MeanAveragePrecision, predictions: list[dict[str, Tens
     """Add a batch; objects that are crowds, or difficult, are neither hits nor misses."""
     found = [_predicted(prediction) for prediction in predictions]
     metric.update(found, [_expected(target) for target in targets])
+
+
+def gather(metric: MeanAveragePrecision) -> None:
+    """Give each process what all of them have seen.
+
+    torchmetrics gathers image by image, and processes with different numbers of images would wait for each other for ever.
+    """
+    own = {name: apply_to_collection(getattr(metric, name), Tensor, Tensor.cpu) for name in metric._defaults}
+    seen = from_all_processes(own)
+    for name in own:
+        setattr(metric, name, [one for part in seen for one in part[name]])
 
 
 def _predicted(prediction: dict[str, Tensor]) -> dict[str, Tensor]:
