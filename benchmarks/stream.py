@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.experiment import PROGRAM, Say, run_experiment
 from pws.bench.plotting import new_figure, save_figure
-from pws.bench.result_file import rounded, write_result
+from pws.bench.result_file import Result, rounded, write_result
 from pws.training.data import ImageData
 from pws.training.pack import pack
 from pws.training.pack_sources import source_of
@@ -108,6 +108,17 @@ def _resident() -> float:
     pids = ["self", *(str(child.pid) for child in active_children())]
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) for pid in pids)
     return rounded(pages * os.sysconf("SC_PAGE_SIZE") / MIB)
+
+
+def epochs_table(result: Result) -> str:
+    """Images per second, and memory at the start, in the middle and at the end."""
+    lines = ["| loader | images/s | MiB at the start | in the middle | at the end |", "| --- | --- | --- | --- | --- |"]
+    for workers, epoch in result["epochs"].items():
+        memory = epoch["memory_mib"]
+        places = (memory[0], memory[len(memory) // 2], memory[-1])
+        sizes = " | ".join(f"{mib:.0f}" for mib in places)
+        lines.append(f"| {workers} | {epoch['images_per_second']:,.0f} | {sizes} |")
+    return "\n".join(lines)
 
 
 def _draw(epochs: dict[int, Epoch], path: Path) -> None:

@@ -20,7 +20,9 @@ from benchmarks import RESULTS, ROOT
 from benchmarks.convert.tables import conversions_summary, conversions_table
 from benchmarks.convert.warm_start import warm_start_table
 from benchmarks.experiment import PROGRAM
+from benchmarks.scale import exchanged_table, memory_table
 from benchmarks.speed.tables import images_table, kept_table, peak_table, ratio_table, step_table
+from benchmarks.stream import epochs_table
 from pws._errors import PwsError, UnknownNameError, one_line, reason_of, shown
 from pws._files import write_whole
 from pws.bench.grid_tables import StoredCell, accuracy_table, mask_table, range_table, rate_table, steps_table
@@ -46,9 +48,11 @@ TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
     },
     "networks": {"accuracy": warm_start_table},
     "models": {"summary": conversions_summary, "all": conversions_table},
+    "exchanged": {"exchanged": exchanged_table, "memory": memory_table},
+    "epochs": {"epochs": epochs_table},
 }
-"""By a key of the result (of `accuracy`, `speed`, `warm-start`, `convert`), its tables; the first is the main one."""
-MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert")
+"""By a key of the result (of one of `MADE_BY`), its tables; the first is the main one."""
+MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert", "scale", "stream")
 
 
 def run(arguments: list[str]) -> int:

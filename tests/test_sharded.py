@@ -172,8 +172,10 @@ def test_several_processes_train_as_one(tmp_path: Path, noise: str, task: str, d
     run(tmp_path / "several", *settings, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}")
     assert_same_end(tmp_path / "several", tmp_path / "one")
     found, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("several", "one"))
-    for key in ("best", "metrics", "train_loss"):
-        assert found[key] == pytest.approx(wanted[key], rel=1e-6), key
+    assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-6)
+    assert found["metrics"].keys() == wanted["metrics"].keys()
+    for name, value in wanted["metrics"].items():
+        assert found["metrics"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
 
 
 @pytest.mark.slow
@@ -202,7 +204,7 @@ def kill_one_of_two(arguments: list[str], seconds: float) -> None:
     assert process.stdout is not None
     assert process.stderr is not None
     line = process.stdout.readline()
-    assert line.startswith(("training", "resuming")), line + process.stderr.read()
+    assert " allconv with pws " in line, line + process.stderr.read()
     time.sleep(seconds)
     os.kill(_child_of(process.pid), signal.SIGKILL)
     process.communicate(timeout=100)

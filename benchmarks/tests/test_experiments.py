@@ -22,6 +22,8 @@ from benchmarks.theory.forecast import summary
 from benchmarks.theory.initial import diagnose_initial, span
 from benchmarks.theory.watched import MOST_POINTS, WatchedRun, shift_shares, train_watched
 from pws.diagnosis import diagnose
+from pws.methods import build_method
+from pws.models import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +48,7 @@ def bench(name: str, out: Path) -> dict[str, Any]:
 
 
 def test_all_commands_are_tested() -> None:
-    experiments = ["initial", "shift", "centred", "depth", "forecast", "cost", "stream", "warm-start"]
+    experiments = ["initial", "shift", "centred", "depth", "forecast", "cost", "stream", "scale", "warm-start"]
     assert sorted(COMMANDS) == sorted([*experiments, "accuracy", "speed", "convert", "tables"])
 
 
@@ -109,6 +111,18 @@ def test_a_streamed_epoch_keeps_its_memory(tmp_path: Path) -> None:
     memory = result["epochs"]["0 workers"]["memory_mib"]
     assert len(memory) > 10
     assert max(memory) < 1.05 * min(memory)
+
+
+def test_two_processes_hold_half_each(tmp_path: Path) -> None:
+    result = bench("scale", tmp_path)
+    one, two = result["memory_mib"]["1"], result["memory_mib"]["2"]
+    network = build_model("cifar-resnet18", build_method("bn"))
+    weights = sum(p.numel() for p in build_model("cifar-resnet18", build_method("pws")).parameters())
+    assert one["weights"] == one["gradients"] == pytest.approx(4 * weights / 2**20, rel=1e-3)
+    assert all(two[part] == pytest.approx(one[part] / 2, rel=0.01) for part in one)
+    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert result["exchanged"]["SyncBatchNorm"]["collectives"] == 2 * len(layers)
+    assert result["exchanged"]["PWS, FSDP2"]["collectives"] == 1
 
 
 def test_a_watched_run_measures_all_layers() -> None:
