@@ -16,10 +16,11 @@ from torchvision.transforms import v2
 from pws._errors import PwsError
 from pws.training import Recipe, train
 from pws.training.classifier import Classifier
-from pws.training.data import ImageBatches, ImageData, TrainSampler
+from pws.training.data import ImageBatches, ImageData
 from pws.training.images import TensorImages
 from pws.training.recipe import DataConfig, OptimConfig
 from pws.training.recipe_file import recipe_of
+from pws.training.samplers import TrainSampler
 
 SMOOTH: dict[str, Any] = {"interpolation": v2.InterpolationMode.BILINEAR}
 RA, WIDE, ERASE = v2.RandAugment(magnitude=15, **SMOOTH), v2.TrivialAugmentWide(**SMOOTH), v2.RandomErasing(p=0.5)

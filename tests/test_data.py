@@ -13,9 +13,10 @@ from small_data import write_folder, write_npz
 from torchvision import datasets as tv
 
 from pws._errors import PwsError
-from pws.training.data import ImageBatches, ImageData, TestSampler, TrainSampler
+from pws.training.data import ImageBatches, ImageData
 from pws.training.datasets import load_splits
 from pws.training.recipe import DataConfig
+from pws.training.samplers import TestSampler, TrainSampler
 
 
 def flat(sampler: TrainSampler) -> list[int]:

@@ -18,12 +18,12 @@ from pws.models.detector_spec import DetectorSpec
 from pws.models.detectors import DETECTORS, build_detector, hidden_layers
 from pws.training import DataConfig, Recipe, train
 from pws.training._evaluate import load_trained
-from pws.training.data import TrainSampler
 from pws.training.detect.backbone import freeze_stages
 from pws.training.detect.data import DetectionData
 from pws.training.detect.paper import as_published
 from pws.training.model_and_data import load_run
 from pws.training.recipe_file import recipe_of
+from pws.training.samplers import TrainSampler
 from pws.training.tasks import data_of, module_of
 
 TINY = {

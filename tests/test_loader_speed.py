@@ -12,8 +12,8 @@ from pws.bench import loader_speed
 from pws.bench.loader_speed import LoaderSpeed, measure_loader
 from pws.cli import main
 from pws.cli.loader import _table
-from pws.training.data import TrainSampler
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
+from pws.training.samplers import TrainSampler
 
 RECIPE = Recipe(
     name="small",

@@ -15,7 +15,7 @@ from pws._errors import PwsError
 from pws.training import Recipe, load_recipe, train
 from pws.training.checkpoints import checksum_of
 from pws.training.classifier import Classifier
-from pws.training.data import TrainSampler
+from pws.training.samplers import TrainSampler
 
 RECIPE = (
     *(

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from pws._errors import PwsError
 from pws.cli import main
-from pws.training.data import ImageBatches, ImageData, TrainSampler
+from pws.training.data import ImageBatches, ImageData
 from pws.training.datasets import load_splits
 from pws.training.images import Splits, TensorImages
 from pws.training.pack import pack
 from pws.training.pack_sources import source_of
 from pws.training.recipe import DataConfig, Recipe, TaskName
+from pws.training.samplers import TrainSampler
 from pws.training.stream import StreamImages, drawn_by_shards
 
 

@@ -25,9 +25,7 @@ from pws.training.augmentation import Erase, Mix, erasing, mixing
 from pws.training.datasets import load_splits
 from pws.training.images import Images, Splits
 from pws.training.recipe import DataConfig
-
-Key = tuple[int, list[int]]
-"""Epoch and image numbers of a batch."""
+from pws.training.samplers import Key, TestSampler, TrainSampler
 
 
 @contextmanager
@@ -85,73 +83,6 @@ def normalized(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((scaled - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-class TrainSampler(Sampler[Key]):
-    """Each epoch's batches for one process: an order drawn from seed and epoch, cut into batches, cut into parts.
-
-    A step's batch is shared out: process r of R takes every R-th of its images from r on, in `accumulate` equal parts.
-    Images that do not fill a last batch are left out for this epoch. With `groups`, the group of each image, a batch holds
-    images of one group as long as there are enough of them: the last ones of each group are put together. With `repeats`,
-    a step has as many copies of each image, shared out like images, and an epoch as many fewer images. `order` draws an
-    epoch's order in place of any order.
-    """
-
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        *,
-        seed: int,
-        rank: int,
-        world: int,
-        accumulate: int,
-        groups: Sequence[int] | None = None,
-        repeats: int = 1,
-        order: Callable[[torch.Generator], Tensor] | None = None,
-    ) -> None:
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.groups, self.repeats, self.order = groups, repeats, order
-        self.epoch = self.first_batch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        if epoch != self.epoch:
-            self.epoch, self.first_batch = epoch, 0
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Leave out this epoch's first batches, which were trained before a resume."""
-        self.epoch, self.first_batch = epoch, batch
-
-    def __len__(self) -> int:
-        return self.count // self.batch_size * self.accumulate
-
-    def __iter__(self) -> Iterator[Key]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.count, generator=generator) if self.order is None else self.order(generator)
-        order = (order[:, None] + self.count * torch.arange(self.repeats)).flatten()[: self.count]
-        if self.groups is not None:
-            order = torch.tensor(_grouped(order.tolist(), self.groups, self.batch_size))
-        for start in range(0, self.count - self.batch_size + 1, self.batch_size)[self.first_batch // self.accumulate :]:
-            own = order[start + self.rank : start + self.batch_size : self.world]
-            # First copies first: mixup mixes neighbours, which should be different images.
-            own = own[(own // self.count).argsort(stable=True)]
-            for part in own.chunk(self.accumulate):
-                yield self.epoch, part.tolist()
-
-
-def _grouped(order: list[int], groups: Sequence[int], batch_size: int) -> list[int]:
-    """The same images: whole batches of one group as they fill up, then the rest."""
-    waiting: dict[int, list[int]] = {}
-    result: list[int] = []
-    for number in order:
-        batch = waiting.setdefault(groups[number], [])
-        batch.append(number)
-        if len(batch) == batch_size:
-            result += batch
-            batch.clear()
-    return result + [number for group in sorted(waiting) for number in waiting[group]]
-
-
 def check_shares(count: int, batch_size: int, world: int, accumulate: int) -> None:
     """Raise `PwsError` unless batches can be filled and shared out equally."""
     if batch_size < 1 or accumulate < 1 or batch_size % (world * accumulate):
@@ -161,23 +92,6 @@ def check_shares(count: int, batch_size: int, world: int, accumulate: int) -> No
         )
     if batch_size > count:
         raise PwsError(f"data.batch_size must be at most the number of training images, {count}; got {batch_size}.")
-
-
-class TestSampler(Sampler[Key]):
-    """All images once; process r of R takes every R-th image from r on, in order."""
-
-    __test__ = False  # the name is not a pytest class
-
-    def __init__(self, count: int, batch_size: int, *, rank: int, world: int) -> None:
-        own = range(rank, count, world)
-        self.batches = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Key]:
-        for batch in self.batches:
-            yield 0, batch
 
 
 @dataclass

@@ -15,10 +15,11 @@ from pws._errors import PwsError, shown
 from pws._layers import StandardizedLayer
 from pws._mark import marked
 from pws.training.classifier import Classifier, logits_of
-from pws.training.data import Key, RecipeData, seeded
+from pws.training.data import RecipeData, seeded
 from pws.training.datasets import chosen_images
 from pws.training.recipe import DataConfig, ModelConfig, Recipe
 from pws.training.run import train
+from pws.training.samplers import Key
 from pws.training.summary import Summary
 from pws.training.tasks import OWN, Task
 

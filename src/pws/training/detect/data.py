@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pws.training.data import Key, RecipeData, seeded
+from pws.training.data import RecipeData, seeded
 from pws.training.detect.augment import Augment
 from pws.training.detect.datasets import load_detection_splits
 from pws.training.detect.samples import DetectionImages, DetectionSplits, Target
 from pws.training.recipe import DataConfig
+from pws.training.samplers import Key
 
 
 class DetectionBatches(Dataset[tuple[list[Tensor], list[Target]]]):
