@@ -22,6 +22,7 @@ import pytest
 import torch
 from small_runs import ONE_THREAD, assert_equal
 
+import pws
 from pws._errors import PwsError
 from pws.training import Recipe, load_recipe, train
 from pws.training.checkpoints import LAST, load_checkpoint
@@ -128,6 +129,9 @@ def test_a_killed_process_loses_nothing(killed: Path, noise: str, tmp_path: Path
     else:
         run(tmp_path / "killed", *CLASSIFIER, noise, *SHARDED, "--resume")
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
+    images = torch.randint(256, (4, 3, 12, 12), dtype=torch.uint8)
+    found, wanted = (pws.load(tmp_path / name, "last").probabilities(images) for name in ("killed", "whole"))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "rest"])
