@@ -1,0 +1,105 @@
+"""Several processes, by DDP and FSDP2, train as one that was never stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shared_runs import CLASSIFIER, DETECTOR, assert_same_end, child_of, command, noise, one_process, run
+from small_runs import ONE_THREAD
+
+from pws.training import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", name="noise")
+def images_of_noise(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return noise(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    ("task", "devices", "strategy"),
+    [("classify", 4, "ddp"), ("classify", 4, "fsdp2"), ("detect", 4, "ddp"), ("detect", 2, "fsdp2")],
+)
+def test_several_processes_train_as_one(tmp_path: Path, noise: str, task: str, devices: int, strategy: str) -> None:
+    settings = (*CLASSIFIER, noise) if task == "classify" else DETECTOR
+    train(one_process(*settings), tmp_path / "one", quiet=True)
+    run(tmp_path / "several", *settings, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}")
+    assert_same_end(tmp_path / "several", tmp_path / "one")
+    found, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("several", "one"))
+    assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-6)
+    assert found["metrics"].keys() == wanted["metrics"].keys()
+    for name, value in wanted["metrics"].items():
+        assert found["metrics"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
+
+
+def test_ten_kills_at_random_moments(tmp_path: Path, noise: str) -> None:
+    """One of two processes dies ten times, of DDP and of FSDP2 in turn: no batch is lost or trained twice."""
+    settings = (*CLASSIFIER, noise, "--trainer.epochs=30")
+    train(one_process(*settings), tmp_path / "whole", quiet=True)
+    draw, folder = random.Random(0), tmp_path / "killed"
+    for number in range(10):
+        strategy = f"--trainer.strategy={('ddp', 'fsdp2')[number % 2]}"
+        resume = ["--resume"] if folder.exists() else []
+        kill_one_of_two(command(folder, *settings, "--trainer.devices=2", strategy, *resume), draw.uniform(0, 1.5))
+    train(one_process(*settings), folder, resume=True, quiet=True)
+    assert_same_end(folder, tmp_path / "whole")
+    rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (folder, tmp_path / "whole")]
+    assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
+    for mine, other in zip(*rows, strict=True):
+        assert {key: float(cell or "nan") for key, cell in mine.items()} == pytest.approx(
+            {key: float(cell or "nan") for key, cell in other.items()}, rel=1e-6, nan_ok=True
+        )
+
+
+def kill_one_of_two(arguments: list[str], seconds: float) -> None:
+    """Start a run, and kill its second process so many seconds after the training began."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    line = process.stdout.readline()
+    assert " allconv with pws " in line, line + process.stderr.read()
+    time.sleep(seconds)
+    os.kill(child_of(process.pid), signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode in (
+        2,
+        -signal.SIGKILL,
+    )  # Lightning kills the first process where it sees the other one dead
+
+
+def test_two_nodes_of_torchrun(tmp_path: Path, noise: str) -> None:
+    settings = (*CLASSIFIER, noise)
+    train(one_process(*settings), tmp_path / "one", quiet=True)
+    own = command(
+        tmp_path / "nodes", *settings, "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.strategy=fsdp2"
+    )
+    where = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *where]
+    nodes = [
+        subprocess.Popen(
+            [*torchrun, f"--node-rank={rank}", *own[1:]], stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+        )
+        for rank in range(2)
+    ]
+    for node in nodes:
+        _, said = node.communicate(timeout=300)
+        assert node.returncode == 0, said
+    assert_same_end(tmp_path / "nodes", tmp_path / "one")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
