@@ -15,7 +15,7 @@ from typing import Final
 import pytest
 import torch
 from shared_runs import CLASSIFIER, SHARDED, assert_same_end, child_of, command, last, noise, one_process, run
-from small_runs import ONE_THREAD
+from small_runs import ONE_THREAD, assert_equal
 
 import pws
 from pws._errors import PwsError
@@ -61,6 +61,25 @@ def test_a_killed_process_loses_nothing(killed: Path, noise: str, tmp_path: Path
     images = torch.randint(256, (4, 3, 12, 12), dtype=torch.uint8)
     found, wanted = (pws.load(tmp_path / name, "last").probabilities(images) for name in ("killed", "whole"))
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded_first", [True, False])
+def test_an_optimizer_without_a_state(noise: str, tmp_path: Path, sharded_first: bool) -> None:
+    """Plain SGD, resumed whole after it was sharded, or sharded after it was whole."""
+    settings = (*CLASSIFIER, noise, "--model.method=none", "--optim.momentum=0", "--trainer.epochs=2")
+    train(one_process(*settings), tmp_path / "whole", quiet=True)
+    ways = (("--trainer.devices=1", "--trainer.strategy=fsdp2"), ("--trainer.devices=1",))
+    first, then = ways if sharded_first else ways[::-1]
+    run(tmp_path / "run", *settings, *first)
+    (tmp_path / "run" / "summary.json").unlink()
+    last_one = tmp_path / "run" / "checkpoints" / LAST
+    shutil.rmtree(
+        last_one
+    ) if last_one.is_dir() else last_one.unlink()  # the end is gone; before.ckpt is within epoch 2
+    run(tmp_path / "run", *settings, *then, "--resume")
+    found, wanted = (last(tmp_path / name) for name in ("run", "whole"))
+    assert_equal(found["state_dict"], wanted["state_dict"], 1e-9)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "rest"])

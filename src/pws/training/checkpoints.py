@@ -160,7 +160,8 @@ def _by_number(optimizer: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {name: i for i, name in enumerate(chain.from_iterable(group["params"] for group in groups))}
     for group in groups:
         group["params"] = [numbers[name] for name in group["params"]]
-    return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
+    states = optimizer.get("state", {})  # of plain SGD there are none
+    return {"state": {numbers[name]: state for name, state in states.items()}, "param_groups": groups}
 
 
 def _load_file(path: Path) -> Any:

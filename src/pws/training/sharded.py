@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pws._errors import PwsError, one_line
 from pws.training.checkpoint_files import put_folder
-from pws.training.checkpoints import CHECKSUM, FILES, REST, checksum_of, file_checksums
+from pws.training.checkpoints import CHECKSUM, FILES, REST, checksum_of, file_checksums, load_checkpoint
 from pws.training.module import from_all_processes
 from pws.training.recipe import Recipe
 
@@ -57,6 +57,20 @@ class Sharded(ModelParallelStrategy):
         written = async_save(tensors, storage_writer=FileSystemWriter(partial), process_group=self._group)
         assert isinstance(written, Future)
         self._writing = _then(written, lambda: _finish(partial, path, rest) if self.is_global_zero else None)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read one of several processes or of one; Lightning would look for the first state of an optimizer that has none."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        stored = load_checkpoint(path)["optimizer_states"] if path.is_file() else []
+        if all(optimizer["state"] for optimizer in stored):
+            return super().load_checkpoint(path, weights_only)
+        optimizers, self.optimizers = self.optimizers, []
+        rest = super().load_checkpoint(path, weights_only)
+        self.optimizers = optimizers
+        for optimizer, old in zip(optimizers, stored, strict=True):
+            for group, settings in zip(optimizer.param_groups, old["param_groups"], strict=True):
+                group.update({key: value for key, value in settings.items() if key != "params"})
+        return rest
 
     def wait(self) -> None:
         """Until the checkpoint is written; raise the same error in all processes if it could not be."""
