@@ -106,6 +106,26 @@ def test_a_worker_serves_until_it_dies() -> None:
     worker.close()
 
 
+KILLED = """
+import os, signal, sys, time
+from pws.bench.processes import Worker, one_thread
+if __name__ == "__main__":
+    worker = Worker(one_thread)
+    print(worker.call(os.getpid), flush=True)
+    worker.send(time.sleep, 600)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    # Its output is closed when the last process that holds it is gone.
+    done = subprocess.run([sys.executable, str(tmp_path / "killed.py")], capture_output=True, text=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL
+    worker = int(done.stdout)
+    assert not Path(f"/proc/{worker}").exists() or "Z (zombie)" in Path(f"/proc/{worker}/status").read_text()
+
+
 @pytest.mark.parametrize(
     ("factory", "reason"),
     [("dies", "exit code 7"), ("killed", "its process was killed"), ("Greedy", "memory ran out")],

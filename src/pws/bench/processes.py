@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from threading import Thread
 from typing import Any, Final, TypeVar
 
 import torch
@@ -129,9 +131,18 @@ def each_apart(
             worker.close()
 
 
+def _end_with_parent() -> None:
+    """A command that is killed closes nothing, and its processes would train for nobody."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def _serve(connection: Connection, setup: Callable[[], Any]) -> None:
     """Do what comes, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C goes to all: this process has nothing to say of it
+    Thread(target=_end_with_parent, daemon=True).start()
     setup()
     with suppress(EOFError, OSError):
         while True:
