@@ -82,12 +82,17 @@ def assert_same_sample(found: tuple[Tensor, Any], expected: tuple[Tensor, Any]) 
 def assert_same(found: DetectionSplits, expected: DetectionSplits) -> None:
     assert found.classes == expected.classes
     for images, others in ((found.train, expected.train), (found.test, expected.test)):
+        assert len(images) == len(others)
         assert (images.has_masks, images.keypoint_names) == (others.has_masks, others.keypoint_names)
-        names, numbers = numbers_by_name(images), numbers_by_name(others)
-        assert names.keys() == numbers.keys()
-        for name, number in names.items():
-            assert images.size(number) == others.size(numbers[name])
-            assert_same_sample(images.get(number), others.get(numbers[name]))
+        assert_samples(images, others)
+
+
+def assert_samples(images: Any, others: Any) -> None:
+    """Each of the images is one of the others, by its name."""
+    numbers = numbers_by_name(others)
+    for name, number in numbers_by_name(images).items():
+        assert images.size(number) == others.size(numbers[name])
+        assert_same_sample(images.get(number), others.get(numbers[name]))
 
 
 def test_samples_are_those_of_the_folder(folder: Path, packed: Path) -> None:
@@ -201,7 +206,7 @@ def test_batches_hold_one_shape_and_go_through_the_shards(
     assert groups == [int(height > width) for height, width in sizes.values()]
 
 
-def test_held_out_images_and_an_order_of_those_left(packed: Path) -> None:
+def test_held_out_images_and_an_order_of_those_left(folder: Path, packed: Path) -> None:
     data = DetectionData(DataConfig(name="stream", root=str(packed), validation=0.25, batch_size=2), seed=0)
     train, validation = data.splits.train, data.splits.validation
     assert isinstance(train, StreamObjects)
@@ -210,6 +215,8 @@ def test_held_out_images_and_an_order_of_those_left(packed: Path) -> None:
     assert [len(found) for found in names] == [10, 3]
     assert not names[0] & names[1]
     assert sorted(train.order(torch.Generator()).tolist()) == list(range(10))
+    for images in (train, validation):
+        assert_samples(images, of("coco", folder).train)
 
 
 @pytest.mark.parametrize("augment", ["flip", "jitter"])
