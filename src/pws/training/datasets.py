@@ -29,6 +29,7 @@ from pws.training.images import (
 )
 from pws.training.memory import check_memory
 from pws.training.recipe import DataConfig
+from pws.training.shards import ImagesIndex
 from pws.training.stream import StreamImages, open_packed
 
 DEBIAN_FASHION_MNIST: Final = Path("/usr/share/datasets/fashion-mnist")
@@ -230,7 +231,7 @@ def class_folders(root: Path, name: str = "folder") -> dict[str, tv.ImageFolder]
 
 def _stream(config: DataConfig, seed: int) -> Splits:
     packed = open_packed(config.root)
-    about, side = packed.index.about, config.image_size or 224
+    about, side = packed.about(ImagesIndex), config.image_size or 224
     if about.size is None:
         check_batch(config, side)
         prepare, augment = photo_steps(config, side)

@@ -79,7 +79,7 @@ def pack(source: Source, out: Path, jobs: int, progress: Progress) -> ShardIndex
 def _finish(source: Source, tasks: dict[str, list[ShardTask]], out: Path) -> ShardIndex:
     """Write what describes the shards."""
     packed = {part: [_read(task.record) for task in own] for part, own in tasks.items()}
-    index = ShardIndex(source.about, {part: [one.shard for one in own] for part, own in packed.items()})
+    index = ShardIndex(source.about, {part: [one.shard for one in own] for part, own in packed.items()}, source.sizes)
     for part, own in packed.items():
         write_whole(out / part / LITDATA_INDEX, _litdata_index(own, source.digest))
     write_whole(out / INDEX, index.text())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pws._errors import PwsError
 from pws.training.datasets import PHOTO_MEAN, PHOTO_STD, class_folders, load_splits
 from pws.training.images import TensorImages, read_image
 from pws.training.recipe import DataConfig
-from pws.training.shards import ImagesIndex, StoredImage
+from pws.training.shards import ImagesIndex, Label, ObjectsIndex, Sizes, StoredImage
 
 IN_MEMORY: Final = ("digits", "fashion-mnist", "cifar10", "cifar100")
 QUALITY: Final = 95
@@ -28,12 +28,13 @@ QUALITY: Final = 95
 MOST_IMAGES: Final = 1000
 MOST_BYTES: Final = 64 * 2**20
 """Of a shard, in the mean."""
+T = TypeVar("T")
 
 
 class Entry(ABC):
     """An image to be stored."""
 
-    label: int
+    label: Label
     name: str
 
     @abstractmethod
@@ -50,7 +51,7 @@ class FileEntry(Entry):
     """An image in a file, whose bytes are kept unless its shorter side is longer than `size`."""
 
     path: Path
-    label: int
+    label: Label
     name: str
     size: int | None
 
@@ -91,13 +92,15 @@ class Source:
     """Images to be packed."""
 
     name: str
-    about: ImagesIndex
+    about: ImagesIndex | ObjectsIndex
     parts: dict[str, Sequence[Entry]]
     """Training images are in an order drawn once: classes lie mixed in every shard."""
     bytes: int
     """Of all, about."""
     digest: str
     """Tells whether a packing goes on with the images that it began with."""
+    sizes: Sizes = field(default_factory=dict)
+    """Of images with objects."""
 
     @property
     def images(self) -> int:
@@ -126,7 +129,7 @@ def folder_source(root: Path, size: int | None) -> Source:
             total += length
             digest.update(f"{part}/{entry.name} {label} {length}\n".encode())
             entries.append(entry)
-        parts[part] = _mixed(entries) if part == "train" else entries
+        parts[part] = mixed(entries) if part == "train" else entries
     classes = files["train"].classes
     about = ImagesIndex(classes, list(PHOTO_MEAN), list(PHOTO_STD), channels=3, size=None, flip=True)
     return Source(str(root), about, parts, total, digest.hexdigest())
@@ -150,14 +153,15 @@ def memory_source(name: str, root: str, *, download: bool) -> Source:
             ArrayEntry(pixels, label, f"{part}/{number}")
             for number, (pixels, label) in enumerate(zip(arrays, images.labels.tolist(), strict=True))
         ]
-        parts[part] = _mixed(entries) if part == "train" else entries
+        parts[part] = mixed(entries) if part == "train" else entries
         channels, height, width = images.pixels.shape[1:]
     mean, std = list(splits.mean), list(splits.std)
     about = ImagesIndex(splits.classes, mean, std, channels, (height, width), flip=name != "digits")
     return Source(name, about, parts, total, digest.hexdigest())
 
 
-def _mixed(entries: list[Entry] | list[ArrayEntry] | list[FileEntry]) -> list[Entry]:
+def mixed(entries: Sequence[T]) -> list[T]:
+    """The same in an order drawn once."""
     order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))
     return [entries[number] for number in order.tolist()]
 
@@ -174,7 +178,7 @@ def source_of(given: str, root: str, size: int | None, *, download: bool) -> Sou
         return memory_source(given, root, download=download)
     if not Path(given).is_dir():
         raise PwsError(
-            f"pws pack takes a folder that holds train/CLASS/... and val/CLASS/..., or one of {', '.join(IN_MEMORY)}; "
-            f"{given!r} is neither."
+            "pws pack takes a folder (with train/CLASS/... and val/CLASS/..., or with COCO's annotations/ beside folders of "
+            f"images), or one of {', '.join(IN_MEMORY)}; {given!r} is neither."
         )
     return folder_source(Path(given), size)

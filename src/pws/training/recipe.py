@@ -120,7 +120,7 @@ class DataConfig:
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, imagenet, folder (root/train/CLASS/..., root/val/CLASS/...), stream
             (shards written by pws pack), or npz (root is a file in MedMNIST's layout). For task detect: digit-scenes, scenes
-            (made by pws scenes), coco, coco-keypoints, voc.
+            (made by pws scenes), coco, coco-keypoints, voc, stream.
         root: folder of the files; digits needs none. For stream also a URL, such as s3://bucket/folder.
         download: let torchvision download what is missing (fashion-mnist, cifar10, cifar100).
         batch_size: images per step of the optimizer, over all devices and accumulated batches together.

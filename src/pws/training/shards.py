@@ -11,14 +11,19 @@ from typing import Any, Final
 
 from pws._errors import PwsError, shown
 from pws.training.parsing import parse_as
+from pws.training.recipe import TaskName
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the layout of a packed dataset; the shards themselves are litdata's."""
 INDEX: Final = "pws.json"
 PARTS: Final = ("train", "val", "test")
 LITDATA_INDEX: Final = "index.json"
-StoredImage = tuple[bytes, int, bytes]
+Label = int | bytes
+"""An image's class, or its objects in JSON."""
+StoredImage = tuple[bytes, Label, bytes]
 """What a shard holds of an image: the bytes of a file, the label, the name."""
+Sizes = dict[str, list[tuple[int, int]]]
+"""Height and width of each image of each part."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +52,38 @@ class ImagesIndex:
 
 
 @dataclass(frozen=True)
+class ObjectsIndex:
+    """What the images of a packed detection dataset are."""
+
+    classes: list[str]
+    """Their labels are 1, 2, ..."""
+    keypoints: dict[str, list[str]]
+    """The names of each object's keypoints, by part."""
+    masks: dict[str, bool]
+    """Whether objects have masks, by part."""
+
+
+KINDS: Final[dict[TaskName, type[ImagesIndex | ObjectsIndex]]] = {"classify": ImagesIndex, "detect": ObjectsIndex}
+
+
+def task_of(kind: type[ImagesIndex | ObjectsIndex]) -> TaskName:
+    """The task that images of this kind are for."""
+    return next(task for task, other in KINDS.items() if other is kind)
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """What a packed dataset holds."""
 
-    about: ImagesIndex
+    about: ImagesIndex | ObjectsIndex
     parts: dict[str, list[Shard]]
+    sizes: Sizes
+    """Of detection: batches hold images of like shape, which are chosen before any is read. Empty for a classifier."""
 
     def text(self) -> str:
         """The content of pws.json: a line per shard."""
-        head = {"version": VERSION, "about": asdict(self.about)}
+        task = task_of(type(self.about))
+        head = {"version": VERSION, "task": task, "about": asdict(self.about), "sizes": self.sizes}
         lines = [
             f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(asdict(shard))}" for shard in shards) + "\n ]"
             for name, shards in self.parts.items()
@@ -84,13 +112,33 @@ def parse_index(text: str, where: str) -> ShardIndex:
             "this pws, or read them with the one that packed them."
         )
     try:
-        about = parse_as(ImagesIndex, content["about"], where)
+        about = parse_as(KINDS[content["task"]], content["about"], where)
         parts = {name: [_shard(**entry) for entry in content["parts"][name]] for name in content["parts"]}
         if version is None or not {"train"} < set(parts) <= set(PARTS) or not all(parts.values()):
             raise ValueError(f"parts {shown(list(parts))}")
+        index = ShardIndex(about, parts, _sizes(content["sizes"]))
+        _check_parts(index)
     except (TypeError, KeyError, ValueError) as error:
         raise PwsError(f"{where} is damaged ({shown(error)}). Copy it again, or pack the images again.") from error
-    return ShardIndex(about, parts)
+    return index
+
+
+def _sizes(content: dict[str, Any]) -> Sizes:
+    # Not by parse_as, which takes minutes for 100,000 images.
+    sizes = {name: [(height, width) for height, width in own] for name, own in content.items()}
+    if not all(type(side) is int and side > 0 for own in sizes.values() for size in own for side in size):
+        raise ValueError("sizes")
+    return sizes
+
+
+def _check_parts(index: ShardIndex) -> None:
+    """Raise `ValueError` unless detection has what it needs of each part and each image."""
+    if isinstance(index.about, ObjectsIndex):
+        counts = {name: sum(shard.images for shard in shards) for name, shards in index.parts.items()}
+        if {name: len(own) for name, own in index.sizes.items()} != counts:
+            raise ValueError("sizes")
+        if not set(index.about.keypoints) == set(index.about.masks) == set(counts) == {"train", "test"}:
+            raise ValueError("keypoints and masks")
 
 
 def _shard(*, file: str, images: int, bytes: int, sha256: str) -> Shard:

@@ -6,13 +6,13 @@ import hashlib
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,18 +23,21 @@ from pws.training.shards import (
     INDEX,
     LITDATA_INDEX,
     ImagesIndex,
+    ObjectsIndex,
     Shard,
     ShardIndex,
     StoredImage,
     check_size,
     check_sizes,
     parse_index,
+    task_of,
 )
 
 WINDOW: Final = 8
 """Shards that are open at a time, among whose images an epoch's order is drawn."""
 PATIENCE: Final = 600
 """Seconds that a process waits for another one that copies the shard that it needs."""
+About = TypeVar("About", ImagesIndex, ObjectsIndex)
 
 
 _SETTINGS: Final = {
@@ -69,6 +72,26 @@ class PackedFolder:
     folder: Path
     url: str | None
     index: ShardIndex
+
+    @property
+    def where(self) -> str:
+        """The folder, or the URL, that was given."""
+        return self.url or str(self.folder)
+
+    def about(self, kind: type[About]) -> About:
+        """What the images are.
+
+        Raises:
+            PwsError: they were packed for another task.
+        """
+        about = self.index.about
+        if isinstance(about, kind):
+            return about
+        packed, wanted = task_of(type(about)), task_of(kind)
+        raise PwsError(
+            f"{self.where} holds images that were packed for task {packed}, and this recipe's task is {wanted}. "
+            f"Name the folder of another packing with --data.root, or take a recipe of task {packed}."
+        )
 
     def fetch(self, part: str, shard: Shard) -> None:
         """Have a shard's file in the folder."""
@@ -133,42 +156,33 @@ def copy_from(url: str, name: str, folder: Path) -> None:
         ) from error
 
 
-class StreamImages(ReadImages):
-    """Images in shards."""
+class PackedPart:
+    """What the shards of one part hold, by number."""
 
-    def __init__(
-        self, packed: PackedFolder, part: str, prepare: Augment, augment: Augment | None, max_corrupt: int = 0
-    ) -> None:
+    def __init__(self, packed: PackedFolder, part: str) -> None:
         self.packed, self.part = packed, part
         self.shards = packed.index.parts[part]
         self.starts = [0, *accumulate(shard.images for shard in self.shards)]
-        super().__init__(self.starts[-1], prepare, augment, max_corrupt)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process maps the files itself.
         return {name: value for name, value in vars(self).items() if name != "_stored"}
 
-    @property
-    def about(self) -> ImagesIndex:
-        """What the images are."""
-        return self.packed.index.about
-
-    def read(self, number: int) -> tuple[Tensor, int]:
-        """Read an image from its shard."""
-        data, label, name = self._item(number)
-        return decode_image(bytes(data), bytes(name).decode(), grey=self.about.channels == 1), label
-
-    def name_of(self, number: int) -> str:
-        """What it was called when it was packed."""
-        return bytes(self._item(number)[2]).decode()
-
-    def order(self, generator: torch.Generator) -> Tensor:
-        """The numbers of the images, some shards after the other: a process reads from few shards at a time."""
-        numbers = torch.arange(len(self)) if self.numbers is None else torch.tensor(self.numbers)
-        shards = torch.bucketize(numbers, torch.tensor(self.starts), right=True) - 1
+    def order(self, numbers: Sequence[int] | None, generator: torch.Generator) -> Tensor:
+        """An order of the images of these numbers (None: all), some shards after the other: few are read at a time."""
+        used = torch.arange(len(self)) if numbers is None else torch.tensor(numbers)
+        shards = torch.bucketize(used, torch.tensor(self.starts), right=True) - 1
         return drawn_by_shards(shards, len(self.shards), generator, WINDOW)
 
-    def _item(self, number: int) -> StoredImage:
+    def name(self, number: int) -> str:
+        """What an image was called when it was packed."""
+        return bytes(self.item(number)[2]).decode()
+
+    def item(self, number: int) -> StoredImage:
+        """What is stored of an image; its shard is copied first if that is needed."""
         place = bisect_right(self.starts, number) - 1
         shard = self.shards[place]
         self.packed.fetch(self.part, shard)
@@ -185,6 +199,29 @@ class StreamImages(ReadImages):
         data = library.StreamingDataset(str(folder), max_pre_download=WINDOW, batch_decode=0)
         index = library.streaming.sampler.ChunkedIndex
         return lambda number, place: data[index(number, place)]
+
+
+class StreamImages(ReadImages):
+    """Images in shards, each with a class."""
+
+    def __init__(
+        self, packed: PackedFolder, part: str, prepare: Augment, augment: Augment | None, max_corrupt: int = 0
+    ) -> None:
+        self.stored, self.grey = PackedPart(packed, part), packed.about(ImagesIndex).channels == 1
+        super().__init__(len(self.stored), prepare, augment, max_corrupt)
+
+    def read(self, number: int) -> tuple[Tensor, int]:
+        """Read an image from its shard."""
+        data, label, name = self.stored.item(number)
+        return decode_image(bytes(data), bytes(name).decode(), grey=self.grey), int(label)
+
+    def name_of(self, number: int) -> str:
+        """What it was called when it was packed."""
+        return self.stored.name(number)
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The images, in an order that goes through the shards."""
+        return self.stored.order(self.numbers, generator)
 
 
 def drawn_by_shards(shards: Tensor, count: int, generator: torch.Generator, window: int) -> Tensor:

@@ -52,20 +52,22 @@ class CocoImages:
     def get(self, number: int) -> tuple[Tensor, Target]:
         """The pixels and the objects."""
         pixels = read_sized(Path(self.name(number)), self.size(number), self.annotations)
-        return pixels, self._target(self.images[self.numbers[number]])
+        image = self.images[self.numbers[number]]
+        return pixels, coco_target(image, has_masks=self.has_masks, keypoints=len(self.keypoint_names))
 
-    def _target(self, image: CocoImage) -> Target:
-        objects = image.objects
-        target = target_of([o.box for o in objects], [o.label for o in objects], (image.height, image.width))
-        target["iscrowd"] = torch.tensor([o.crowd for o in objects], dtype=torch.int64)
-        if self.has_masks:
-            target["masks"] = tv_tensors.Mask(_masks(image))
-        given = torch.tensor([o.area for o in objects])
-        target["area"] = torch.where(given > 0, given, areas(target["boxes"], target.get("masks")))
-        if self.keypoint_names:
-            points = torch.tensor([o.keypoints for o in objects])
-            target["keypoints"] = points.reshape(-1, len(self.keypoint_names), 3)
-        return target
+
+def coco_target(image: CocoImage, *, has_masks: bool, keypoints: int) -> Target:
+    """The objects of an image whose data has masks, and so many keypoints of each object."""
+    objects = image.objects
+    target = target_of([o.box for o in objects], [o.label for o in objects], (image.height, image.width))
+    target["iscrowd"] = torch.tensor([o.crowd for o in objects], dtype=torch.int64)
+    if has_masks:
+        target["masks"] = tv_tensors.Mask(_masks(image))
+    given = torch.tensor([o.area for o in objects])
+    target["area"] = torch.where(given > 0, given, areas(target["boxes"], target.get("masks")))
+    if keypoints:
+        target["keypoints"] = torch.tensor([o.keypoints for o in objects]).reshape(-1, keypoints, 3)
+    return target
 
 
 def _masks(image: CocoImage) -> Tensor:

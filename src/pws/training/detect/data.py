@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from pws.training.data import RecipeData, seeded
 from pws.training.detect.augment import Augment
 from pws.training.detect.datasets import load_detection_splits
 from pws.training.detect.samples import DetectionImages, DetectionSplits, Target
+from pws.training.detect.stream import StreamObjects
 from pws.training.recipe import DataConfig
 from pws.training.samplers import Key
 
@@ -57,6 +58,11 @@ class DetectionData(RecipeData):
         """Whether an image is higher than wide."""
         images = self.splits.train
         return [int(height > width) for height, width in map(images.size, range(len(images)))]
+
+    def order(self) -> Callable[[torch.Generator], Tensor] | None:
+        """That of the shards, where images are in some."""
+        images = self.splits.train
+        return images.order if isinstance(images, StreamObjects) else None
 
     def test_batch_size(self) -> int:
         """Few: maps and masks of an image in full size take much more memory than a classifier's."""

@@ -12,8 +12,10 @@ from pws.training.datasets import chosen_images
 from pws.training.detect.coco import CocoImages
 from pws.training.detect.drawn import DrawnImages, digit_cutouts
 from pws.training.detect.samples import DetectionImages, DetectionSplits
+from pws.training.detect.stream import StreamObjects
 from pws.training.detect.voc import VocImages
 from pws.training.recipe import DataConfig
+from pws.training.stream import open_packed
 
 Layout = tuple[tuple[str, str], tuple[str, str]]
 """Names below annotations/ and of the image folders, of training and test images."""
@@ -34,7 +36,7 @@ def load_detection_splits(config: DataConfig, seed: int) -> DetectionSplits:
     """
     if config.name not in DETECTION_DATASETS:
         raise UnknownNameError("dataset of task detect", config.name, DETECTION_DATASETS)
-    train, test = DETECTION_DATASETS[config.name](Path(config.root))
+    train, test = DETECTION_DATASETS[config.name](config.root)
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes)) or "none, but their order differs"
         raise PwsError(
@@ -51,10 +53,11 @@ def _some(images: DetectionImages, numbers: list[int]) -> DetectionImages:
     return some
 
 
-def _coco(kind: str) -> Callable[[Path], Parts]:
+def _coco(kind: str) -> Callable[[str], Parts]:
     layouts: list[Layout] = [((f"{kind}_train2017", "train2017"), (f"{kind}_val2017", "val2017")), OURS]
 
-    def load(root: Path) -> Parts:
+    def load(given: str) -> Parts:
+        root = Path(given)
         for layout in layouts:
             if all((root / "annotations" / f"{name}.json").is_file() for name, _ in layout):
                 return _both(root, layout)
@@ -72,7 +75,8 @@ def _both(root: Path, layout: Layout) -> Parts:
     return train, test
 
 
-def _scenes(root: Path) -> Parts:
+def _scenes(given: str) -> Parts:
+    root = Path(given)
     for folder in (root, root / "scenes"):
         if (folder / "annotations" / "train.json").is_file():
             return _both(folder, OURS)
@@ -82,7 +86,8 @@ def _scenes(root: Path) -> Parts:
     )
 
 
-def _voc(root: Path) -> Parts:
+def _voc(given: str) -> Parts:
+    root = Path(given)
     for folder in (root, root / "VOCdevkit"):
         years = [year for year in (folder / "VOC2007", folder / "VOC2012") if year.is_dir()]
         if years and years[0].name == "VOC2007":
@@ -95,17 +100,23 @@ def _voc(root: Path) -> Parts:
     )
 
 
-def _digit_scenes(_: Path) -> Parts:
+def _digit_scenes(_: str) -> Parts:
     parts = enumerate(zip(digit_cutouts(), DIGIT_SCENES, strict=True))
     train, test = (DrawnImages(cutouts, DIGIT_SIZE, part, count) for part, (cutouts, count) in parts)
     return train, test
 
 
-DETECTION_DATASETS: Final[dict[str, Callable[[Path], Parts]]] = {
+def _stream(root: str) -> Parts:
+    packed = open_packed(root)
+    return StreamObjects(packed, "train"), StreamObjects(packed, "test")
+
+
+DETECTION_DATASETS: Final[dict[str, Callable[[str], Parts]]] = {
     "digit-scenes": _digit_scenes,
     "scenes": _scenes,
     "coco": _coco("instances"),
     "coco-keypoints": _coco("person_keypoints"),
     "voc": _voc,
+    "stream": _stream,
 }
-"""Name to loader."""
+"""Name to loader, which takes data.root."""

@@ -87,11 +87,15 @@ def areas(boxes: Tensor, masks: Tensor | None) -> Tensor:
 
 def read_sized(path: Path, size: tuple[int, int], source: Path) -> Tensor:
     """The pixels of an image that is of the height and width that its annotation file `source` gives."""
-    pixels = read_image(path)
+    return sized(read_image(path), size, str(path), source)
+
+
+def sized(pixels: Tensor, size: tuple[int, int], name: str, source: Path | str) -> Tensor:
+    """The pixels of the image `name`; raise `PwsError` unless they are of the height and width that `source` gives."""
     height, width = pixels.shape[1:]
     if (height, width) != size:
         raise PwsError(
-            f"{source}: {path} is {size[1]} x {size[0]} pixels there, and the file itself {width} x {height}. Was it resized "
+            f"{source}: {name} is {size[1]} x {size[0]} pixels there, and the file itself {width} x {height}. Was it resized "
             "or turned after it was labelled? The boxes would be wrong: get the image again, or mend its size and boxes."
         )
     return pixels
