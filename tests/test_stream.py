@@ -197,7 +197,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a shard is longer": (lambda root: (root / SHARD).open("ab").write(b"1"), SHARD, "it is cut off or of another"),
     "litdata's index is missing": (lambda root: (root / "test/index.json").unlink(), "test/index.json", "is missing"),
     "no packed images": (lambda root: (root / "pws.json").unlink(), "pws.json", "packing was not finished"),
-    "another version": (damaged_index(lambda c: c.update(version=1)), "pws.json", "is of version 1 of the format"),
+    "another version": (damaged_index(lambda c: c.update(version=2)), "pws.json", "is of version 2 of the format"),
     "no version": (damaged_index(lambda c: c.pop("version")), "pws.json", "is damaged"),
     "no parts": (damaged_index(lambda c: c.pop("parts")), "pws.json", "is damaged"),
     "no test part": (damaged_index(lambda c: c["parts"].pop("test")), "pws.json", "is damaged"),

@@ -13,7 +13,7 @@ from pws._errors import PwsError, shown
 from pws.training.parsing import parse_as
 from pws.training.recipe import TaskName
 
-VERSION: Final = 2
+VERSION: Final = 1
 """Of the layout of a packed dataset; the shards themselves are litdata's."""
 INDEX: Final = "pws.json"
 PARTS: Final = ("train", "val", "test")
