@@ -54,8 +54,8 @@ def train(
     Args:
         recipe: what to train.
         folder: the run's folder; must not exist unless `resume`.
-        resume: go on from the last checkpoint (the end of the last whole epoch) to the result of an uninterrupted run;
-            from the start if there is none.
+        resume: go on from the last checkpoint (the end of an epoch, or within one with `trainer.checkpoint_steps`) to the
+            result of an uninterrupted run; from the start if there is none.
         quiet: print nothing.
         monitor: diagnose the network every so many steps, and leave diagnosis.html and diagnosis.json in the folder.
         task: what is trained on what, in place of the recipe's task of that name; `fit` makes one.
@@ -67,11 +67,7 @@ def train(
     watch = None if monitor is None else watcher(monitor, recipe.trainer)
     data = data_of(recipe) if task is None else task.data(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = module_of(recipe, data, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))), task=task)
-    if recipe.trainer.precision == "64-true":
-        module.double()  # Lightning would do so behind the reading of a checkpoint, whose last digits would be lost
-    if recipe.trainer.checkpoint_activations:
-        checkpoint_activations(module.model)
+    module = _module(recipe, data, task, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
     clock = Clock(VALIDATION + module.SCORE)
     validates = data.splits.validation is not None
     trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)
@@ -91,9 +87,7 @@ def train(
         best = folder / CHECKPOINTS / BEST
         tested = best if validates and best.exists() else None
         if failure is None:
-            if tested is not None:
-                load_weights(module, tested, recipe)
-            failure, found = _test(trainer, module, data)
+            failure, found = _test(trainer, module, data, recipe, tested)
             metrics |= found
         verdict = None if watch is None or watch.monitor is None else watch.monitor.verdict
         checkpoint, said = "best" if tested else "last", None if verdict is None else str(verdict)
@@ -105,6 +99,16 @@ def train(
     if failure is not None:
         raise failure
     return summary
+
+
+def _module(recipe: Recipe, data: RecipeData, task: Task | None, *, fresh: bool) -> TaskModule:
+    """The recipe's network, as it is trained."""
+    module = module_of(recipe, data, fresh=fresh, task=task)
+    if recipe.trainer.precision == "64-true":
+        module.double()  # Lightning would do so behind the reading of a checkpoint, whose last digits would be lost
+    if recipe.trainer.checkpoint_activations:
+        checkpoint_activations(module.model)
+    return module
 
 
 def _fit(
@@ -142,8 +146,12 @@ def _validate_end(trainer: Trainer, module: TaskModule, data: RecipeData, clock:
             trainer.strategy.wait()
 
 
-def _test(trainer: Trainer, module: TaskModule, data: RecipeData) -> tuple[NonFiniteLossError | None, dict[str, float]]:
-    """The metrics of the test images, or how they failed."""
+def _test(
+    trainer: Trainer, module: TaskModule, data: RecipeData, recipe: Recipe, checkpoint: Path | None
+) -> tuple[NonFiniteLossError | None, dict[str, float]]:
+    """The metrics of the test images with the weights of a checkpoint, or the present ones; or how they failed."""
+    if checkpoint is not None:
+        load_weights(module, checkpoint, recipe)
     try:
         with real_interrupts():
             found = trainer.test(module, datamodule=data, verbose=False)
