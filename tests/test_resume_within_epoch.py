@@ -124,3 +124,27 @@ def test_another_number_of_processes_goes_on_with_the_same_images(world: int) ->
     whole = batches(0, 1, 0)
     rest = zip(*(batches(rank, world, 7) for rank in range(world)), strict=True)
     assert [sorted(chain(*parts)) for parts in rest] == [sorted(batch) for batch in whole[7:]]
+
+
+def test_accumulated_gradients_are_in_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run, stopped behind the first part of its first step, goes on with the whole step."""
+    flags = ("--trainer.accumulate=2",)
+    train(recipe(*flags), tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, [])
+        with pytest.raises(StoppedError):
+            train(recipe(*flags), tmp_path / "run", quiet=True)
+    original, parts = Classifier.losses, iter(range(2))
+
+    def losses(self: Classifier, batch: Any) -> Any:
+        if next(parts) == 1:
+            raise StoppedError
+        return original(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "losses", losses)
+        with pytest.raises(StoppedError):
+            train(recipe(*flags), tmp_path / "run", resume=True, quiet=True)
+    train(recipe(*flags), tmp_path / "run", resume=True, quiet=True)
+    found, whole = (everything(tmp_path / name)[0]["state_dict"] for name in ("run", "whole"))
+    assert all(torch.equal(found[key], value) for key, value in whole.items())
