@@ -18,7 +18,7 @@ from pws.training.callbacks import TEST, VALIDATION, Clock, averages, metrics_of
 from pws.training.data import RecipeData
 from pws.training.module import NonFiniteLossError, TaskModule
 from pws.training.quiet import bare_trainer, real_interrupts
-from pws.training.tasks import data_of, module_of
+from pws.training.tasks import module_of, trained_task
 
 
 @dataclass
@@ -47,9 +47,10 @@ def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Met
     """Train the cell on one thread; `method` replaces the recipe's."""
     torch.set_num_threads(1)
     recipe = cell.recipe
-    data = data_of(recipe)
+    task = trained_task(recipe)
+    data = task.data(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = module_of(recipe, data, method)
+    module = module_of(recipe, data, method, task=task)
     clock, watch = Clock(), _Curve(data, evaluations, evaluation_images)
     trainer = bare_trainer(
         accelerator="cpu",

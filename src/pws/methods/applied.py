@@ -17,6 +17,7 @@ from pws.methods.registry import check_options
 from pws.methods.replaced import convolution_of_timm, draw, frozen_norm, in_place_of, replace
 from pws.methods.weights import Scale
 from pws.surgery import Plan, plan
+from pws.surgery._plan import Form
 from pws.surgery.branches import branch_ends
 from pws.surgery.copying import copy_of
 from pws.surgery.norms import NORMS, channels_of, is_frozen
@@ -48,7 +49,7 @@ def apply_method(model: nn.Module, method: str, example: Any, **options: Any) ->
         model: any module with BatchNorm.
         method: one of the table's.
         example: what the model's forward takes, as for `pws.plan`.
-        options: gamma, of pws and pws-paper; relative_gamma and standardize (layers without a norm), of pws.
+        options: gamma, of pws and pws-paper; relative_gamma, standardize (layers without a norm) and form, of pws.
 
     Raises:
         UnknownNameError: none of these methods.
@@ -118,9 +119,17 @@ def _ours(
     gamma: float = 1e-3,
     relative_gamma: bool = False,
     standardize: Collection[str] = (),
+    form: Form = "optimizer",
 ) -> nn.Module:
-    settings: dict[str, Any] = {"gamma": gamma, "relative_gamma": relative_gamma, "standardize": standardize}
-    return plan(model, example, norms=FAMILIES, **settings).apply()
+    planned = plan(
+        *(model, example),
+        norms=FAMILIES,
+        gamma=gamma,
+        relative_gamma=relative_gamma,
+        standardize=standardize,
+        form=form,
+    )
+    return planned.apply()
 
 
 APPLIED: Final = MappingProxyType[str, Callable[..., nn.Module]](

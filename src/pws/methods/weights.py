@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,15 @@ from torch.optim import Optimizer
 
 from pws._errors import PwsError
 from pws._gain import PAPER_GAIN, variance_preserving_gain
+from pws._layers import Conv2d, Linear, StandardizedLayer
 from pws._mark import mark
 from pws.methods.method import Method, kaiming, plain_conv
 from pws.methods.outputs import one_group
 from pws.methods.timm_layers import timm_layer
 from pws.optim.bound import STEP_BOUND
+from pws.surgery._plan import Form
+
+OURS: Final = "Parametric Weights Standardization: Liu et al. 2021, with this library's defaults"
 
 
 def none() -> Method:
@@ -144,13 +149,21 @@ def pws_paper(*, gamma: float = 1e-3) -> Method:
 
 
 def pws_default(
-    *, gain: float | str = "relu", gamma: float = 1e-3, relative_gamma: bool = False, standardize_head: bool = True
+    *,
+    gain: float | str = "relu",
+    gamma: float = 1e-3,
+    relative_gamma: bool = False,
+    standardize_head: bool = True,
+    form: Form = "optimizer",
 ) -> Method:
     """PWS as this library has it: all layers' defaults, the head standardized too, the step bounded, no norm anywhere.
 
-    In a residual network the last kernel of each of `B` branches starts times `1 / sqrt(B)`.
+    In a residual network the last kernel of each of `B` branches starts times `1 / sqrt(B)`. In the form "layers" the network
+    consists of pws layers, which standardize in each forward pass; any optimizer trains them.
     """
     ours: dict[str, Any] = {"gain": gain, "gamma": gamma, "relative_gamma": relative_gamma}
+    if form == "layers":
+        return _of_layers(ours, standardize_head=standardize_head)
 
     def conv(in_channels: int, out_channels: int, kernel_size: int, **settings: Any) -> nn.Module:
         return _marked(nn.Conv2d, in_channels, out_channels, kernel_size, **settings, **ours)
@@ -162,8 +175,16 @@ def pws_default(
             else nn.Linear(in_features, num_classes)
         )
 
-    source = "Parametric Weights Standardization: Liu et al. 2021, with this library's defaults"
-    return Method("pws", source, conv, head, end_branch=_share_variance, step_bound=STEP_BOUND)
+    return Method("pws", OURS, conv, head, end_branch=_share_variance, step_bound=STEP_BOUND)
+
+
+def _of_layers(ours: dict[str, Any], *, standardize_head: bool) -> Method:
+    """The same with pws layers."""
+    return Method(
+        *("pws", OURS, partial(Conv2d, **ours), partial(Linear, **ours) if standardize_head else nn.Linear),
+        end_branch=_share_alpha,
+        step_bound=STEP_BOUND,
+    )
 
 
 def _marked(
@@ -172,6 +193,14 @@ def _marked(
     """A marked layer, drawn once: torch's own initialization would draw from the generator before."""
     layer: nn.Module = nn.utils.skip_init(kind, *sizes, **settings)
     return mark(layer, gain=gain, gamma=gamma, relative_gamma=relative_gamma, reset_parameters=True)
+
+
+def _share_alpha(conv: nn.Module, blocks: int) -> nn.Module:
+    """`_share_variance` of a pws layer."""
+    assert isinstance(conv, StandardizedLayer)
+    with torch.no_grad():
+        conv.alpha.mul_(blocks**-0.5)
+    return conv
 
 
 def _share_variance(conv: nn.Module, blocks: int) -> nn.Module:

@@ -4,6 +4,7 @@ from pws.training._evaluate import evaluate
 from pws.training.callbacks import ClipGrad
 from pws.training.monitor import MonitorCallback
 from pws.training.own import fit
+from pws.training.private.config import PrivacyConfig
 from pws.training.recipe import DataConfig, ModelConfig, OptimConfig, Recipe, TrainerConfig
 from pws.training.recipe_file import load_recipe, shipped_recipes
 from pws.training.results import DetectionEvaluation, Evaluation
@@ -19,6 +20,7 @@ __all__ = [
     "ModelConfig",
     "MonitorCallback",
     "OptimConfig",
+    "PrivacyConfig",
     "Recipe",
     "Summary",
     "TrainerConfig",

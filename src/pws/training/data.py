@@ -25,7 +25,7 @@ from pws.training.augmentation import Erase, Mix, erasing, mixing
 from pws.training.datasets import load_splits
 from pws.training.images import Images, Splits
 from pws.training.recipe import DataConfig
-from pws.training.samplers import Key, TestSampler, TrainSampler
+from pws.training.samplers import EpochSampler, Key, PoissonSampler, TestSampler, TrainSampler
 
 
 @contextmanager
@@ -137,6 +137,18 @@ def check_tested(splits: Parts, world: int) -> None:
             )
 
 
+class PerhapsEmpty(Dataset[Any]):
+    """Batches of pairs of tensors, of which one may have no image."""
+
+    def __init__(self, batches: Dataset[Any]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+        epoch, numbers = key
+        inputs, labels = self.batches[epoch, numbers or [0]]
+        return (inputs, labels) if numbers else (inputs[:0], labels[:0])
+
+
 class RecipeData(LightningDataModule, ABC):
     """The loaders of a recipe's data."""
 
@@ -147,6 +159,9 @@ class RecipeData(LightningDataModule, ABC):
         self.config, self.seed = config, seed
         self.first_epoch = self.first_batch = 0
         """Where a resumed run goes on: Lightning draws the first batches before it tells the sampler the epoch."""
+
+    copies: int | None = None
+    """(private) Copies of each image; batches are then drawn as the accountants of privacy assume."""
 
     @abstractmethod
     def batches(self, images: Any, *, train: bool) -> Dataset[Any]:
@@ -180,9 +195,17 @@ class RecipeData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, augmented if the recipe says so."""
-        shares, images = self.shares(), self.splits.train
-        sampler = TrainSampler(
-            *(len(images), self.config.batch_size),
+        batches, sampler = self.batches(self.splits.train, train=True), self.train_sampler()
+        sampler.start_at(self.first_epoch, self.first_batch)
+        return self._loader(batches if self.copies is None else PerhapsEmpty(batches), sampler)
+
+    def train_sampler(self) -> EpochSampler:
+        """What draws the training batches."""
+        shares, sizes = self.shares(), (len(self.splits.train), self.config.batch_size)
+        if self.copies is not None:
+            return PoissonSampler(*sizes, seed=self.seed, repeats=self.copies)
+        return TrainSampler(
+            *sizes,
             seed=self.seed,
             rank=shares.rank,
             world=shares.world,
@@ -191,8 +214,6 @@ class RecipeData(LightningDataModule, ABC):
             repeats=self.config.ra_reps,
             order=self.order(),
         )
-        sampler.start_at(self.first_epoch, self.first_batch)
-        return self._loader(self.batches(images, train=True), sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation images, in order; no loader if there are none."""

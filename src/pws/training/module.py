@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, ClassVar, Final, Literal
 
@@ -25,6 +26,7 @@ from pws.surgery import calibrate
 from pws.training.callbacks import TEST, VALIDATION, ClipGrad
 from pws.training.data import Parts
 from pws.training.optimizer import build_optimizer, step_bound
+from pws.training.private.spent import Spent
 from pws.training.recipe import OptimConfig
 from pws.training.results import DetectionEvaluation, Evaluation
 from pws.training.schedule import lr_factor
@@ -87,6 +89,10 @@ class TaskModule(LightningModule, ABC):
     def evaluation(self, checkpoint: str, parts: Parts) -> Evaluation | DetectionEvaluation:
         """What the test that ran last has found, on the test images of `parts`."""
 
+    def spent(self) -> Spent | None:
+        """The privacy spent until now, if the run is private."""
+        return None
+
     @property
     def part(self) -> str:
         """What the names of logged metrics begin with: val_ or test_."""
@@ -135,13 +141,16 @@ class TaskModule(LightningModule, ABC):
         self._batch, self._rewind = batch, random_state(self.model)
         losses = self.losses(batch)
         loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
-        parts = losses if len(losses) > 1 else {}
+        return {"loss": loss, "logged": self.log_losses(batch, loss, losses if len(losses) > 1 else {})}
+
+    def log_losses(self, batch: Any, loss: Tensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log the loss of a step and its parts, and return them by name; raises what happened if the loss is not finite."""
         means = _mean_over_processes(torch.stack([loss, *parts.values()]).detach())
         if not torch.isfinite(means[0]):
             self._explain(batch)
         logged = {f"train_{name}": mean for name, mean in zip(("loss", *parts), means, strict=True)}
         self.log_dict({f"{name}_step": mean for name, mean in logged.items()})
-        return {"loss": loss, "logged": logged}
+        return logged
 
     def _explain(self, batch: Any) -> None:
         """Raise what happened: the same error in all processes, of which perhaps only one has seen it."""
@@ -172,15 +181,25 @@ class TaskModule(LightningModule, ABC):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Lightning's; an optimizer of `pws.optim` that refuses a gradient which is not finite ends the run."""
-        try:
+        with self.explained():
             super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """End the run with what happened where an optimizer refuses a gradient."""
+        try:
+            yield
         except NonFiniteGradientError as error:
             layer = None if self._batch is None else first_non_finite(self.model, self._batch, self._rewind)
             raise NonFiniteLossError(self.trainer.global_step, layer, what="a gradient") from error
 
+    def built_optimizer(self) -> Optimizer:
+        """The recipe's."""
+        return build_optimizer(self.model, self.optim, step_bound(self.optim, self.method))
+
     def configure_optimizers(self) -> Any:
         """The recipe's optimizer, its rates multiplied by `lr_factor` after every step."""
-        optimizer = build_optimizer(self.model, self.optim, step_bound(self.optim, self.method))
+        optimizer = self.built_optimizer()
         steps = int(self.trainer.estimated_stepping_batches)
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         steps_per_epoch = len(loader) // self.trainer.accumulate_grad_batches

@@ -22,7 +22,7 @@ from pws.diagnosis.report import require_plotly
 from pws.optim import SGD
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
-from pws.training.recipe import TrainerConfig
+from pws.training.recipe import Recipe
 
 
 class MonitorCallback(Callback):
@@ -102,13 +102,19 @@ def _log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
         logger.log_metrics(metrics, step)
 
 
-def watcher(every: int, trainer: TrainerConfig) -> MonitorCallback:
+def watcher(every: int, recipe: Recipe) -> MonitorCallback:
     """The callback of a run.
 
     Raises:
-        PwsError: `every` is below 1, layers run twice in a step, or what writes the report at the end is not installed.
+        PwsError: `every` is below 1, the run is private, layers run twice in a step, or what writes the report is not
+            installed.
     """
-    if trainer.checkpoint_activations:
+    if recipe.privacy.wanted:
+        raise PwsError(
+            "--monitor writes down what layers do with private images, which no epsilon counts. Leave it out, or watch a run "
+            "on public images without privacy."
+        )
+    if recipe.trainer.checkpoint_activations:
         raise PwsError(
             "--monitor measures one pass per step, and trainer.checkpoint_activations runs blocks twice. Leave one of them out."
         )

@@ -25,8 +25,10 @@ CONVERTED_ON: Final = 64
 """Training images that alpha is set on when a model of others is converted."""
 
 
-def model_for(config: ModelConfig, splits: Splits, method: Method | None = None) -> nn.Module:
+def model_for(config: ModelConfig, splits: Splits, method: Method | None = None, *, noise: bool = False) -> nn.Module:
     """The recipe's network for this data, checked on one image; `method` replaces the recipe's.
+
+    A model of others is converted on training images, or on `noise`, which tells nothing of them.
 
     Raises:
         PwsError: another number of classes, an unknown name, an option of another method, or images of a size or with
@@ -36,7 +38,7 @@ def model_for(config: ModelConfig, splits: Splits, method: Method | None = None)
     method = method or method_for(config)
     image, _ = splits.test.get([0])
     if ":" in config.name:
-        model = _model_of_others(config, splits)
+        model = _model_of_others(config, splits, noise=noise)
     else:
         sizes: dict[str, Any] = {"in_channels": image.shape[1], "num_classes": classes}
         if config.width > 1:
@@ -78,8 +80,8 @@ def _check_width(config: ModelConfig, method: Method, sizes: dict[str, Any]) -> 
     check_memory(BYTES * count, f"{config.name} of width {config.width:g}, with some {count:.1g} parameters,")
 
 
-def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
-    """With the recipe's method in place of its BatchNorm; its scales are those of training images."""
+def _model_of_others(config: ModelConfig, splits: Splits, *, noise: bool) -> nn.Module:
+    """With the recipe's method in place of its BatchNorm; its scales are those of training images, or of noise."""
     if config.method not in APPLIED or config.dropout or config.width != 1:
         raise PwsError(
             f"a model of others ({config.name}) trains with model.method {', '.join(APPLIED)}, without model.width and "
@@ -87,6 +89,7 @@ def _model_of_others(config: ModelConfig, splits: Splits) -> nn.Module:
         )
     every = max(1, len(splits.train) // CONVERTED_ON)  # folders hold their images class by class
     images, _ = ImageBatches(splits.train, splits, seed=0)[0, list(range(0, len(splits.train), every))[:CONVERTED_ON]]
+    images = torch.randn_like(images) if noise else images
     model = model_of(config.name, num_classes=len(splits.classes), in_channels=images.shape[1])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PwsError(f"{config.name} has nothing to train: none of its parameters takes a gradient (requires_grad).")
@@ -100,7 +103,7 @@ def method_for(config: ModelConfig) -> Method:
 
 def method_options(config: ModelConfig) -> dict[str, Any]:
     """The options of the method that the recipe sets."""
-    options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma", "standardize_head")}
+    options = {key: getattr(config, key) for key in ("gain", "gamma", "relative_gamma", "standardize_head", "form")}
     return {key: value for key, value in options.items() if value is not None}
 
 

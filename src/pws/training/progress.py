@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pws.training.callbacks import VALIDATION, Clock, metrics_of
 from pws.training.memory import peak_memory
+from pws.training.module import TaskModule
 
 
 class Pace(Callback):
@@ -113,6 +114,12 @@ class EpochLines(Callback):
         )
         words = self.pace.words(trainer)
         left = f", {words['left']} left" if "left" in words else ""
+        spent = module.spent() if isinstance(module, TaskModule) else None
+        score += (
+            ""
+            if spent is None
+            else f"epsilon {'infinite' if spent.epsilon is None else format(spent.epsilon, '.2f')}  "
+        )
         print(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
             f"loss {float(trainer.callback_metrics['train_loss_epoch']):.4f}  {score}{words['images/s']} images/s  "

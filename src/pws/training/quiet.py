@@ -18,6 +18,9 @@ def quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\..*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # Opacus' hooks in a private run.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing|grad and param do not obey")
+    warnings.filterwarnings("ignore", module=r"opacus\..*")
     threading.excepthook = _quiet_writer
 
 

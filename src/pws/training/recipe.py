@@ -6,10 +6,11 @@ Each part checks its own numbers when it is made, whether in Python, from a file
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from pws._errors import PwsError, shown
+from pws.training.private.config import PrivacyConfig, check_private
 from pws.training.rules import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -89,6 +90,8 @@ class ModelConfig:
         gamma: (pws, pws-paper) added to the variance inside the root, in units of weight squared; 1e-3 if left out.
         relative_gamma: (pws) add gamma * 2 / fan_in instead.
         standardize_head: (pws, networks of this package) standardize the head too; true if left out.
+        form: (pws) optimizer, which keeps the kernels of plain layers standardized, or layers, which standardize in each
+            forward pass; optimizer if left out, layers in private runs.
         calibrate: scale kernels once, on the first training batch. "initalpha" is the paper's: output variance 2 for the stem
             and the first convolution of each block. "all" gives every standardized layer output variance 1.
     """
@@ -107,6 +110,7 @@ class ModelConfig:
     gamma: float | None = None
     relative_gamma: bool | None = None
     standardize_head: bool | None = None
+    form: Literal["optimizer", "layers"] | None = None
     calibrate: Literal["none", "initalpha", "all"] = "none"
 
     def __post_init__(self) -> None:
@@ -291,6 +295,7 @@ class Recipe:
         data: the images.
         optim: the optimizer and its schedule.
         trainer: where and how long.
+        privacy: trains with differential privacy where its epsilon or noise is set.
     """
 
     name: str = ""
@@ -300,9 +305,15 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         check_rules({"seed": SEED}, self)
+        if self.privacy.wanted:
+            check_private(self)
+            if self.model.method == "pws" and self.model.form is None:
+                # Layers take the average gradient out of each image's own gradient, before it is clipped.
+                object.__setattr__(self, "model", replace(self.model, form="layers"))
         if self.trainer.early_stop is not None and not self.data.validation:
             raise PwsError(
                 "trainer.early_stop waits for a better result on the validation images, and data.validation 0 leaves none. Set "

@@ -34,7 +34,7 @@ from pws.training.recipe import FSDP2, Recipe
 from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
 from pws.training.sharded import Sharded
 from pws.training.summary import Summary, summarize
-from pws.training.tasks import TASKS, Task, data_of, module_of
+from pws.training.tasks import Task, module_of, trained_task
 
 LOST: Final = ("gloo/transport", "by peer", "NCCL")
 """What the errors say that torch raises where another process is gone; they have no class of their own."""
@@ -64,8 +64,9 @@ def train(
         PwsError: the recipe asks for something that does not exist or fit, or the folder exists.
         NonFiniteLossError: the loss went non-finite; summary.json says so too.
     """
-    watch = None if monitor is None else watcher(monitor, recipe.trainer)
-    data = data_of(recipe) if task is None else task.data(recipe.data, recipe.seed)
+    watch = None if monitor is None else watcher(monitor, recipe)
+    task = trained_task(recipe, task)
+    data = task.data(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
     module = _module(recipe, data, task, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
     clock = Clock(VALIDATION + module.SCORE)
@@ -79,7 +80,7 @@ def train(
         if is_first_process():
             if resume:
                 take_up(folder, recipe)
-            write_facts(folder, (task or TASKS[recipe.task]).facts.of(data))
+            write_facts(folder, task.facts.of(data))
             _say(_headline(recipe, data, module, folder, start, resume=resume), start, quiet=quiet)
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
         trainer.loggers = [MetricsFile(folder, start.rows), board, *named_loggers(recipe, folder, quiet=quiet)]
@@ -101,7 +102,7 @@ def train(
     return summary
 
 
-def _module(recipe: Recipe, data: RecipeData, task: Task | None, *, fresh: bool) -> TaskModule:
+def _module(recipe: Recipe, data: RecipeData, task: Task, *, fresh: bool) -> TaskModule:
     """The recipe's network, as it is trained."""
     module = module_of(recipe, data, fresh=fresh, task=task)
     if recipe.trainer.precision == "64-true":

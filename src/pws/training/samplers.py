@@ -12,7 +12,22 @@ Key = tuple[int, list[int]]
 """Epoch and image numbers of a batch."""
 
 
-class TrainSampler(Sampler[Key]):
+class EpochSampler(Sampler[Key]):
+    """Batches that depend on the epoch, from a batch of it on."""
+
+    epoch = first_batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        if epoch != self.epoch:
+            self.epoch, self.first_batch = epoch, 0
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Leave out this epoch's first batches, which were trained before a resume."""
+        self.epoch, self.first_batch = epoch, batch
+
+
+class TrainSampler(EpochSampler):
     """Each epoch's batches for one process: an order drawn from seed and epoch, cut into batches, cut into parts.
 
     A step's batch is shared out: process r of R takes every R-th of its images from r on, in `accumulate` equal parts.
@@ -38,16 +53,6 @@ class TrainSampler(Sampler[Key]):
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
         self.groups, self.repeats, self.order = groups, repeats, order
-        self.epoch = self.first_batch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        if epoch != self.epoch:
-            self.epoch, self.first_batch = epoch, 0
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Leave out this epoch's first batches, which were trained before a resume."""
-        self.epoch, self.first_batch = epoch, batch
 
     def __len__(self) -> int:
         return self.count // self.batch_size * self.accumulate
@@ -77,6 +82,29 @@ def _grouped(order: list[int], groups: Sequence[int], batch_size: int) -> list[i
             result += batch
             batch.clear()
     return result + [number for group in sorted(waiting) for number in waiting[group]]
+
+
+class PoissonSampler(EpochSampler):
+    """Each epoch's batches of a private run: every image is in each batch with the same probability, whatever else is in it.
+
+    That is what an accountant of differential privacy assumes. Batches differ in size, and may be empty. An epoch has
+    `ceil(count / batch_size)` of them, and the probability is one over that. With `repeats` an image's copies stand beside each
+    other: image `n` is `n`, `count + n`, `2 * count + n` ...
+    """
+
+    def __init__(self, count: int, batch_size: int, *, seed: int, repeats: int) -> None:
+        self.count, self.seed, self.repeats = count, seed, repeats
+        self.steps = -(-count // batch_size)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Key]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        for batch in range(self.steps):
+            chosen = (torch.rand(self.count, generator=generator) * self.steps < 1).nonzero().flatten()
+            if batch >= self.first_batch:
+                yield self.epoch, (chosen[:, None] + self.count * torch.arange(self.repeats)).flatten().tolist()
 
 
 class TestSampler(Sampler[Key]):

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from pws.training.callbacks import TEST, Clock, metrics_of
 from pws.training.memory import peak_memory
 from pws.training.module import NonFiniteLossError, TaskModule
+from pws.training.private.spent import Spent
 from pws.training.recipe import Recipe
 
 
@@ -40,6 +41,8 @@ class Summary:
     first_non_finite_layer: str | None
     verdict: str | None
     """The monitor's, if there was one."""
+    privacy: Spent | None
+    """(private) What was spent of it."""
     parameters: int
     device: str
     versions: dict[str, str]
@@ -73,6 +76,7 @@ def summarize(
         first_non_finite_step=failure.step if failure else None,
         first_non_finite_layer=failure.layer if failure else None,
         verdict=verdict,
+        privacy=module.spent(),
         parameters=sum(p.numel() for p in module.model.parameters()),
         device=torch.cuda.get_device_name()
         if on_gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 from torch import nn
@@ -20,7 +21,10 @@ from pws.training.detect.network import detector_for
 from pws.training.facts import ImageFacts
 from pws.training.module import TaskModule
 from pws.training.network import check_calibration, method_for, model_for
-from pws.training.recipe import Recipe, TaskName
+from pws.training.private.classifier import PrivateClassifier
+from pws.training.private.config import check_delta
+from pws.training.private.engine import noise_for
+from pws.training.recipe import DataConfig, Recipe, TaskName
 
 OWN: Final = "own"
 """The name of data that were given in Python."""
@@ -42,10 +46,41 @@ class Task:
 
 TASKS: Final[dict[TaskName, Task]] = {
     "classify": Task(
-        ImageData, lambda config, data, method: model_for(config, data.splits, method), Classifier, ImageFacts
+        ImageData,
+        lambda config, data, method, noise=False: model_for(config, data.splits, method, noise=noise),
+        Classifier,
+        ImageFacts,
     ),
     "detect": Task(DetectionData, detector_for, Detector, ObjectFacts),
 }
+
+
+def trained_task(recipe: Recipe, task: Task | None = None) -> Task:
+    """What is trained: the recipe's task, or the one given, in private where the recipe wants that.
+
+    Raises:
+        PwsError: the recipe names no task and no data, and no task is given.
+    """
+    if task is None:
+        check_named(recipe)
+        task = TASKS[recipe.task]
+    return _private(task, recipe) if recipe.privacy.wanted else task
+
+
+def _private(task: Task, recipe: Recipe) -> Task:
+    privacy, trainer = recipe.privacy, recipe.trainer
+
+    def data(config: DataConfig, seed: int) -> RecipeData:
+        loaded = task.data(config, seed)
+        loaded.copies = privacy.augmentations
+        images = len(loaded.splits.train)
+        check_delta(privacy, images)
+        steps = trainer.epochs * -(-images // config.batch_size)
+        noise_for(privacy, images, config.batch_size, min(steps, trainer.max_steps or steps))  # now, if there is none
+        return loaded
+
+    network = partial(task.network, noise=True) if task is TASKS["classify"] else task.network
+    return replace(task, data=data, network=network, module=partial(PrivateClassifier, privacy=privacy))
 
 
 def data_of(recipe: Recipe) -> RecipeData:
