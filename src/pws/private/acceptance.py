@@ -48,8 +48,8 @@ def _problem(module: nn.Module, reason: str) -> str:
     """What is wrong, and what to do; "" if nothing is."""
     if is_refused_norm(module):
         return (
-            f"makes it depend on other samples, and can't be taken out: {reason}. Give an example that runs it, or put "
-            "nn.GroupNorm or nn.Identity in its place first."
+            f"makes it depend on other samples, and can't be taken out: {reason}. Put nn.GroupNorm or nn.Identity in its "
+            "place, or torch's own BatchNorm, which can be taken out."
         )
     if _computes_weight(module):
         return (

@@ -56,7 +56,7 @@ def measure_statistics(model: nn.Module, images: Any, forward: Forward | None) -
     handles = [norm.register_forward_pre_hook(measure, with_kwargs=True) for norm in norms]
     with evaluated(model), removed_after(handles):
         example_of(model, images, forward).outputs(model)
-    return list(norms.values())
+    return [name for norm, name in norms.items() if norm.running_mean is not None]
 
 
 def put_out_of_place(model: nn.Module) -> None:

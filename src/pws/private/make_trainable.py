@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +14,10 @@ from pws.private import affine_sampler as affine_sampler
 from pws.private.acceptance import check_accepted, keep_outputs
 from pws.private.changes import Changes, in_place, measure_statistics, put_out_of_place, replace_recurrent
 from pws.private.refused_norms import has_free_statistics, is_refused_norm
-from pws.surgery import Plan, plan
+from pws.surgery import Plan, Step, plan
 from pws.surgery._plan import Form
 from pws.surgery.copying import copy_of
-from pws.surgery.norms import is_trained
+from pws.surgery.norms import channels_of, has_own_forward, is_trained
 from pws.surgery.warm_start import Progress
 
 
@@ -32,15 +33,16 @@ def make_trainable(
     """Make a copy of a pretrained model that Opacus trains, and that computes nearly what the model does.
 
     It takes the place of `opacus.validators.ModuleValidator.fix`. BatchNorm of all kinds is taken out by a warm start
-    (`pws.plan`), and so is InstanceNorm with running statistics. Where a norm's scale and shift must stay, they train on.
+    (`pws.plan`), and so is InstanceNorm with running statistics. Where no layer can take a norm over, its scale and shift stay.
 
     - Norms of a model that was never trained hold nothing to keep: its layers are scaled on the images instead.
     - A BatchNorm without running statistics gets those of the images first.
     - Activations and dropout that write over their input no longer do: Opacus' hooks forbid it.
     - LSTM and GRU become Opacus' own layers with the same weights.
 
-    The images must be public. What is set from them is no part of the privacy that Opacus accounts for. Without public images
-    give noise of the same mean and deviation; the error that the report states is then that on the noise.
+    The images must be public: what is set from them is no part of the privacy that Opacus accounts for. They need no labels,
+    and may be of another data set, scaled to the mean and deviation of yours. Noise does where the filters are near mean zero
+    only; the error that is reported is that on the images given, so look at the accuracy too.
 
     Args:
         model: any module. It is left alone.
@@ -89,7 +91,7 @@ def _plan(model: nn.Module, images: Any, form: Form, progress: Progress | None, 
     refused = [module for module in model.modules() if is_refused_norm(module)]
     if not refused:
         return None
-    return plan(
+    planned = plan(
         model,
         images,
         norms=("batch", "instance"),
@@ -99,6 +101,29 @@ def _plan(model: nn.Module, images: Any, form: Form, progress: Progress | None, 
         progress=progress,
         forward=forward,
     )
+    return _with_affines(planned, dict(model.named_modules()))
+
+
+def _with_affines(planned: Plan, modules: dict[str, nn.Module]) -> Plan:
+    """The plan, with a scale and shift in place of each norm that it would keep: private training bears none of them."""
+
+    def bears(step: Step) -> bool:
+        module = modules[step.name]
+        return step.action != "keep" or not is_refused_norm(module) or has_own_forward(module)
+
+    def changed(step: Step) -> Step:
+        reason, channels = f"{step.reason}; its scale and shift stay", channels_of(modules[step.name])
+        return replace(step, action="affine", reason=reason, parameters_after=2 * channels)
+
+    steps = tuple(step if bears(step) else changed(step) for step in planned.steps)
+    constant = {
+        n.name for n, old in zip(steps, planned.steps, strict=True) if n != old and not _trains(modules[n.name])
+    }
+    return replace(planned, steps=steps, fixed=planned.fixed | constant)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _told(planned: Plan | None, changes: Changes) -> str:
