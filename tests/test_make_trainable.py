@@ -427,6 +427,15 @@ def test_it_may_stay_where_it_is_frozen(fault: str) -> None:
     assert not torch.equal(copy.head.weight, before)
 
 
+@pytest.mark.parametrize("kind", ["batch", "group", "free"])
+def test_images_that_do_not_fit(kind: str) -> None:
+    norms = {**NORMS, "free": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False)}
+    with pytest.raises(
+        pws.PwsError, match=r"Sequential can't be run on the example: RuntimeError: .* Give what its forward"
+    ):
+        told(network(norms[kind]), images(4, 5, 12, 12))
+
+
 def test_without_opacus_the_extra_is_named() -> None:
     code = """
 import sys

@@ -12,9 +12,10 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from pws._batch import Forward, example_of, tensors_in
+from pws._batch import Forward, tensors_in
 from pws._errors import PwsError, one_line
 from pws.private.refused_norms import is_refused_norm
+from pws.private.running import run_on
 from pws.surgery.running import branches_run, hooked
 from pws.surgery.stand_ins import Affine, Copy
 
@@ -110,7 +111,7 @@ def _written(model: nn.Module, images: Any, forward: Forward | None) -> list[str
         given.extend((modules[module], tensor, tensor._version) for tensor in tensors_in(output))
 
     with branches_run(model), hooked(list(modules), note):
-        example_of(model, images, forward).outputs(model)
+        run_on(model, images, forward)
     return list(dict.fromkeys(name for name, tensor, version in given if tensor._version != version))
 
 

@@ -10,8 +10,9 @@ from opacus.utils.module_utils import has_trainable_params
 from opacus.validators import ModuleValidator
 from torch import nn
 
-from pws._batch import Forward, example_of
+from pws._batch import Forward
 from pws.private.refused_norms import has_free_statistics
+from pws.private.running import run_on
 from pws.surgery.running import evaluated, input_of, removed_after
 
 
@@ -55,7 +56,7 @@ def measure_statistics(model: nn.Module, images: Any, forward: Forward | None) -
 
     handles = [norm.register_forward_pre_hook(measure, with_kwargs=True) for norm in norms]
     with evaluated(model), removed_after(handles):
-        example_of(model, images, forward).outputs(model)
+        run_on(model, images, forward)
     return [name for norm, name in norms.items() if norm.running_mean is not None]
 
 
