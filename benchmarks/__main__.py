@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "stream": ("stream", "an epoch of 100,000 streamed images: speed, memory, order (two minutes)"),
     "scale": ("scale", "memory per process of a sharded ResNet-50, bytes exchanged per step (a minute)"),
     "warm-start": ("convert.warm_start", "trained networks converted, then fine-tuned (a quarter of an hour)"),
+    "make-trainable": ("convert.make_trainable", "trained networks made trainable for Opacus (ten minutes)"),
     "tables": ("tables", "the tables of README.md and docs filled from the result files (seconds)"),
 }
 """Name to module and line."""
@@ -34,7 +35,7 @@ USAGE: Final = "\n".join(
     [
         "usage: python -m benchmarks NAME [options]     (python -m benchmarks NAME --help tells the options)",
         "",
-        *(f"  {name:12}{line}" for name, (_, line) in COMMANDS.items()),
+        *(f"  {name:15}{line}" for name, (_, line) in COMMANDS.items()),
         "",
         f"Each writes its result to benchmarks/results. {', '.join(GOES_ON)} store each part when it is done,",
         "and go on where they were interrupted when the same command is given again.",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks import RESULTS, ROOT
+from benchmarks.convert.make_trainable import trainable_table
 from benchmarks.convert.tables import conversions_summary, conversions_table
 from benchmarks.convert.warm_start import warm_start_table
 from benchmarks.experiment import PROGRAM
@@ -47,12 +48,13 @@ TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
         "step": step_table,
     },
     "networks": {"accuracy": warm_start_table},
+    "trained_networks": {"accuracy": trainable_table},
     "models": {"summary": conversions_summary, "all": conversions_table},
     "exchanged": {"exchanged": exchanged_table, "memory": memory_table},
     "epochs": {"epochs": epochs_table},
 }
 """By a key of the result (of one of `MADE_BY`), its tables; the first is the main one."""
-MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert", "scale", "stream")
+MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert", "scale", "stream", "make-trainable")
 
 
 def run(arguments: list[str]) -> int:

@@ -96,26 +96,27 @@ def convert_trained(trained: Trained, say: Say) -> dict[str, Any]:
     seed_everything(trained.seed, verbose=False)
     config = DataConfig(trained.dataset, train_images=trained.train_images, batch_size=128, validation=0)
     data = ImageData(config, trained.seed)
-    model = _network(trained, data)
-    _fit(model, data, "bn", LR, trained.epochs)
+    model = network_of(trained, data)
+    fit_network(model, data, "bn", LR, trained.epochs)
     found: dict[str, Any] = dict(trained.settings)
-    found["before"] = _accuracy(model, data)
+    found["before"] = accuracy_of(model, data)
     for images in EXAMPLES:
         numbers = list(range(min(images, len(data.splits.train))))
         example, _ = ImageBatches(data.splits.train, data.splits, seed=0)[0, numbers]
         made = plan(model, example, warm_start=True)
         converted = made.apply()
-        found[f"fitted on {images}"] = _accuracy(converted, data)
+        found[f"fitted on {images}"] = accuracy_of(converted, data)
         found[f"output error, {images}"] = round(made.fit(), 4)
-    _fit(converted, data, "pws", FINE_LR, 1)
-    found["after an epoch"] = _accuracy(converted, data)
-    _fit(model, data, "bn", FINE_LR, 1)
-    found["bn, an epoch more"] = _accuracy(model, data)
+    fit_network(converted, data, "pws", FINE_LR, 1)
+    found["after an epoch"] = accuracy_of(converted, data)
+    fit_network(model, data, "bn", FINE_LR, 1)
+    found["bn, an epoch more"] = accuracy_of(model, data)
     say(", ".join(f"{key} {value}" for key, value in found.items()))
     return found
 
 
-def _network(trained: Trained, data: ImageData) -> nn.Module:
+def network_of(trained: Trained, data: ImageData) -> nn.Module:
+    """Its network with BatchNorm, not trained yet."""
     image, _ = data.splits.test.get([0])
     sizes = {"num_classes": len(data.splits.classes), "in_channels": image.shape[1]}
     if ":" in trained.network:
@@ -123,14 +124,15 @@ def _network(trained: Trained, data: ImageData) -> nn.Module:
     return build_model(trained.network, build_method("bn"), width=trained.width, **sizes)
 
 
-def _fit(model: nn.Module, data: ImageData, method: str, lr: float, epochs: int) -> None:
+def fit_network(model: nn.Module, data: ImageData, method: str, lr: float, epochs: int) -> None:
     """SGD, cosine to 0."""
     module = Classifier(model, OptimConfig(lr=lr), len(data.splits.classes), method=build_method(method))
     with real_interrupts():
         bare_trainer(accelerator="cpu", max_epochs=epochs).fit(module, datamodule=data)
 
 
-def _accuracy(model: nn.Module, data: ImageData) -> float:
+def accuracy_of(model: nn.Module, data: ImageData) -> float:
+    """Percent of the test images."""
     module = Classifier(deepcopy(model), OptimConfig(), len(data.splits.classes))
     with real_interrupts():
         found = bare_trainer(accelerator="cpu").test(module, datamodule=data, verbose=False)

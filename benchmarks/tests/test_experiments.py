@@ -48,8 +48,19 @@ def bench(name: str, out: Path) -> dict[str, Any]:
 
 
 def test_all_commands_are_tested() -> None:
-    experiments = ["initial", "shift", "centred", "depth", "forecast", "cost", "stream", "scale", "warm-start"]
-    assert sorted(COMMANDS) == sorted([*experiments, "accuracy", "speed", "convert", "tables"])
+    experiments = [
+        "initial",
+        "shift",
+        "centred",
+        "depth",
+        "forecast",
+        "cost",
+        "stream",
+        "scale",
+        "warm-start",
+        "make-trainable",
+    ]
+    assert sorted(COMMANDS) == sorted([*experiments, "accuracy", "speed", "convert", "make-trainable", "tables"])
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -181,6 +192,15 @@ def test_warm_start_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest
         "benchmarks.convert.warm_start.convert_trained", lambda *_: pytest.fail("it was trained already")
     )
     assert bench("warm-start", tmp_path)["networks"] == result["networks"]
+
+
+def test_make_trainable_keeps_what_the_fix_of_opacus_loses(tmp_path: Path) -> None:
+    (row,) = bench("make-trainable", tmp_path)["trained_networks"]
+    trained = row["trained, with BatchNorm"]
+    assert trained > 60
+    assert row["make_trainable, images"] > trained - 5
+    assert row["ModuleValidator.fix"] < trained - 30
+    assert "| stack4 x 0.25 | 1200 | 6 | 0 |" in fill_tables("<!-- table make-trainable -->\n<!-- end -->", tmp_path)
 
 
 def test_the_forecast_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import is_lazy
 
 Affine = tuple[Tensor, Tensor]
 """Scale and shift per channel."""
@@ -52,7 +53,7 @@ def is_frozen(norm: nn.Module) -> bool:
 def is_trained(norm: nn.Module) -> bool:
     """Whether its running statistics are those of some data; a frozen one's constants always are."""
     mean, variance = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
-    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or mean.is_meta:
+    if not isinstance(mean, Tensor) or not isinstance(variance, Tensor) or mean.is_meta or is_lazy(mean):
         return False
     return bool(is_frozen(norm) or (mean != 0).any() or (variance != 1).any())
 

@@ -61,8 +61,13 @@ def _follow(
         except REJECTIONS as error:
             if not required:
                 return
-            raise PwsError(
-                f"{type(run.model).__name__} can't be run on the example: {type(error).__name__}: {one_line(error)}. Give what "
-                "its forward takes: a tensor, or a tuple of all its arguments, of a size and device that the model takes."
-            ) from error
+            raise rejected(run.model, error) from error
     follower.end(outputs)
+
+
+def rejected(model: nn.Module, error: Exception) -> PwsError:
+    """The error about an example that a model can't be run on."""
+    return PwsError(
+        f"{type(model).__name__} can't be run on the example: {type(error).__name__}: {one_line(error)}. Give what "
+        "its forward takes: a tensor, or a tuple of all its arguments, of a size and device that the model takes."
+    )
