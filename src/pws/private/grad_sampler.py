@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pws._layers import StandardizedLayer
-from pws.private.kernel_gradient import Samples, parts, product, sampler, weights, wide
+from pws.private.kernel_gradient import Samples, centred_product, parts, sampler, scaled, weights, wide
 from pws.private.standardization import standardization
 
 
@@ -46,15 +46,21 @@ def bias_gradients(layer: nn.Module, dy: Tensor) -> Tensor:
 
 
 def _kernel_parameters(layer: StandardizedLayer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and alpha (see `Standardization`)."""
+    """The gradients of weight and alpha (see `Standardization`).
+
+    The filters' scale enters with L, which is small, and is taken out of alpha's gradient again. As a factor of G it would
+    cost a pass over all gradients.
+    """
     known = standardization(layer, wide(dy))
     filters, fan_in = known.h.shape
+    dead_O1 = known.scale == 0
+    scale_O1 = known.scale.masked_fill(dead_O1, 1.0)
     dw_BOK, dalpha_BO = dy.new_empty(len(dy), filters, fan_in), dy.new_empty(len(dy), filters)
     for part, found in parts(layer, x, dy):
-        G_BOK = product(layer, found)
-        mean_BO1 = G_BOK.mean(2, keepdim=True)
-        along_BO1 = torch.linalg.vecdot(G_BOK, known.h).unsqueeze(2) / fan_in
-        G_BOK.addcmul_(known.h, along_BO1, value=-1)
-        torch.addcmul(-known.scale * mean_BO1, G_BOK, known.scale, out=dw_BOK[part])
-        dalpha_BO[part] = known.c * fan_in * along_BO1[..., 0]
+        G_BOK = centred_product(layer, scaled(found, scale_O1))
+        along_BO1 = torch.linalg.vecdot(G_BOK, known.h).unsqueeze(2)
+        torch.addcmul(G_BOK, known.h, along_BO1, value=-1 / fan_in, out=dw_BOK[part])
+        dalpha_BO[part] = (known.c * along_BO1 / scale_O1)[..., 0]
+    if bool(dead_O1.any()):
+        dw_BOK.masked_fill_(dead_O1, 0.0)
     return weights(layer, dw_BOK), dalpha_BO
