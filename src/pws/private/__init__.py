@@ -1,12 +1,8 @@
-"""Private training with Opacus. Needs the extra `private`."""
+"""Private training with Opacus; needs the extra `private`. Importing it makes the samplers below known to Opacus."""
 
-from pws._errors import PwsError
-
-try:
-    import opacus as _opacus  # noqa: F401
-except ModuleNotFoundError as _error:
-    raise PwsError(f"pws.private needs {_error.name}: pip install 'pws-torch[private]'.") from _error
-
+from pws.private import _register as _register  # first: it says what is missing
+from pws.private.grad_sampler import standardized_grad_sample
 from pws.private.make_trainable import make_trainable
+from pws.private.norm_sampler import conv_norm_sample, standardized_norm_sample
 
-__all__ = ["make_trainable"]
+__all__ = ["conv_norm_sample", "make_trainable", "standardized_grad_sample", "standardized_norm_sample"]

@@ -1,0 +1,66 @@
+"""The gradients per sample of a layer of PWS, registered in Opacus (`_register`).
+
+Opacus looks a layer up by its exact class. Without this, layers of PWS would be differentiated by functorch, which convolves
+each sample on its own. A subclass registers itself: `register_grad_sampler(Mine)(standardized_grad_sample)`.
+
+The average gradient is removed before Opacus clips, so it uses up none of the clip norm.
+
+Shape letters: B samples, O filters, K entries of a filter (the fan-in n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pws._layers import StandardizedLayer
+from pws.private.kernel_gradient import Samples, centred_product, parts, sampler, scaled, weights, wide
+from pws.private.standardization import standardization
+
+
+@sampler
+def standardized_grad_sample(layer: StandardizedLayer, activations: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """Make the gradient of each sample in weight, alpha and bias, those that are trained.
+
+    Args:
+        layer: any layer of PWS; its padding mode, groups, stride and dilation are what they are.
+        activations: its input alone, `(B, ...)`.
+        backprops: the gradient of its output, `(B, ...)`, of which the result takes its dtype; sums are in float32 at least.
+
+    Returns:
+        A parameter to its gradients, `(B, *parameter.shape)`.
+    """
+    found: Samples = {}
+    if layer.weight.requires_grad or layer.alpha.requires_grad:
+        found[layer.weight], found[layer.alpha] = _kernel_parameters(layer, activations[0], backprops)
+    if layer.bias is not None:
+        found[layer.bias] = bias_gradients(layer, backprops)
+    return {parameter: gradients for parameter, gradients in found.items() if parameter.requires_grad}
+
+
+def bias_gradients(layer: nn.Module, dy: Tensor) -> Tensor:
+    """The output's gradient summed over the positions, `(B, O)`."""
+    return torch.einsum("b...o->bo" if isinstance(layer, nn.Linear) else "bo...->bo", dy)
+
+
+def _kernel_parameters(layer: StandardizedLayer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and alpha (see `Standardization`).
+
+    The filters' scale enters with L, which is small, and is taken out of alpha's gradient again. As a factor of G it would
+    cost a pass over all gradients.
+    """
+    known = standardization(layer, wide(dy))
+    filters, fan_in = known.h.shape
+    dead_O1 = known.scale == 0
+    scale_O1 = known.scale.masked_fill(dead_O1, 1.0)
+    dw_BOK, dalpha_BO = dy.new_empty(len(dy), filters, fan_in), dy.new_empty(len(dy), filters)
+    for part, found in parts(layer, x, dy):
+        G_BOK = centred_product(layer, scaled(found, scale_O1))
+        along_BO1 = torch.linalg.vecdot(G_BOK, known.h).unsqueeze(2)
+        torch.addcmul(G_BOK, known.h, along_BO1, value=-1 / fan_in, out=dw_BOK[part])
+        dalpha_BO[part] = (known.c * along_BO1 / scale_O1)[..., 0]
+    if bool(dead_O1.any()):
+        dw_BOK.masked_fill_(dead_O1, 0.0)
+    return weights(layer, dw_BOK), dalpha_BO
