@@ -59,13 +59,14 @@ __all__ = [
 ]
 
 if _typing.TYPE_CHECKING:
+    from pws import private as private
     from pws import training as training
 else:
 
     def __getattr__(name: str) -> object:
-        """`pws.training`, which needs more than torch, is imported when it is asked for."""
-        if name != "training":
+        """Rooms that need more than torch are imported when they are asked for."""
+        if name not in ("private", "training"):
             raise AttributeError(f"module 'pws' has no attribute {name!r}")
         import importlib
 
-        return importlib.import_module("pws.training")
+        return importlib.import_module(f"pws.{name}")

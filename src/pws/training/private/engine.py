@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,10 +94,9 @@ def noise_for(config: PrivacyConfig, images: int, batch_size: int, steps: int) -
 
 
 def _engine(config: PrivacyConfig) -> PrivacyEngine:
-    try:
-        from opacus import PrivacyEngine
-    except ImportError as error:
-        raise PwsError("a private run needs Opacus: pip install 'pws-torch[private]'.") from error
+    import_module("pws.private")  # makes the samplers of pws layers known; says if Opacus is missing
+    from opacus import PrivacyEngine
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # docs/privacy.md tells of secure random numbers
         return PrivacyEngine(accountant=config.accountant)
