@@ -30,7 +30,7 @@ SMALL = (
     "--trainer.max_steps=1",
     "--trainer.epochs=1",
 )
-PUBLISHED = {"allconv": 2, "preact": 2, "cifar-resnet34": 3, "resnet50": 3}
+PUBLISHED = {"allconv": 2, "wrn16-4": 2, "preact": 2, "cifar-resnet34": 3, "resnet50": 3}
 DETECTORS = {
     **{"mask-rcnn-resnet50": 2, "faster-rcnn-resnet50": 2, "ssd-vgg16": 3},
     **{"mask-rcnn-resnet18": 1, "faster-rcnn-resnet18": 1},
@@ -49,7 +49,7 @@ def test_all_are_here() -> None:
     detectors = [load_recipe(path).model.name for path in recipes("detect")]
     assert {name: detectors.count(name) for name in detectors} == DETECTORS
     names = [load_recipe(path).model.name for path in recipes()]
-    assert len(names) == 13
+    assert len(names) == 15
     fashion = [path for path in recipes() if path.stem.startswith("fashion-mnist")]
     assert len(fashion) == 2
     for name, count in PUBLISHED.items():

@@ -33,6 +33,12 @@ def _preact(blocks: int) -> Callable[..., nn.Module]:
     return partial(ResNet, Design((blocks,) * 3, (16, 32, 64), (2, 2, 1), True, False, end_norms=False))
 
 
+def _wide(blocks: int, factor: int) -> Callable[..., nn.Module]:
+    """Zagoruyko and Komodakis 2016: WRN-(6 * blocks + 4)-factor."""
+    widths = tuple(channels * factor for channels in (16, 32, 64))
+    return partial(ResNet, Design((blocks,) * 3, widths, (1, 2, 2), False, False, stem=16))
+
+
 MODELS: Final[Mapping[str, Callable[..., nn.Module]]] = MappingProxyType(
     {
         "allconv": AllConv,
@@ -40,6 +46,7 @@ MODELS: Final[Mapping[str, Callable[..., nn.Module]]] = MappingProxyType(
         **{f"preact{9 * blocks + 2}": _preact(blocks) for blocks in (1, 3, 11)},
         **{f"cifar-resnet{depth}": _resnet(depth, imagenet_stem=False) for depth in (18, 34)},
         **{f"resnet{depth}": _resnet(depth, imagenet_stem=True) for depth in _DEPTHS},
+        **{"wrn16-4": _wide(2, 4), "wrn40-4": _wide(6, 4)},
         **{f"stack{depth}": partial(Stack, depth) for depth in (4, 8, 10, 16, 20, 32, 100)},
     }
 )

@@ -31,6 +31,8 @@ class Design:
     """A 7x7 convolution with stride 2 and a max-pool; else a 3x3 convolution."""
     end_norms: bool = True
     """Whether methods with an `end_norm` use it; else they do as methods without any norm."""
+    stem: int = 64
+    """Channels of the stem."""
 
 
 class Block(nn.Module):
@@ -88,7 +90,7 @@ class ResNet(nn.Module):
         super().__init__()
         end_norm = method.end_norm if design.end_norms and method.norm is None else None
         scale = 2**-0.5 if method.norm is None and end_norm is None and method.end_branch is None else 1.0
-        channels = _scaled(64, width)
+        channels = _scaled(design.stem, width)
         kernel, stride = (7, 2) if design.imagenet_stem else (3, 1)
         bias = method.norm is None
         self.stem = method.conv(in_channels, channels, kernel, stride=stride, padding=kernel // 2, bias=bias)
