@@ -32,7 +32,8 @@ def of_kind(model: nn.Module, *kinds: type[nn.Module]) -> list[nn.Module]:
 def test_names() -> None:
     stacks = {f"stack{depth}" for depth in (4, 8, 10, 16, 20, 32, 100)}
     preacts = {"preact", "preact11", "preact29", "preact101"}
-    assert set(MODELS) == {"allconv", "cifar-resnet18", "cifar-resnet34", *preacts, *RESNETS, *stacks}
+    wide = {"wrn16-4", "wrn40-4"}
+    assert set(MODELS) == {"allconv", "cifar-resnet18", "cifar-resnet34", *wide, *preacts, *RESNETS, *stacks}
 
 
 @pytest.mark.parametrize("depth", [4, 8, 10, 16, 20, 32, 100])
@@ -57,6 +58,13 @@ def test_every_network_trains_with_every_method(name: str, method: str) -> None:
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
         assert parameter.grad.any(), f"{key} does not take part"
+
+
+@pytest.mark.parametrize(("name", "published"), [("wrn16-4", 2.7e6), ("wrn40-4", 8.9e6)])
+def test_wide_networks_have_the_published_number_of_parameters(name: str, published: float) -> None:
+    """Zagoruyko and Komodakis 2016, tables 4 and 5, in millions to a digit."""
+    count = sum(parameter.numel() for parameter in on_meta(name, "bn").parameters())
+    assert count == pytest.approx(published, rel=0.03)
 
 
 @pytest.mark.parametrize("name", RESNETS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from typing import Final
 from weakref import WeakSet
@@ -11,18 +12,26 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 _asked: Final[WeakSet[Optimizer]] = WeakSet()
+_without_scaler: list[int] = []
+"""The references to each kind of scaler when none was in use. Objects refer to their class: as many mean that none is now."""
 
 
 def notice_scaled_gradients(optimizer: Optimizer) -> None:
     """Warn if a scaler is in use that has unscaled no gradients since its last update. For a step that is cut; asked once per
-    optimizer, for it takes a tenth of a second.
+    optimizer, and looked for where a scaler may have been made since: that takes a tenth of a second.
 
     Gradients do not tell that they are scaled, nor optimizers that a scaler serves them: so it is looked for.
     """
     if optimizer in _asked:
         return
     _asked.add(optimizer)
-    for scaler in _scalers_in_use():
+    kinds = _kinds()
+    references = [sys.getrefcount(kind) for kind in kinds]
+    if references == _without_scaler:
+        return
+    scalers = _scalers_in_use(kinds)
+    _without_scaler[:] = [] if scalers else references
+    for scaler in scalers:
         stages = [state["stage"] for state in scaler._per_optimizer_states.values()]
         if OptState.UNSCALED not in stages and scaler.get_scale() > 1:
             warnings.warn(
@@ -35,11 +44,15 @@ def notice_scaled_gradients(optimizer: Optimizer) -> None:
             return
 
 
-def _scalers_in_use() -> list[GradScaler]:
-    """Those that have scaled a loss."""
+def _kinds() -> list[type[GradScaler]]:
     kinds: list[type[GradScaler]] = [GradScaler]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
+    return kinds
+
+
+def _scalers_in_use(kinds: list[type[GradScaler]]) -> list[GradScaler]:
+    """Those that have scaled a loss."""
     # An object refers to its class: so this is found in a fraction of the time that a look at all objects takes.
     found = [item for item in gc.get_referrers(*kinds) if type(item) in kinds]
     return [scaler for scaler in found if scaler.is_enabled() and scaler._scale is not None]

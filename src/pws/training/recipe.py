@@ -71,9 +71,10 @@ class ModelConfig:
 
     Args:
         name: allconv; preact (56 layers), preact11, 29, 101; cifar-resnet18, 34; wrn16-4, wrn40-4; resnet18, 34, 50, 101, 152;
-            stack4, 8, 10, 16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory: a model with BatchNorm, which the
-            method replaces. For task detect: FAMILY-BACKBONE, such as mask-rcnn-resnet18; families faster-rcnn, mask-rcnn,
-            keypoint-rcnn, retinanet and fcos on resnet18, 34, 50 and mobilenetv3; ssd-vgg16 and ssdlite-mobilenetv3.
+            stack4, 8, 10, 16, 20, 32, 100. Or torchvision:NAME, timm:NAME or package.module:factory: a model with BatchNorm,
+            which the method replaces. For task detect: FAMILY-BACKBONE, such as mask-rcnn-resnet18; families faster-rcnn,
+            mask-rcnn, keypoint-rcnn, retinanet and fcos on resnet18, 34, 50 and mobilenetv3; ssd-vgg16 and
+            ssdlite-mobilenetv3.
         method: none, bn, gn, ws, nf, pws-paper or pws. For networks of this package also ln, in, sn, frn, wn, centred, gc or
             skipinit; for models of others and detectors also frozen-bn, whose norms keep the statistics that they have.
         width: factor on the number of channels of every layer.
