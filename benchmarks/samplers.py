@@ -176,12 +176,12 @@ def norms_of(sampled: Any, mode: str) -> Tensor:
 
 
 def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
-    figure = new_figure(9, 2 + len(found))
+    figure = new_figure(9, 3 + len(found))
     for axes, mode in zip(figure.subplots(1, 2, sharey=True), ROWS, strict=True):
         for number, row in enumerate(ROWS[mode]):
             middles = [modes[mode][row]["ratio"][1] for modes in found.values()]
             axes.barh([place + 0.2 * number for place in range(len(found))], middles, height=0.2, label=row)
         axes.set_yticks([place + 0.3 for place in range(len(found))], list(found))
         axes.set_xlabel(f"time beside Conv2d in Opacus, {mode}")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save_figure(figure, path)

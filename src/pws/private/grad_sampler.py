@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pws._layers import StandardizedLayer
-from pws.private.kernel_gradient import Samples, centred_product, parts, sampler, scaled, weights, wide
+from pws.private.kernel_gradient import Samples, parts, product, sampler, samples_at_once, weights, wide
 from pws.private.standardization import standardization
 
 
@@ -48,19 +48,22 @@ def bias_gradients(layer: nn.Module, dy: Tensor) -> Tensor:
 def _kernel_parameters(layer: StandardizedLayer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of weight and alpha (see `Standardization`).
 
-    The filters' scale enters with L, which is small, and is taken out of alpha's gradient again. As a factor of G it would
-    cost a pass over all gradients.
+    They are those of batch norm over channels that are the filters of each sample, N of them, and positions that are a filter's
+    entries: one fused operator.
     """
     known = standardization(layer, wide(dy))
-    filters, fan_in = known.h.shape
-    dead_O1 = known.scale == 0
-    scale_O1 = known.scale.masked_fill(dead_O1, 1.0)
+    filters, fan_in = known.w.shape
+    most = min(len(dy), samples_at_once(layer, x, dy))
+    w_NK, factor_N = known.w.repeat(most, 1), known.factor.repeat(most)
+    mean_N, rstd_N = known.mean.repeat(most), known.rstd.repeat(most)
     dw_BOK, dalpha_BO = dy.new_empty(len(dy), filters, fan_in), dy.new_empty(len(dy), filters)
     for part, found in parts(layer, x, dy):
-        G_BOK = centred_product(layer, scaled(found, scale_O1))
-        along_BO1 = torch.linalg.vecdot(G_BOK, known.h).unsqueeze(2)
-        torch.addcmul(G_BOK, known.h, along_BO1, value=-1 / fan_in, out=dw_BOK[part])
-        dalpha_BO[part] = (known.c * along_BO1 / scale_O1)[..., 0]
-    if bool(dead_O1.any()):
-        dw_BOK.masked_fill_(dead_O1, 0.0)
+        G_1NK = product(layer, found).view(1, -1, fan_in)
+        count = G_1NK.shape[1]
+        dw_1NK, along_N, _ = torch.ops.aten.native_batch_norm_backward(
+            *(G_1NK, w_NK[:count].unsqueeze(0), factor_N[:count], None, None, mean_N[:count], rstd_N[:count]),
+            *(True, 0.0, [True, True, False]),
+        )
+        dw_BOK[part] = dw_1NK.view(-1, filters, fan_in)
+        dalpha_BO[part] = known.c * along_N.view(-1, filters)
     return weights(layer, dw_BOK), dalpha_BO
