@@ -1,7 +1,7 @@
 """The norm of each sample's gradient for ghost clipping, without the gradients of all samples, registered in Opacus.
 
-Opacus has one for Linear, none for convolutions. The square of a sample's gradient `G = L R^T` (see `kernel_gradient`) is
-had in two ways, of which each layer takes the cheaper one:
+Opacus has one for Linear, none for convolutions. (A layer that has one may run once per forward pass; Opacus says so.) The
+square of a sample's gradient `G = L R^T` (see `kernel_gradient`) is had in two ways, and each layer takes the cheaper one:
 
     Gram matrices    |G|^2 = sum((L^T L) * (R^T R)),     two matrices (P, P)
     the gradient     |G|^2 = sum(G^2),                   one matrix (O, K), made for a few samples at a time
@@ -69,7 +69,7 @@ def takes_gram(layer: Any, positions: int) -> bool:
         Gram matrices   P^2 (K + O) + TOUCH 2 P^2,   and P K O for the forward pass of a standardized kernel
         the gradient    P K O       + TOUCH K O
 
-    Where they are for a plain kernel, they are smaller too: few positions, large kernels.
+    They are with few positions and large kernels. The two matrices then hold less than twice the numbers of the gradient.
     """
     filters, fan_in = len(layer.weight) // getattr(layer, "groups", 1), layer.weight[0].numel()
     forward = positions * fan_in * filters if isinstance(layer, StandardizedLayer) else 0
