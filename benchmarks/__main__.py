@@ -25,6 +25,10 @@ COMMANDS: Final = {
     "convert": ("convert.command", "161 models of torchvision and timm converted and checked (half an hour)"),
     "stream": ("stream", "an epoch of 100,000 streamed images: speed, memory, order (two minutes)"),
     "scale": ("scale", "memory per process of a sharded ResNet-50, bytes exchanged per step (a minute)"),
+    "samplers": (
+        "samplers",
+        "gradients per sample in Opacus: its sampler, ours, functorch; ghost clipping (six minutes)",
+    ),
     "warm-start": ("convert.warm_start", "trained networks converted, then fine-tuned (a quarter of an hour)"),
     "make-trainable": ("convert.make_trainable", "trained networks made trainable for Opacus (ten minutes)"),
     "tables": ("tables", "the tables of README.md and docs filled from the result files (seconds)"),

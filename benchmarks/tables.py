@@ -21,6 +21,7 @@ from benchmarks.convert.make_trainable import trainable_table
 from benchmarks.convert.tables import conversions_summary, conversions_table
 from benchmarks.convert.warm_start import warm_start_table
 from benchmarks.experiment import PROGRAM
+from benchmarks.sampler_tables import ghost_table, hooks_table
 from benchmarks.scale import exchanged_table, memory_table
 from benchmarks.speed.tables import images_table, kept_table, peak_table, ratio_table, step_table
 from benchmarks.stream import epochs_table
@@ -52,9 +53,10 @@ TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
     "models": {"summary": conversions_summary, "all": conversions_table},
     "exchanged": {"exchanged": exchanged_table, "memory": memory_table},
     "epochs": {"epochs": epochs_table},
+    "samplers": {"hooks": hooks_table, "ghost": ghost_table},
 }
 """By a key of the result (of one of `MADE_BY`), its tables; the first is the main one."""
-MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert", "scale", "stream", "make-trainable")
+MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert", "scale", "stream", "make-trainable", "samplers")
 
 
 def run(arguments: list[str]) -> int:

@@ -242,6 +242,16 @@ def test_no_samples_give_no_step(mode: str) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, (kind, *_) in STANDARDIZED.items() if kind in ("Conv1d", "Conv2d", "Conv3d")]
+)
+def test_gradients_of_torchs_convolutions_are_right_whatever_the_padding(name: str) -> None:
+    layer, x = layer_of(nn, name)
+    dy = torch.randn_like(layer(x))
+    found = sampled(GradSampleHooks.GRAD_SAMPLERS[type(layer)], layer, x, dy)
+    assert_gradients(found, one_by_one(layer, x, dy))
+
+
 def test_a_network_of_layers_needs_no_functorch() -> None:
     model = GradSampleModule(layers())
     assert not any(hasattr(module, "ft_compute_sample_grad") for module in model.modules())

@@ -8,12 +8,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from opacus.grad_sample import GradSampleHooksFastGradientClipping
 from torch import nn
 
+import pws
 from benchmarks.__main__ import COMMANDS, main
+from benchmarks.samplers import QUICK_CASES, ROWS, check_parity
 from benchmarks.tables import fill_tables
 from benchmarks.theory import forecast as forecasts
 from benchmarks.theory.centring import CentreGradient
@@ -24,6 +28,7 @@ from benchmarks.theory.watched import MOST_POINTS, WatchedRun, shift_shares, tra
 from pws.diagnosis import diagnose
 from pws.methods import build_method
 from pws.models import build_model
+from pws.private import standardized_norm_sample
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +62,7 @@ def test_all_commands_are_tested() -> None:
         "cost",
         "stream",
         "scale",
+        "samplers",
         "warm-start",
         "make-trainable",
     ]
@@ -134,6 +140,21 @@ def test_two_processes_hold_half_each(tmp_path: Path) -> None:
     layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert result["exchanged"]["SyncBatchNorm"]["collectives"] == 2 * len(layers)
     assert result["exchanged"]["PWS, FSDP2"]["collectives"] == 1
+
+
+def test_samplers_are_timed_beside_opacus(tmp_path: Path) -> None:
+    modes = bench("samplers", tmp_path)["samplers"]["2 convolutions"]
+    assert {mode: list(rows) for mode, rows in modes.items()} == {mode: list(rows) for mode, rows in ROWS.items()}
+    assert all(rows["Conv2d, Opacus"]["ratio"] == [1, 1, 1] for rows in modes.values())
+    assert all(cost["peak"] > 0 for rows in modes.values() for cost in rows.values())
+    text = "<!-- table samplers ghost -->\n<!-- end -->\n"
+    assert "| 2 convolutions | 1.00, " in fill_tables(text, tmp_path)
+
+
+def test_a_sampler_that_finds_other_norms_is_not_timed() -> None:
+    wrong = {pws.Conv2d: lambda *given: {p: 2 * n for p, n in standardized_norm_sample(*given).items()}}
+    with patch.dict(GradSampleHooksFastGradientClipping.NORM_SAMPLERS, wrong), pytest.raises(AssertionError):
+        check_parity(QUICK_CASES["2 convolutions"], "ghost")
 
 
 def test_a_watched_run_measures_all_layers() -> None:

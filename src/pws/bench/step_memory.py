@@ -15,7 +15,7 @@ MEMORY: Final = "[memory]"
 """The name of the profiler's events of the allocator."""
 
 
-def kept_by(run: Callable[[], None], model: nn.Module) -> int:
+def kept_by(run: Callable[[], object], model: nn.Module) -> int:
     """Bytes of the tensors that autograd keeps for the backward pass, without the parameters."""
     with _kept(model) as kept:
         run()

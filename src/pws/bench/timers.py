@@ -22,6 +22,8 @@ class TimedStep:
 
     run: Callable[[], None]
     model: nn.Module
+    forward: Callable[[], object] | None = None
+    """The part that keeps tensors for the backward pass, where the whole can't be watched."""
 
 
 Builder = Callable[[], TimedStep]
@@ -76,7 +78,7 @@ class TimerHere:
         """See `Timer`."""
         self._step.model.zero_grad()  # a step starts by letting go of the gradients of the one before
         peak = peak_of(self._step.run)
-        return StepMemory(kept_by(self._step.run, self._step.model), peak)
+        return StepMemory(kept_by(self._step.forward or self._step.run, self._step.model), peak)
 
 
 class TimerApart:

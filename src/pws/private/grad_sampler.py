@@ -11,12 +11,13 @@ Shape letters: B samples, O filters, K entries of a filter (the fan-in n).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pws._layers import StandardizedLayer
-from pws.private.kernel_gradient import Samples, centred_product, parts, sampler, scaled, weights, wide
+from pws.private.kernel_gradient import Samples, parts, product, sampler, samples_at_once, weights, wide
 from pws.private.standardization import standardization
 
 
@@ -40,6 +41,22 @@ def standardized_grad_sample(layer: StandardizedLayer, activations: Sequence[Ten
     return {parameter: gradients for parameter, gradients in found.items() if parameter.requires_grad}
 
 
+@sampler
+def conv_grad_sample(layer: Any, activations: Sequence[Tensor], backprops: Tensor) -> Samples:
+    """Make the gradient of each sample in weight and bias of a torch.nn convolution that pads otherwise than by zeros.
+
+    Opacus takes every padding for zeros: the gradients would be wrong, and so the norms to which they are clipped.
+    """
+    found: Samples = {}
+    if layer.weight.requires_grad:
+        each = [product(layer, of_part) for _, of_part in parts(layer, activations[0], backprops)]
+        rows_BOK = torch.cat(each) if each else backprops.new_zeros(0, *layer.weight.flatten(1).shape)
+        found[layer.weight] = weights(layer, rows_BOK.to(backprops.dtype))
+    if layer.bias is not None and layer.bias.requires_grad:
+        found[layer.bias] = bias_gradients(layer, backprops)
+    return found
+
+
 def bias_gradients(layer: nn.Module, dy: Tensor) -> Tensor:
     """The output's gradient summed over the positions, `(B, O)`."""
     return torch.einsum("b...o->bo" if isinstance(layer, nn.Linear) else "bo...->bo", dy)
@@ -48,19 +65,22 @@ def bias_gradients(layer: nn.Module, dy: Tensor) -> Tensor:
 def _kernel_parameters(layer: StandardizedLayer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of weight and alpha (see `Standardization`).
 
-    The filters' scale enters with L, which is small, and is taken out of alpha's gradient again. As a factor of G it would
-    cost a pass over all gradients.
+    They are those of batch norm over channels that are the filters of each sample, N of them, and positions that are a filter's
+    entries: one fused operator.
     """
     known = standardization(layer, wide(dy))
-    filters, fan_in = known.h.shape
-    dead_O1 = known.scale == 0
-    scale_O1 = known.scale.masked_fill(dead_O1, 1.0)
+    filters, fan_in = known.w.shape
+    most = min(len(dy), samples_at_once(layer, x, dy))
+    w_NK, factor_N = known.w.repeat(most, 1), known.factor.repeat(most)
+    mean_N, rstd_N = known.mean.repeat(most), known.rstd.repeat(most)
     dw_BOK, dalpha_BO = dy.new_empty(len(dy), filters, fan_in), dy.new_empty(len(dy), filters)
     for part, found in parts(layer, x, dy):
-        G_BOK = centred_product(layer, scaled(found, scale_O1))
-        along_BO1 = torch.linalg.vecdot(G_BOK, known.h).unsqueeze(2)
-        torch.addcmul(G_BOK, known.h, along_BO1, value=-1 / fan_in, out=dw_BOK[part])
-        dalpha_BO[part] = (known.c * along_BO1 / scale_O1)[..., 0]
-    if bool(dead_O1.any()):
-        dw_BOK.masked_fill_(dead_O1, 0.0)
+        G_1NK = product(layer, found).view(1, -1, fan_in)
+        count = G_1NK.shape[1]
+        dw_1NK, along_N, _ = torch.ops.aten.native_batch_norm_backward(
+            *(G_1NK, w_NK[:count].unsqueeze(0), factor_N[:count], None, None, mean_N[:count], rstd_N[:count]),
+            *(True, 0.0, [True, True, False]),
+        )
+        dw_BOK[part] = dw_1NK.view(-1, filters, fan_in)
+        dalpha_BO[part] = known.c * along_N.view(-1, filters)
     return weights(layer, dw_BOK), dalpha_BO

@@ -49,10 +49,20 @@ def wide(dy: Tensor) -> torch.dtype:
 
 def parts(layer: nn.Module, x: Tensor, dy: Tensor) -> Iterator[tuple[slice, Matrices]]:
     """Some samples at a time, their L and R in float32 at least: no memory is needed for those of all samples."""
-    dtype, step = wide(dy), _samples_at_once(layer, x, dy)
+    dtype, step = wide(dy), samples_at_once(layer, x, dy)
     for start in range(0, len(dy), step):
         part = slice(start, start + step)
         yield part, matrices(layer, x[part].to(dtype), dy[part].to(dtype))
+
+
+def samples_at_once(layer: Any, x: Tensor, dy: Tensor) -> int:
+    """How many samples are worked on together."""
+    channel = -1 if isinstance(layer, nn.Linear) else 1
+    seen, other = (dy, x) if isinstance(layer, TRANSPOSED) else (x, dy)
+    patch: int = seen.shape[channel] * layer.weight.shape[2:].numel()
+    largest = max(1, layer.weight.numel(), max(patch, other.shape[channel]) * positions_of(layer, x, dy))
+    numbers: int = AT_ONCE.get(dy.device.type, AT_ONCE_ELSEWHERE) // largest
+    return max(1, numbers)
 
 
 def matrices(layer: Any, x: Tensor, dy: Tensor) -> Matrices:
@@ -86,28 +96,10 @@ def weights(layer: Any, rows_BOK: Tensor) -> Tensor:
     return rows_BOK.reshape(len(rows_BOK), *shape)
 
 
-def scaled(found: Matrices, scale_O1: Tensor) -> Matrices:
-    """The same with the filters of L times `scale`, and so those of G."""
-    left, right = found
-    entries = (
-        left.shape[1] * left.shape[2] // len(scale_O1)
-    )  # a transposed convolution's patches have several per filter
-    return left * scale_O1.expand(-1, entries).reshape(left.shape[1], -1, 1), right
-
-
 def product(layer: nn.Module, found: Matrices) -> Tensor:
     """`G` of each sample, `(B, O, K)`."""
     left, right = found
     return torch.matmul(left, right.mT).view(len(left), filters_of(layer), -1)
-
-
-def centred_product(layer: nn.Module, found: Matrices) -> Tensor:
-    """`G - mean(G)` of each sample, `(B, O, K)`."""
-    left, right = found
-    if left.shape[2] > left.shape[3] and not isinstance(layer, TRANSPOSED):  # the patches are smaller than G
-        return product(layer, (left, right - right.mean(2, keepdim=True)))
-    G_BOK = product(layer, found)
-    return G_BOK.sub_(G_BOK.mean(2, keepdim=True))
 
 
 def filters_of(layer: Any) -> int:
@@ -120,15 +112,6 @@ def positions_of(layer: nn.Module, x: Tensor, dy: Tensor) -> int:
     if isinstance(layer, nn.Linear):
         return dy.shape[1:-1].numel()
     return (x if isinstance(layer, TRANSPOSED) else dy).shape[2:].numel()
-
-
-def _samples_at_once(layer: Any, x: Tensor, dy: Tensor) -> int:
-    channel = -1 if isinstance(layer, nn.Linear) else 1
-    seen, other = (dy, x) if isinstance(layer, TRANSPOSED) else (x, dy)
-    patch: int = seen.shape[channel] * layer.weight.shape[2:].numel()
-    largest = max(1, layer.weight.numel(), max(patch, other.shape[channel]) * positions_of(layer, x, dy))
-    numbers: int = AT_ONCE.get(dy.device.type, AT_ONCE_ELSEWHERE) // largest
-    return max(1, numbers)
 
 
 def _columns(features: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The norm of each sample's gradient for ghost clipping, without the gradients of all samples, registered in Opacus.
 
-Opacus has one for Linear, none for convolutions. The square of a sample's gradient `G = L R^T` (see `kernel_gradient`) is
-had in two ways, of which each layer takes the cheaper one:
+Opacus has one for Linear, none for convolutions. (A layer that has one may run once per forward pass; Opacus says so.) The
+square of a sample's gradient `G = L R^T` (see `kernel_gradient`) is had in two ways, and each layer takes the cheaper one:
 
     Gram matrices    |G|^2 = sum((L^T L) * (R^T R)),     two matrices (P, P)
     the gradient     |G|^2 = sum(G^2),                   one matrix (O, K), made for a few samples at a time
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from pws._layers import StandardizedLayer
 from pws.private.grad_sampler import bias_gradients
-from pws.private.kernel_gradient import Samples, centred_product, parts, positions_of, product, sampler, scaled, wide
+from pws.private.kernel_gradient import Samples, parts, positions_of, product, sampler, wide
 from pws.private.standardization import Standardization, standardization
 
 TOUCH: Final = 16
@@ -69,7 +69,7 @@ def takes_gram(layer: Any, positions: int) -> bool:
         Gram matrices   P^2 (K + O) + TOUCH 2 P^2,   and P K O for the forward pass of a standardized kernel
         the gradient    P K O       + TOUCH K O
 
-    Where they are for a plain kernel, they are smaller too: few positions, large kernels.
+    They are with few positions and large kernels. The two matrices then hold less than twice the numbers of the gradient.
     """
     filters, fan_in = len(layer.weight) // getattr(layer, "groups", 1), layer.weight[0].numel()
     forward = positions * fan_in * filters if isinstance(layer, StandardizedLayer) else 0
@@ -95,16 +95,17 @@ def _standardized_squares(
     layer: StandardizedLayer, x: Tensor, dy: Tensor, known: Standardization
 ) -> tuple[Tensor, Tensor]:
     """`|d w|^2` of each sample `(B,)`, and `a` `(B, O)`."""
-    h_OK, scale_O = known.h, known.scale[:, 0]
+    h_OK, scale_O = known.h, known.scale
     fan_in, gram = h_OK.shape[1], takes_gram(layer, positions_of(layer, x, dy))
     squares_B, along_BO = h_OK.new_empty(len(dy)), h_OK.new_empty(len(dy), len(h_OK))
-    for part, found in parts(layer, x, dy):
+    for part, (left, right) in parts(layer, x, dy):
         if gram:
-            left, right = scaled(found, known.scale)
-            squares_B[part] = _gram(left, right - right.mean(2, keepdim=True))
+            scale_GM1 = scale_O.view(left.shape[1], -1, 1)
+            squares_B[part] = _gram(left * scale_GM1, right - right.mean(2, keepdim=True))
         else:
-            G_BOK = centred_product(layer, found)
+            G_BOK = product(layer, (left, right))
             along_BO[part] = torch.linalg.vecdot(G_BOK, h_OK)
+            G_BOK -= G_BOK.mean(2, keepdim=True)
             squares_B[part] = _square(G_BOK) @ scale_O.square()
     if gram:
         along_BO = bias_gradients(layer, _forward(layer, x.to(h_OK.dtype), h_OK) * dy)

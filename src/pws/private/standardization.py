@@ -26,19 +26,36 @@ class Standardization:
     """
 
     c: float
-    h: Tensor
+    w: Tensor
     """`(O, K)`."""
-    scale: Tensor
-    """`c alpha r`, `(O, 1)`."""
+    mean: Tensor
+    """`m`, `(O,)`."""
+    rstd: Tensor
+    """`r`, `(O,)`."""
+    factor: Tensor
+    """`c alpha`, `(O,)`."""
+
+    @property
+    def h(self) -> Tensor:
+        """`(O, K)`."""
+        return (self.w - self.mean.unsqueeze(1)) * self.rstd.unsqueeze(1)
+
+    @property
+    def scale(self) -> Tensor:
+        """`c alpha r`, `(O,)`."""
+        return self.factor * self.rstd
 
 
 def standardization(layer: StandardizedLayer, dtype: torch.dtype) -> Standardization:
-    """The statistics of a layer in `dtype`, a filter's entries in the order of `rows`."""
+    """The statistics of a layer in `dtype`, a filter's entries in the order of `rows`.
+
+    A weight whose squares would overflow is made smaller, which leaves h as it is. `factor` is made smaller too: the gradient
+    is that of the layer's own weight.
+    """
     weight_OK = rows(layer, layer.weight.detach()).to(dtype)
     c, gamma = constants(weight_OK, layer.gain, layer.gamma, layer.relative_gamma)
-    smaller_O1 = (LARGE / weight_OK.abs().amax(1, keepdim=True)).clamp(max=1.0)  # else a square could overflow
-    centred_OK = weight_OK * smaller_O1
-    centred_OK -= centred_OK.mean(1, keepdim=True)
-    rstd_O1 = (centred_OK.square().mean(1, keepdim=True) + gamma).rsqrt()
-    alpha_O1 = layer.alpha.detach().to(dtype).unsqueeze(1)
-    return Standardization(c, centred_OK * rstd_O1, c * alpha_O1 * rstd_O1 * smaller_O1)
+    smaller_O1 = (LARGE / weight_OK.abs().amax(1, keepdim=True)).clamp(max=1.0)
+    weight_OK = weight_OK * smaller_O1
+    variance_O, mean_O = torch.var_mean(weight_OK, 1, correction=0)
+    factor_O = c * layer.alpha.detach().to(dtype) * smaller_O1[:, 0]
+    return Standardization(c, weight_OK, mean_O, (variance_O + gamma).rsqrt(), factor_O)
