@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from pws._errors import PwsError, shown
+from pws.training.federated import FederatedConfig, check_federated
 from pws.training.rules import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -291,6 +292,7 @@ class Recipe:
         data: the images.
         optim: the optimizer and its schedule.
         trainer: where and how long.
+        federated: divides the images among clients; `pws federate` trains such a recipe.
     """
 
     name: str = ""
@@ -300,9 +302,12 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    federated: FederatedConfig = field(default_factory=FederatedConfig)
 
     def __post_init__(self) -> None:
         check_rules({"seed": SEED}, self)
+        if self.federated.wanted:
+            check_federated(self)
         if self.trainer.early_stop is not None and not self.data.validation:
             raise PwsError(
                 "trainer.early_stop waits for a better result on the validation images, and data.validation 0 leaves none. Set "

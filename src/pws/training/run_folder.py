@@ -138,8 +138,7 @@ def resume_from(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
         PwsError: the folder holds a finished run, or one of another recipe, or its checkpoints are not the network's or gone.
     """
     if is_first_process():
-        _check_unfinished(folder)
-        _check_same(folder / RECIPE, recipe)
+        check_goes_on(folder, recipe)
     start = _newest(folder / CHECKPOINTS, recipe, module)
     if not is_first_process():
         return start
@@ -150,6 +149,12 @@ def resume_from(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
     if start.checkpoint is None:
         _check_began(folder)
     return start
+
+
+def check_goes_on(folder: Path, recipe: Recipe) -> None:
+    """Raise `PwsError` if the folder holds a finished run, or one of another recipe."""
+    _check_unfinished(folder)
+    _check_same(folder / RECIPE, recipe)
 
 
 def _check_unfinished(folder: Path) -> None:

@@ -1,0 +1,86 @@
+"""A federated run from recipe to `runs/<name>/`, whose files are those of `pws train`, with a picture of the rounds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal
+
+from pws.federated.client import app
+from pws.federated.federation import Federation, federation_in
+from pws.federated.nodes import connected
+from pws.federated.results import FederatedSummary
+from pws.federated.server import Server
+from pws.federated.simulation import Simulation
+from pws.training.facts import ImageFacts, write_facts
+from pws.training.recipe import Recipe
+from pws.training.run_folder import check_goes_on, claimed, take_up
+
+Engine = Literal["simulation", "deployment"]
+CLIENTS: Final = 10
+"""Of a recipe that does not say how many."""
+
+
+def federate(
+    recipe: Recipe, folder: Path, *, engine: Engine = "simulation", resume: bool = False, quiet: bool = False
+) -> FederatedSummary:
+    """Train `recipe` on clients that keep their images, and leave everything in `folder`.
+
+    Args:
+        recipe: what to train; its `federated` part says how. 10 clients if it names no number.
+        folder: the run's folder; must not exist unless `resume`.
+        engine: simulation asks one client after the other in this process. deployment starts Flower's server and a process per
+            client on this machine, which talk over its network; its numbers are the same.
+        resume: go on behind the last round that is stored, to the result of an uninterrupted run.
+        quiet: print nothing.
+
+    Raises:
+        PwsError: the recipe asks for something that does not exist or fit, the folder exists, or no client of a round sent
+            weights that can be averaged.
+    """
+    if not recipe.federated.wanted:
+        recipe = replace(recipe, federated=replace(recipe.federated, clients=CLIENTS))
+    with claimed(folder, recipe, resume=resume):
+        if resume:
+            check_goes_on(folder, recipe)
+            take_up(folder, recipe)
+        federation_in.cache_clear()
+        federation = federation_in(folder)
+        write_facts(folder, ImageFacts.of(federation.data))
+        say = _silent if quiet else partial(print, flush=True)
+        say(_headline(federation, folder, resume=resume))
+        with quiet_flower():
+            nodes = connected(Simulation(app, len(federation.shares), folder), len(federation.shares))
+            return Server(federation, folder, nodes, say).run()
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Let Flower speak of errors alone."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _silent(_: str) -> None:
+    return
+
+
+def _headline(federation: Federation, folder: Path, *, resume: bool) -> str:
+    recipe, config = federation.recipe, federation.recipe.federated
+    sizes = [len(share) for share in federation.shares]
+    parameters = sum(p.numel() for p in federation.module.model.parameters())
+    skew = "" if config.alpha is None else f", alpha {config.alpha:g}"
+    return (
+        f"{'resuming' if resume else 'federating'} {recipe.model.name} with {recipe.model.method} ({parameters:,} parameters) "
+        f"on {recipe.data.name}: {len(sizes)} clients with {min(sizes):,} to {max(sizes):,} images{skew}, {config.rounds} "
+        f"rounds of {config.per_round} clients, {config.strategy} -> {folder}"
+    )

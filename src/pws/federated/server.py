@@ -1,0 +1,208 @@
+"""The Flower app of the server: rounds of training and averaging, each of them stored."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message
+
+from pws._errors import PwsError
+from pws._files import write_whole
+from pws.federated.federation import Federation, State, seed_of
+from pws.federated.local import measure
+from pws.federated.nodes import Nodes
+from pws.federated.replies import MEASURED, TRAINED, fault_of
+from pws.federated.results import PICTURE, FederatedSummary, Progress, draw_rounds
+from pws.federated.strategies import moments_of, restore_moments, strategy_of
+from pws.training.checkpoint_writers import CheckpointFiles
+from pws.training.checkpoints import BEST, LAST, load_checkpoint, load_weights
+from pws.training.metrics_file import MetricsFile, rows_before
+from pws.training.progress import duration
+from pws.training.run_folder import CHECKPOINTS, SUMMARY
+from pws.training.summary import versions
+
+Say = Callable[[str], None]
+MODEL: Final = "model."
+"""What the names of the network's tensors begin with in a checkpoint."""
+
+
+class Server:
+    """A federated run in its folder; goes on behind the last round that is stored there."""
+
+    def __init__(self, federation: Federation, folder: Path, nodes: Nodes, say: Say) -> None:
+        self.federation, self.folder, self.nodes, self.say = federation, folder, nodes, say
+        self.config = federation.recipe.federated
+        trained = {name for name, _ in federation.module.model.named_parameters()}
+        self.wanted = {
+            name: value.cpu() for name, value in federation.initial.items() if name not in federation.personal
+        }
+        self.strategy = strategy_of(self.config, self.wanted.keys() - trained)
+        self.averaged: State = dict(self.wanted)
+        self.progress = Progress()
+        self._resume()
+        rows, _ = rows_before(folder / MetricsFile.NAME, self.progress.number + 1)
+        self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
+        self.file = MetricsFile(folder, rows)
+
+    def run(self) -> FederatedSummary:
+        """All rounds that are left, and the test; writes summary.json.
+
+        Raises:
+            PwsError: no client of a round has sent weights that can be averaged.
+        """
+        began, before = time.perf_counter(), self.progress
+        first, seconds = before.number, before.seconds
+        for number in range(first + 1, self.config.rounds + 1):
+            row = self._round(number)
+            self.progress.number = number
+            self.progress.seconds = seconds + time.perf_counter() - began
+            self._note(row | {"seconds": round(self.progress.seconds, 2)})
+            self._store(LAST)
+            left = (time.perf_counter() - began) / (number - first) * (self.config.rounds - number)
+            self.say(self._line(number, row, left))
+        return self._end()
+
+    def _round(self, number: int) -> dict[str, float]:
+        """One round; the row of metrics.csv."""
+        replies = self.nodes.train(self.strategy, number, ArrayRecord(self.averaged), self._chosen(number))
+        good = self._without_faults(number, replies, TRAINED, self.wanted)
+        arrays, metrics = self.strategy.aggregate_train(number, good)
+        assert arrays is not None
+        assert metrics is not None
+        found = arrays.to_torch_state_dict()
+        self.averaged = {name: found[name].to(value.dtype) for name, value in self.wanted.items()}
+        row = {"train_loss": float(metrics["loss"]), "clients": len(good)}  # type: ignore[arg-type]
+        if self.federation.data.splits.validation is not None:
+            validated = self._measured(number, "validation")
+            row |= {f"val_{name}": value for name, value in validated.items()}
+            self._compare(number, validated["accuracy"])
+        return row
+
+    def _chosen(self, number: int) -> list[int]:
+        """The clients that take part in a round."""
+        rng = np.random.default_rng(seed_of(self.federation.recipe.seed, "round", number))
+        clients = len(self.federation.shares)
+        return sorted(rng.choice(clients, self.config.per_round, replace=False).tolist())
+
+    def _without_faults(
+        self, number: int, replies: dict[int, Message | None], metrics: frozenset[str], wanted: State | None = None
+    ) -> list[Message]:
+        """The replies with nothing wrong; the others are named and left out.
+
+        Raises:
+            PwsError: there is none.
+        """
+        good, faults = [], {}
+        for client, reply in replies.items():
+            fault = "did not answer" if reply is None else fault_of(reply, metrics, wanted)
+            if fault is None and reply is not None:
+                good.append(reply)
+            else:
+                faults[client] = fault
+        for client, fault in faults.items():
+            self.say(f"round {number}: client {client} is left out: it {fault}")
+            self.progress.left_out[str(client)] = self.progress.left_out.get(str(client), 0) + 1
+        if not good:
+            client, fault = next(iter(faults.items()))
+            raise PwsError(
+                f"round {number} ended without anything to average: all {len(faults)} clients are left out; client {client} "
+                f"{fault}. Lower --optim.lr if numbers overflowed; --resume goes on behind round {number - 1}."
+            )
+        return good
+
+    def _measured(self, number: int, part: str) -> dict[str, float]:
+        """Accuracy and loss of the average on the validation or test images; by the clients if their norms stay there."""
+        if not self.federation.personal:
+            self.federation.load(self.averaged)
+            found = measure(self.federation.module, self.federation.tested(part))
+            return {name: found[name] for name in ("accuracy", "loss")}
+        clients = range(len(self.federation.shares))
+        replies = self.nodes.evaluate(self.strategy, number, ArrayRecord(self.averaged), part, clients)
+        metrics = self.strategy.aggregate_evaluate(number, self._without_faults(number, replies, MEASURED))
+        return {name: float(metrics[name]) for name in ("accuracy", "loss")}  # type: ignore[index, arg-type]
+
+    def _compare(self, number: int, accuracy: float) -> None:
+        """Store the best round so far; norms that stay with clients are as they are now in this round alone."""
+        if self.progress.best is not None and accuracy <= self.progress.best:
+            return
+        self.progress.best, self.progress.best_round = accuracy, number
+        if self.federation.personal:
+            self.progress.metrics = self._measured(number, "test")
+        self._store(BEST, number)
+
+    def _note(self, row: dict[str, float]) -> None:
+        self.rows.append(row | {"step": self.progress.number})
+        self.file.log_metrics(row, self.progress.number)
+        self.file.save()
+
+    def _store(self, name: str, number: int | None = None) -> None:
+        """Write a checkpoint that `pws evaluate`, `export` and `predict` read."""
+        number = self.progress.number if number is None else number
+        self.federation.load(self.averaged)
+        content = {
+            "state_dict": {key: value.cpu() for key, value in self.federation.module.state_dict().items()},
+            **{"epoch": number, "global_step": number},
+            "federated": {"progress": asdict(self.progress), "moments": moments_of(self.strategy)},
+        }
+        CheckpointFiles(self.federation.recipe).save_checkpoint(content, self.folder / CHECKPOINTS / name)
+
+    def _resume(self) -> None:
+        """Take up the last round that is stored, if there is one."""
+        path = self.folder / CHECKPOINTS / LAST
+        if not path.exists():
+            return
+        load_weights(self.federation.module, path, self.federation.recipe)
+        kept = load_checkpoint(path)
+        self.progress = Progress(**kept["federated"]["progress"])
+        restore_moments(self.strategy, kept["federated"]["moments"])
+        self.averaged = {name: kept["state_dict"][MODEL + name] for name in self.wanted}
+
+    def _line(self, number: int, row: dict[str, float], left: float) -> str:
+        validated = (
+            f"validation loss {row['val_loss']:.4f}  accuracy {100 * row['val_accuracy']:.2f} %  "
+            if "val_loss" in row
+            else ""
+        )
+        return (
+            f"round {number}/{self.config.rounds}  loss {row['train_loss']:.4f}  {validated}{row['clients']:.0f} of "
+            f"{self.config.per_round} clients  {duration(self.progress.seconds)}"
+            + (f", {duration(left)} left" if number < self.config.rounds else "")
+        )
+
+    def _end(self) -> FederatedSummary:
+        """Test the best round, or the last; write what there is to say."""
+        progress, best = self.progress, self.folder / CHECKPOINTS / BEST
+        validated = self.federation.data.splits.validation is not None
+        metrics = progress.metrics
+        if not metrics:
+            if validated:
+                state = load_checkpoint(best)["state_dict"]
+                self.averaged = {name: state[MODEL + name] for name in self.wanted}
+            metrics = self._measured(progress.number, "test")
+        draw_rounds(self.rows, "accuracy", self.folder / PICTURE)
+        sizes = [len(share) for share in self.federation.shares]
+        summary = FederatedSummary(
+            status="finished",
+            score="accuracy",
+            best=progress.best,
+            best_round=progress.best_round if validated else progress.number,
+            checkpoint="best" if validated else "last",
+            metrics=metrics,
+            rounds=progress.number,
+            clients=len(sizes),
+            images_per_client=(min(sizes), max(sizes)),
+            left_out=progress.left_out,
+            seconds=round(progress.seconds, 3),
+            parameters=sum(p.numel() for p in self.federation.module.model.parameters()),
+            device=f"{self.federation.device.type}, {torch.get_num_threads()} threads",
+            versions=versions(),
+        )
+        write_whole(self.folder / SUMMARY, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
+        return summary
