@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 
 from pws._errors import cut, reason_of
 from pws.federated.client import ARRAYS, METRICS
@@ -29,7 +30,7 @@ def fault_of(reply: Message, metrics: frozenset[str], wanted: State | None = Non
     if reply.has_error():
         return f"dropped out ({_plain(reply.error.reason or '')})"
     records = {METRICS} if wanted is None else {METRICS, ARRAYS}
-    found = reply.content.metric_records[METRICS] if METRICS in reply.content.metric_records else {}
+    found: Mapping[str, Any] = reply.content.metric_records.get(METRICS, MetricRecord())
     if (
         set(reply.content) != records
         or set(found) != metrics
