@@ -244,8 +244,24 @@ def test_the_run_is_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert evaluate(tmp_path / "run").accuracy == pytest.approx(summary["metrics"]["accuracy"])
     assert load_recipe(tmp_path / "run" / "recipe.yaml").federated.clients == 3
     assert (tmp_path / "run" / "rounds.png").stat().st_size > 5000
-    for flags, said in (([], "exists"), (["--resume"], "is finished"), (["--resume", "--federated.alpha=1"], "finished")):
+    for flags, said in (
+        ([], "exists"),
+        (["--resume"], "is finished"),
+        (["--resume", "--federated.alpha=1"], "finished"),
+    ):
         assert main(["federate", "fashion-mnist-allconv-pws", *FLAGS, f"--runs={tmp_path}", "--name=run", *flags]) == 2
         assert said in capsys.readouterr().err
     assert main(["train", str(tmp_path / "run"), f"--runs={tmp_path}", "--name=other"]) == 2
     assert "`pws federate` trains" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # a minute: Flower starts a process for each message to a client
+def test_a_deployment_has_the_numbers_of_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = recipe_of("--federated.clients=2", "--federated.rounds=2")
+    deployed = federate(recipe, tmp_path / "deployed", engine="deployment")
+    said = capsys.readouterr().out
+    assert "round 2/2" in said
+    simulated = run(recipe, tmp_path / "simulated")
+    assert_equal(weights(tmp_path / "deployed"), weights(tmp_path / "simulated"), 0.0)
+    assert rows(tmp_path / "deployed") == rows(tmp_path / "simulated")
+    assert replace(deployed, seconds=0) == replace(simulated, seconds=0)

@@ -16,7 +16,7 @@ ARRAYS: Final = "arrays"
 CONFIG: Final = "config"
 METRICS: Final = "metrics"
 """The names of records in messages; Flower's strategies use them."""
-app: Final = ClientApp()
+app = ClientApp()  # without a type: Flower looks for a plain assignment
 
 
 @app.train()

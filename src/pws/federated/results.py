@@ -31,7 +31,7 @@ class FederatedSummary:
     """Accuracy and loss on the test images."""
     rounds: int
     clients: int
-    images_per_client: tuple[int, int]
+    images_per_client: list[int]
     """The fewest and the most."""
     left_out: dict[str, int]
     """The clients whose replies were left out, to how often."""

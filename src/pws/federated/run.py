@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 from pws.federated.client import app
+from pws.federated.deployment import deploy
 from pws.federated.federation import Federation, federation_in
-from pws.federated.nodes import connected
 from pws.federated.results import FederatedSummary
-from pws.federated.server import Server
+from pws.federated.server import serve
 from pws.federated.simulation import Simulation
 from pws.training.facts import ImageFacts, write_facts
 from pws.training.recipe import Recipe
-from pws.training.run_folder import check_goes_on, claimed, take_up
+from pws.training.run_folder import SUMMARY, check_goes_on, claimed, take_up
 
 Engine = Literal["simulation", "deployment"]
 CLIENTS: Final = 10
@@ -53,21 +51,11 @@ def federate(
         write_facts(folder, ImageFacts.of(federation.data))
         say = _silent if quiet else partial(print, flush=True)
         say(_headline(federation, folder, resume=resume))
-        with quiet_flower():
-            nodes = connected(Simulation(app, len(federation.shares), folder), len(federation.shares))
-            return Server(federation, folder, nodes, say).run()
-
-
-@contextmanager
-def quiet_flower() -> Iterator[None]:
-    """Let Flower speak of errors alone."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        if engine == "deployment":
+            deploy(len(federation.shares), folder, say)
+        else:
+            serve(Simulation(app, len(federation.shares), folder), folder, say)
+        return FederatedSummary(**json.loads((folder / SUMMARY).read_bytes()))
 
 
 def _silent(_: str) -> None:

@@ -1,10 +1,12 @@
-"""The Flower app of the server: rounds of training and averaging, each of them stored."""
+"""The server: rounds of training and averaging, each of them stored."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -12,12 +14,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
+from flwr.serverapp import Grid
 
 from pws._errors import PwsError
 from pws._files import write_whole
-from pws.federated.federation import Federation, State, seed_of
+from pws.federated.federation import Federation, State, federation_in, seed_of
 from pws.federated.local import measure
-from pws.federated.nodes import Nodes
+from pws.federated.nodes import Nodes, connected
 from pws.federated.replies import MEASURED, TRAINED, fault_of
 from pws.federated.results import PICTURE, FederatedSummary, Progress, draw_rounds
 from pws.federated.strategies import moments_of, restore_moments, strategy_of
@@ -31,6 +34,29 @@ from pws.training.summary import versions
 Say = Callable[[str], None]
 MODEL: Final = "model."
 """What the names of the network's tensors begin with in a checkpoint."""
+
+
+def serve(grid: Grid, folder: Path, say: Say) -> None:
+    """Do all rounds that are left of the run in `folder`, on the clients of a grid, and write its summary.
+
+    Raises:
+        PwsError: a client is missing, or no client of a round has sent weights that can be averaged.
+    """
+    with quiet_flower():
+        federation = federation_in(folder)
+        Server(federation, folder, connected(grid, len(federation.shares)), say).run()
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Let Flower speak of errors alone."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class Server:
@@ -51,7 +77,7 @@ class Server:
         self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
         self.file = MetricsFile(folder, rows)
 
-    def run(self) -> FederatedSummary:
+    def run(self) -> None:
         """All rounds that are left, and the test; writes summary.json.
 
         Raises:
@@ -67,7 +93,7 @@ class Server:
             self._store(LAST)
             left = (time.perf_counter() - began) / (number - first) * (self.config.rounds - number)
             self.say(self._line(number, row, left))
-        return self._end()
+        self._end()
 
     def _round(self, number: int) -> dict[str, float]:
         """One round; the row of metrics.csv."""
@@ -176,7 +202,7 @@ class Server:
             + (f", {duration(left)} left" if number < self.config.rounds else "")
         )
 
-    def _end(self) -> FederatedSummary:
+    def _end(self) -> None:
         """Test the best round, or the last; write what there is to say."""
         progress, best = self.progress, self.folder / CHECKPOINTS / BEST
         validated = self.federation.data.splits.validation is not None
@@ -197,7 +223,7 @@ class Server:
             metrics=metrics,
             rounds=progress.number,
             clients=len(sizes),
-            images_per_client=(min(sizes), max(sizes)),
+            images_per_client=[min(sizes), max(sizes)],
             left_out=progress.left_out,
             seconds=round(progress.seconds, 3),
             parameters=sum(p.numel() for p in self.federation.module.model.parameters()),
@@ -205,4 +231,3 @@ class Server:
             versions=versions(),
         )
         write_whole(self.folder / SUMMARY, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
-        return summary
