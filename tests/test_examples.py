@@ -35,6 +35,7 @@ PRINTED: Final[dict[str, list[tuple[str, tuple[float, ...]]]]] = {
         (r"test accuracy ([\d.]+) %", (80,)),
         (r"largest mean of a filter of the first layer: (?:\de-0[789]|0e\+00)\n", ()),
     ],
+    "federated": [(r"average of 5 clients after 10 rounds: test accuracy ([\d.]+) %", (95,))],
     "export_onnx": [(r"digits.onnx: test accuracy ([\d.]+) %, logits within \de-0[4-9] of the model's", (80,))],
     "collapse": [
         (r"none +[\d.a-z %]+ (?:stuck|NaN)\n", ()),
@@ -44,10 +45,10 @@ PRINTED: Final[dict[str, list[tuple[str, tuple[float, ...]]]]] = {
 }
 
 
-def test_there_are_eight_and_each_has_a_line_in_the_readme() -> None:
+def test_there_are_nine_and_each_has_a_line_in_the_readme() -> None:
     scripts = {path.stem for path in FOLDER.glob("*.py")}
     assert scripts == set(PRINTED)
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     lines = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \| \S", lines, re.MULTILINE)) == scripts
 

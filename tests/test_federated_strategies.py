@@ -97,9 +97,9 @@ def reply(state: dict[str, np.ndarray[Any, Any]], images: int, to: Message) -> M
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=to)
 
 
-def test_fedadam_steps_parameters_and_averages_buffers(tmp_path: Any) -> None:
+def test_fedadam_steps_parameters_and_averages_buffers() -> None:
     """Reddi et al.'s formulas by hand over two rounds; the second after a restored checkpoint."""
-    grid = Simulation(None, 2, tmp_path)  # type: ignore[arg-type]
+    grid = Simulation(None, 2)  # type: ignore[arg-type]
     nodes = Nodes(grid, {0: 0, 1: 1})
     config = FederatedConfig(clients=2, strategy="fedadam", server_lr=0.1)
     strategy = strategy_of(config, ["running"])
@@ -124,9 +124,9 @@ def test_fedadam_steps_parameters_and_averages_buffers(tmp_path: Any) -> None:
         restore_moments(strategy, moments)
 
 
-def test_fedprox_tells_its_clients_mu(tmp_path: Any) -> None:
+def test_fedprox_tells_its_clients_mu() -> None:
     strategy = strategy_of(FederatedConfig(clients=2, strategy="fedprox", proximal_mu=0.3), [])
-    nodes = Nodes(Simulation(None, 2, tmp_path), {0: 0, 1: 1})  # type: ignore[arg-type]
+    nodes = Nodes(Simulation(None, 2), {0: 0, 1: 1})  # type: ignore[arg-type]
     (message,) = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), nodes._shown([1]))
     assert message.content.config_records["config"]["proximal-mu"] == 0.3
     assert message.metadata.dst_node_id == 1

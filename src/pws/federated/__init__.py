@@ -9,5 +9,6 @@ except ImportError as _error:
 
 from pws.federated.results import FederatedSummary
 from pws.federated.run import federate
+from pws.federated.simulation import Simulation
 
-__all__ = ["FederatedSummary", "federate"]
+__all__ = ["FederatedSummary", "Simulation", "federate"]

@@ -54,7 +54,7 @@ def federate(
         if engine == "deployment":
             deploy(len(federation.shares), folder, say)
         else:
-            serve(Simulation(app, len(federation.shares), folder), folder, say)
+            serve(Simulation(app, len(federation.shares), {"folder": str(folder)}), folder, say)
         return FederatedSummary(**json.loads((folder / SUMMARY).read_bytes()))
 
 

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import count
-from pathlib import Path
+from typing import Final
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-RUN: int = 1
-SERVER: int = 0
+RUN: Final = 1
+SERVER: Final = 0
 """Flower's numbers of a run and of the node that sends; nobody else is there."""
 
 
 class Simulation(Grid):
-    """A Grid whose nodes are the clients 0 to `clients` - 1, asked one after the other: the same order, the same numbers.
+    """A Grid for Flower's strategies whose nodes are `clients` clients, asked one after the other.
 
-    Flower's own engine of simulations starts clients in processes, by ray.
+    So the same run has the same numbers, and needs no ray, by which Flower's own engine starts clients.
+
+    Args:
+        app: the client's app; its context has the client's number, from 0, as "partition-id".
+        clients: how many there are, "num-partitions".
+        config: the context's run_config.
     """
 
-    def __init__(self, app: ClientApp, clients: int, folder: Path) -> None:
+    def __init__(self, app: ClientApp, clients: int, config: UserConfig | None = None) -> None:
         self.app = app
         self.contexts = [
-            Context(RUN, node, {"partition-id": node, "num-partitions": clients}, RecordDict(), {"folder": str(folder)})
+            Context(RUN, node, {"partition-id": node, "num-partitions": clients}, RecordDict(), dict(config or {}))
             for node in range(clients)
         ]
         self._run = Run.create_empty(RUN)
