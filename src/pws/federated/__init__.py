@@ -9,6 +9,7 @@ except ImportError as _error:
 
 from pws.federated.results import FederatedSummary
 from pws.federated.run import federate
+from pws.federated.server import NobodyLeftError
 from pws.federated.simulation import Simulation
 
-__all__ = ["FederatedSummary", "Simulation", "federate"]
+__all__ = ["FederatedSummary", "NobodyLeftError", "Simulation", "federate"]

@@ -37,8 +37,8 @@ def federate(
         quiet: print nothing.
 
     Raises:
-        PwsError: the recipe asks for something that does not exist or fit, the folder exists, or no client of a round sent
-            weights that can be averaged.
+        PwsError: the recipe asks for something that does not exist or fit, or the folder exists.
+        NobodyLeftError: no client of a round has sent weights that can be averaged.
     """
     if not recipe.federated.wanted:
         recipe = replace(recipe, federated=replace(recipe.federated, clients=CLIENTS))

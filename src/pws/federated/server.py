@@ -40,7 +40,8 @@ def serve(grid: Grid, folder: Path, say: Say) -> None:
     """Do all rounds that are left of the run in `folder`, on the clients of a grid, and write its summary.
 
     Raises:
-        PwsError: a client is missing, or no client of a round has sent weights that can be averaged.
+        PwsError: a client is missing.
+        NobodyLeftError: no client of a round has sent weights that can be averaged.
     """
     with quiet_flower():
         federation = federation_in(folder)
@@ -57,6 +58,20 @@ def quiet_flower() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+class NobodyLeftError(PwsError):
+    """All clients of round `number` are left out; `overflowed` tells whether each of them for numbers that overflowed."""
+
+    def __init__(self, number: int, faults: dict[int, str]) -> None:
+        client, fault = next(iter(faults.items()))
+        self.number = number
+        self.overflowed = all("NaN" in fault or "NonFinite" in fault for fault in faults.values())
+        advice = "Lower --optim.lr" if self.overflowed else f"--resume goes on behind round {number - 1}"
+        super().__init__(
+            f"round {number} ended without anything to average: all {len(faults)} clients are left out; client {client} "
+            f"{fault}. {advice}."
+        )
 
 
 class Server:
@@ -81,7 +96,7 @@ class Server:
         """All rounds that are left, and the test; writes summary.json.
 
         Raises:
-            PwsError: no client of a round has sent weights that can be averaged.
+            NobodyLeftError: no client of a round has sent weights that can be averaged.
         """
         began, before = time.perf_counter(), self.progress
         first, seconds = before.number, before.seconds
@@ -123,24 +138,20 @@ class Server:
         """The replies with nothing wrong; the others are named and left out.
 
         Raises:
-            PwsError: there is none.
+            NobodyLeftError: there is none.
         """
-        good, faults = [], {}
+        good, faults = list[Message](), dict[int, str]()
         for client, reply in replies.items():
             fault = "did not answer" if reply is None else fault_of(reply, metrics, wanted)
-            if fault is None and reply is not None:
-                good.append(reply)
-            else:
+            if fault is not None:
                 faults[client] = fault
+            elif reply is not None:
+                good.append(reply)
         for client, fault in faults.items():
             self.say(f"round {number}: client {client} is left out: it {fault}")
             self.progress.left_out[str(client)] = self.progress.left_out.get(str(client), 0) + 1
         if not good:
-            client, fault = next(iter(faults.items()))
-            raise PwsError(
-                f"round {number} ended without anything to average: all {len(faults)} clients are left out; client {client} "
-                f"{fault}. Lower --optim.lr if numbers overflowed; --resume goes on behind round {number - 1}."
-            )
+            raise NobodyLeftError(number, faults)
         return good
 
     def _measured(self, number: int, part: str) -> dict[str, float]:
