@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -265,3 +266,87 @@ def test_a_deployment_has_the_numbers_of_the_simulation(tmp_path: Path, capsys: 
     assert_equal(weights(tmp_path / "deployed"), weights(tmp_path / "simulated"), 0.0)
     assert rows(tmp_path / "deployed") == rows(tmp_path / "simulated")
     assert replace(deployed, seconds=0) == replace(simulated, seconds=0)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was ended behind its last round, before the test."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(recipe_of("--model.method=bn"), folder)
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def changed_within(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["federated"]["progress"]["best"] = 1.0
+    torch.save(content, path)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+@pytest.mark.parametrize("fault", [cut_short, changed_within])
+def test_a_damaged_checkpoint_is_done_without(
+    fault: Callable[[Path], None], stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    wanted = weights(folder)
+    fault(folder / "checkpoints" / "last.ckpt")
+    summary = run(recipe_of("--model.method=bn"), folder, resume=True)
+    assert re.search(r"^pws: \S+last.ckpt .*\. Going on from \S+before.ckpt\.$", capsys.readouterr().err, re.MULTILINE)
+    assert summary.rounds == 3
+    assert rows(folder) == rows(stopped)
+    assert_equal(weights(folder), wanted, 0.0)
+
+
+def all_damaged(folder: Path) -> None:
+    for name in ("last.ckpt", "before.ckpt"):
+        cut_short(folder / "checkpoints" / name)
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+
+
+def of_another_program(folder: Path) -> None:
+    path = folder / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    del content["federated"], content["checksum"]
+    torch.save(content, path)
+
+
+def without_columns(folder: Path) -> None:
+    (folder / "metrics.csv").write_text("nothing\n")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (all_damaged, "is not a checkpoint of pws train, or is cut off"),
+        (gone, "does not exist"),
+        (of_another_program, "is not a checkpoint of pws federate"),
+        (without_columns, "must start with a line of columns"),
+    ],
+)
+def test_a_run_that_can_not_go_on_is_left_as_it_is(
+    fault: Callable[[Path], None], said: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    fault(folder)
+    before = files_in(folder)
+    assert main(["federate", str(folder), "--resume"]) == 2
+    assert said in capsys.readouterr().err
+    assert files_in(folder) == before
+
+
+def test_another_recipe_can_not_go_on(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["federate", str(stopped), "--resume", "--federated.alpha=1"]) == 2
+    assert "federated.alpha is 0.5 there, 1.0 here" in capsys.readouterr().err

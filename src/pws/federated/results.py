@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from matplotlib.figure import Figure
 
 from pws._files import written_whole
+from pws.training.metrics_file import Row
 
 PICTURE: Final = "rounds.png"
 
@@ -55,7 +57,7 @@ class Progress:
     left_out: dict[str, int] = field(default_factory=dict)
 
 
-def draw_rounds(rows: list[dict[str, Any]], score: str, path: Path) -> None:
+def draw_rounds(rows: Sequence[Row], score: str, path: Path) -> None:
     """The score on the validation images, or without them the loss, by round."""
     name = f"val_{score}" if any(f"val_{score}" in row for row in rows) else "train_loss"
     points = [(int(row["step"]), float(row[name])) for row in rows if name in row]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from pws.federated.federation import Federation, federation_in
 from pws.federated.results import FederatedSummary
 from pws.federated.server import serve
 from pws.federated.simulation import Simulation
+from pws.federated.stored import stored_in
 from pws.training.facts import ImageFacts, write_facts
 from pws.training.recipe import Recipe
 from pws.training.run_folder import SUMMARY, check_goes_on, claimed, take_up
@@ -43,10 +45,13 @@ def federate(
     if not recipe.federated.wanted:
         recipe = replace(recipe, federated=replace(recipe.federated, clients=CLIENTS))
     with claimed(folder, recipe, resume=resume):
+        federation_in.cache_clear()
         if resume:
             check_goes_on(folder, recipe)
+            for note in stored_in(folder, federation_in(folder)).notes:
+                print(f"pws: {note}", file=sys.stderr)
             take_up(folder, recipe)
-        federation_in.cache_clear()
+            federation_in.cache_clear()  # the recipe's settings of the machine may be others now
         federation = federation_in(folder)
         write_facts(folder, ImageFacts.of(federation.data))
         say = _silent if quiet else partial(print, flush=True)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,18 +21,16 @@ from pws.federated.federation import Federation, State, federation_in, seed_of
 from pws.federated.local import measure
 from pws.federated.nodes import Nodes, connected
 from pws.federated.replies import MEASURED, TRAINED, fault_of
-from pws.federated.results import PICTURE, FederatedSummary, Progress, draw_rounds
+from pws.federated.results import PICTURE, FederatedSummary, draw_rounds
+from pws.federated.stored import store, stored_in, weights_in
 from pws.federated.strategies import moments_of, restore_moments, strategy_of
-from pws.training.checkpoint_writers import CheckpointFiles
-from pws.training.checkpoints import BEST, LAST, load_checkpoint, load_weights
-from pws.training.metrics_file import MetricsFile, rows_before
+from pws.training.checkpoints import BEST, LAST, load_checkpoint
+from pws.training.metrics_file import MetricsFile, Row
 from pws.training.progress import duration
 from pws.training.run_folder import CHECKPOINTS, SUMMARY
 from pws.training.summary import versions
 
 Say = Callable[[str], None]
-MODEL: Final = "model."
-"""What the names of the network's tensors begin with in a checkpoint."""
 
 
 def serve(grid: Grid, folder: Path, say: Say) -> None:
@@ -85,12 +82,12 @@ class Server:
             name: value.cpu() for name, value in federation.initial.items() if name not in federation.personal
         }
         self.strategy = strategy_of(self.config, self.wanted.keys() - trained)
-        self.averaged: State = dict(self.wanted)
-        self.progress = Progress()
-        self._resume()
-        rows, _ = rows_before(folder / MetricsFile.NAME, self.progress.number + 1)
-        self.rows: list[dict[str, Any]] = [dict(row) for row in rows]
-        self.file = MetricsFile(folder, rows)
+        stored = stored_in(folder, federation)
+        restore_moments(self.strategy, stored.moments)
+        self.averaged: State = {name: stored.state[name].cpu() for name in self.wanted}
+        self.progress = stored.progress
+        self.rows: list[Row] = list(stored.rows)
+        self.file = MetricsFile(folder, stored.rows)
 
     def run(self) -> None:
         """All rounds that are left, and the test; writes summary.json.
@@ -180,26 +177,10 @@ class Server:
         self.file.save()
 
     def _store(self, name: str, number: int | None = None) -> None:
-        """Write a checkpoint that `pws evaluate`, `export` and `predict` read."""
-        number = self.progress.number if number is None else number
+        """Write a checkpoint of the average after round `number`, or after the last one."""
         self.federation.load(self.averaged)
-        content = {
-            "state_dict": {key: value.cpu() for key, value in self.federation.module.state_dict().items()},
-            **{"epoch": number, "global_step": number},
-            "federated": {"progress": asdict(self.progress), "moments": moments_of(self.strategy)},
-        }
-        CheckpointFiles(self.federation.recipe).save_checkpoint(content, self.folder / CHECKPOINTS / name)
-
-    def _resume(self) -> None:
-        """Take up the last round that is stored, if there is one."""
-        path = self.folder / CHECKPOINTS / LAST
-        if not path.exists():
-            return
-        load_weights(self.federation.module, path, self.federation.recipe)
-        kept = load_checkpoint(path)
-        self.progress = Progress(**kept["federated"]["progress"])
-        restore_moments(self.strategy, kept["federated"]["moments"])
-        self.averaged = {name: kept["state_dict"][MODEL + name] for name in self.wanted}
+        path, number = self.folder / CHECKPOINTS / name, self.progress.number if number is None else number
+        store(self.federation, path, number, self.progress, moments_of(self.strategy))
 
     def _line(self, number: int, row: dict[str, float], left: float) -> str:
         validated = (
@@ -220,8 +201,8 @@ class Server:
         metrics = progress.metrics
         if not metrics:
             if validated:
-                state = load_checkpoint(best)["state_dict"]
-                self.averaged = {name: state[MODEL + name] for name in self.wanted}
+                state = weights_in(load_checkpoint(best))
+                self.averaged = {name: state[name] for name in self.wanted}
             metrics = self._measured(progress.number, "test")
         draw_rounds(self.rows, "accuracy", self.folder / PICTURE)
         sizes = [len(share) for share in self.federation.shares]

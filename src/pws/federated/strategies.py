@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord
@@ -12,10 +12,12 @@ from torch import Tensor
 
 from pws.training.federated import FederatedConfig
 
-ALL: Any = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
+ALL: Final[Any] = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
 """A strategy asks all nodes that it is shown; who takes part in a round is drawn before."""
-MOMENTS = ("m_t", "v_t")
+MOMENTS: Final = ("m_t", "v_t")
 """FedAdam's own names of its running averages."""
+Moments = dict[str, dict[str, Tensor]]
+"""By these names, and by those of the arrays."""
 
 
 def strategy_of(config: FederatedConfig, buffers: Iterable[str]) -> FedAvg:
@@ -47,13 +49,13 @@ class BufferedFedAdam(FedAdam):
         return arrays, metrics
 
 
-def moments_of(strategy: FedAvg) -> dict[str, dict[str, Tensor]]:
+def moments_of(strategy: FedAvg) -> Moments:
     """The running averages of a strategy, for the checkpoint."""
     held = {name: getattr(strategy, name, None) or {} for name in MOMENTS}
     return {name: {key: torch.tensor(value) for key, value in found.items()} for name, found in held.items()}
 
 
-def restore_moments(strategy: FedAvg, moments: dict[str, dict[str, Tensor]]) -> None:
+def restore_moments(strategy: FedAvg, moments: Moments) -> None:
     """Go on with those of a checkpoint."""
     for name, found in moments.items():
         if found:

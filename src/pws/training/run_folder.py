@@ -74,9 +74,10 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
                 shutil.rmtree(folder)  # it would block the next try
             raise
         except OSError as error:
+            command = "federate" if recipe.federated.wanted else "train"
             raise PwsError(
                 f"the run stopped: {error.strerror or error}: {error.filename or folder}. Make room on the disk, or mend what "
-                f"else is wrong there, and `pws train {folder} --resume` goes on."
+                f"else is wrong there, and `pws {command} {folder} --resume` goes on."
             ) from error
 
 
