@@ -350,3 +350,16 @@ def test_a_run_that_can_not_go_on_is_left_as_it_is(
 def test_another_recipe_can_not_go_on(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["federate", str(stopped), "--resume", "--federated.alpha=1"]) == 2
     assert "federated.alpha is 0.5 there, 1.0 here" in capsys.readouterr().err
+
+
+def test_a_loss_beyond_all_numbers_is_left_out_of_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def huge(federation: Federation, *_: Any) -> float:
+        with torch.no_grad():
+            for parameter in federation.module.model.parameters():
+                parameter.fill_(1e30)  # finite, but no output is
+        return 1.0
+
+    monkeypatch.setattr(client_app, "train_client", huge)
+    summary = run(recipe_of("--model.method=none", "--federated.rounds=1"), tmp_path / "run")
+    assert list(json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]) == ["accuracy"]
+    assert list(summary.metrics) == ["accuracy"]

@@ -48,7 +48,13 @@ def test_numbers_keep_their_rules(setting: str, value: Any, rule: str) -> None:
 @pytest.mark.parametrize(
     "flag",
     [
-        *("--optim.ema=0.9", "--model.calibrate=all", "--trainer.accumulate=2", "--trainer.early_stop=3"),
+        *(
+            "--optim.ema=0.9",
+            "--model.calibrate=all",
+            "--trainer.accumulate=2",
+            "--trainer.early_stop=3",
+            "--trainer.max_steps=9",
+        ),
         *(
             "--trainer.compile=true",
             "--trainer.logger=wandb",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -59,6 +61,11 @@ def deploy(clients: int, folder: Path, say: Say) -> None:
     (home / "app" / "pyproject.toml").write_text(APP.format(folder=json.dumps(str(folder.absolute()))), "utf-8")
     (home / "config.toml").write_text(CONNECTION.format(address=f"{HOST}:{link}"), "utf-8")
     with ExitStack() as processes:
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # to be ended is to be interrupted: the processes go too
+            before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            processes.callback(signal.signal, signal.SIGTERM, before)
 
         def start(name: str, *command: str) -> subprocess.Popen[str]:
             return processes.enter_context(_running(home, name, command))

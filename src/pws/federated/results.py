@@ -30,7 +30,7 @@ class FederatedSummary:
     checkpoint: str
     """Its checkpoint: best or last."""
     metrics: dict[str, float]
-    """Accuracy and loss on the test images."""
+    """Accuracy and loss on the test images, as far as they are finite."""
     rounds: int
     clients: int
     images_per_client: list[int]

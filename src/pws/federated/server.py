@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +78,7 @@ class Server:
 
     def __init__(self, federation: Federation, folder: Path, nodes: Nodes, say: Say) -> None:
         self.federation, self.folder, self.nodes, self.say = federation, folder, nodes, say
-        self.config = federation.recipe.federated
+        self.config, self.validates = federation.recipe.federated, federation.data.splits.validation is not None
         trained = {name for name, _ in federation.module.model.named_parameters()}
         self.wanted = {
             name: value.cpu() for name, value in federation.initial.items() if name not in federation.personal
@@ -117,7 +119,7 @@ class Server:
         found = arrays.to_torch_state_dict()
         self.averaged = {name: found[name].to(value.dtype) for name, value in self.wanted.items()}
         row = {"train_loss": float(metrics["loss"]), "clients": len(good)}  # type: ignore[arg-type]
-        if self.federation.data.splits.validation is not None:
+        if self.validates:
             validated = self._measured(number, "validation")
             row |= {f"val_{name}": value for name, value in validated.items()}
             self._compare(number, validated["accuracy"])
@@ -194,24 +196,27 @@ class Server:
             + (f", {duration(left)} left" if number < self.config.rounds else "")
         )
 
-    def _end(self) -> None:
-        """Test the best round, or the last; write what there is to say."""
-        progress, best = self.progress, self.folder / CHECKPOINTS / BEST
-        validated = self.federation.data.splits.validation is not None
-        metrics = progress.metrics
-        if not metrics:
-            if validated:
-                state = weights_in(load_checkpoint(best))
+    def _tested(self) -> dict[str, float]:
+        """Accuracy and loss of the best round, or the last, on the test images, if they are finite."""
+        found = self.progress.metrics
+        if not found:
+            if self.validates:
+                state = weights_in(load_checkpoint(self.folder / CHECKPOINTS / BEST))
                 self.averaged = {name: state[name] for name in self.wanted}
-            metrics = self._measured(progress.number, "test")
+            found = self._measured(self.progress.number, "test")
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def _end(self) -> None:
+        """Test, draw, and write what there is to say."""
+        progress, metrics = self.progress, self._tested()
         draw_rounds(self.rows, "accuracy", self.folder / PICTURE)
         sizes = [len(share) for share in self.federation.shares]
         summary = FederatedSummary(
             status="finished",
             score="accuracy",
             best=progress.best,
-            best_round=progress.best_round if validated else progress.number,
-            checkpoint="best" if validated else "last",
+            best_round=progress.best_round if self.validates else progress.number,
+            checkpoint="best" if self.validates else "last",
             metrics=metrics,
             rounds=progress.number,
             clients=len(sizes),
@@ -220,6 +225,6 @@ class Server:
             seconds=round(progress.seconds, 3),
             parameters=sum(p.numel() for p in self.federation.module.model.parameters()),
             device=f"{self.federation.device.type}, {torch.get_num_threads()} threads",
-            versions=versions(),
+            versions=versions() | {"flwr": version("flwr")},
         )
         write_whole(self.folder / SUMMARY, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")

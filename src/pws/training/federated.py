@@ -19,6 +19,7 @@ UNLIKE_CLIENTS: Final[dict[str, tuple[Any, str]]] = {
     "model.calibrate": ("none", "the images are with the clients, and the weights must be the same for all of them"),
     "optim.ema": (None, "each round averages the weights anyway"),
     "trainer.accumulate": (1, "a client's batch is small"),
+    "trainer.max_steps": (None, "federated.rounds ends the run"),
     "trainer.early_stop": (None, "federated.rounds ends the run"),
     "trainer.checkpoint_steps": (None, "a checkpoint is stored after each round"),
     "trainer.compile": (False, "clients share one process"),
