@@ -72,8 +72,5 @@ def _smaller(grid: Grid, column: Any) -> dict[str, Any]:
         **column,
         **{"data.name": "digits", "data.image_size": 16, "data.train_images": 128},
         **{"data.batch_size": min(batch_size, 32), "model.width": 0.125},
-        **{"trainer.max_steps": QUICK_STEPS, "trainer.epochs": 1},
-        **(
-            {"federated.rounds": 2, "federated.clients": 2, "federated.alpha": None} if _federated(grid, column) else {}
-        ),
+        **(QUICK_ROUNDS if "federated.clients" in {**grid.settings, **column} else QUICK_END),
     }
