@@ -12,7 +12,8 @@ import pytest
 
 import pws
 from pws.bench import pool
-from pws.bench.cell import CellResult, train_cell
+from pws.bench.cell import train_cell
+from pws.bench.cell_result import CellResult
 from pws.bench.grid import load_grid
 from pws.bench.grid_tables import accuracy_table, mask_table, over_seeds, range_table, rate_table, rates_of, steps_table
 from pws.bench.pool import run_grid, stored_cell
@@ -256,3 +257,32 @@ def test_a_file_of_something_else_is_left_alone(
     assert "Choose another folder with --out" in said
     assert ("a file of `pws train`" in said) == ("models" in content)
     assert file.read_text() == content
+
+
+FEDERATED = """
+settings:
+  model: {name: stack4, width: 0.05}
+  data: {name: digits, train_images: 128, batch_size: 8}
+  optim: {lr: 0.05}
+  federated: {clients: 3, rounds: 2, alpha: 0.5}
+columns:
+  - {federated.clients: 2}
+  - {federated.clients: 4}
+rows:
+  bn: {}
+  fedbn: {model.method: bn, federated.personal_norms: true}
+  loud: {model.method: none, optim.lr: 1.0e+20}
+"""
+
+
+def test_the_cells_of_a_federated_grid_count_rounds(tmp_path: Path) -> None:
+    grid = load_grid(write(tmp_path, FEDERATED))
+    assert list(grid.columns) == ["2 clients", "4 clients"]
+    cells = {cell.key: cell for cell in grid.cells}
+    bn, fedbn, loud = (train_cell(cells[row, "2 clients", 0], 1, 8) for row in ("bn", "fedbn", "loud"))
+    for result in (bn, fedbn):
+        assert (result.steps, [step for step, _ in result.curve]) == (2, [1, 2])
+        assert result.validation == max(accuracy for _, accuracy in result.curve)
+        assert result.accuracy == result.metrics["accuracy"]
+    assert fedbn.metrics["loss"] != bn.metrics["loss"]
+    assert (loud.accuracy, loud.non_finite_step) == (None, 1)

@@ -62,6 +62,9 @@ COMMANDS: Final[dict[tuple[str, ...], list[str]]] = {
         f"stopped/{name}" for name in ("recipe.yaml", "checkpoints/last.ckpt", "metrics.csv")
     ],
     ("train", "recipe.yaml", "--runs=out"): ["recipe.yaml"],
+    ("federate", "recipe.yaml", "--runs=out", "--data.batch_size=8", "--federated.clients=2", "--federated.rounds=1"): [
+        "recipe.yaml"
+    ],
     ("train", "npz.yaml", "--runs=out"): ["npz.yaml", "data.npz"],
     ("train", "folder.yaml", "--runs=out"): ["folder.yaml", "data/train/class0/0.png", "data/val/class1/1.png"],
     ("convert", "--model=timm:test_resnet", "--image-size=32", "--weights=weights.pt", "--out=out"): ["weights.pt"],

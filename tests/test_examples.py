@@ -41,6 +41,7 @@ PRINTED: Final[dict[str, list[tuple[str, tuple[float, ...]]]]] = {
         (r"made trainable: test accuracy ([\d.]+) %", (68,)),
         (r"two epochs with epsilon (?:7\.9|8\.0)\d: test accuracy ([\d.]+) %", (80,)),
     ],
+    "federated": [(r"average of 5 clients after 10 rounds: test accuracy ([\d.]+) %", (95,))],
     "export_onnx": [(r"digits.onnx: test accuracy ([\d.]+) %, logits within \de-0[4-9] of the model's", (80,))],
     "collapse": [
         (r"none +[\d.a-z %]+ (?:stuck|NaN)\n", ()),
@@ -50,10 +51,10 @@ PRINTED: Final[dict[str, list[tuple[str, tuple[float, ...]]]]] = {
 }
 
 
-def test_there_are_nine_and_each_has_a_line_in_the_readme() -> None:
+def test_there_are_ten_and_each_has_a_line_in_the_readme() -> None:
     scripts = {path.stem for path in FOLDER.glob("*.py")}
     assert scripts == set(PRINTED)
-    assert len(scripts) == 9
+    assert len(scripts) == 10
     lines = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\) \| \S", lines, re.MULTILINE)) == scripts
 

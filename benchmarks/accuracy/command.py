@@ -19,6 +19,8 @@ from pws.cli.launching import add_launching, launching
 RULES: Final = "rules"
 """The grid that no YAML file can hold."""
 QUICK_STEPS: Final = 4
+QUICK_END: Final = {"trainer.max_steps": QUICK_STEPS, "trainer.epochs": 1}
+QUICK_ROUNDS: Final = {"federated.rounds": 2, "federated.clients": 2, "federated.alpha": None}
 
 
 def run(arguments: list[str]) -> int:
@@ -65,10 +67,10 @@ def _smaller(grid: Grid, column: Any) -> dict[str, Any]:
     batch_size = {"data.batch_size": 128, **grid.settings, **column}["data.batch_size"]
     if grid.settings.get("task") == "detect":
         data = {"data.name": "digit-scenes", "data.image_size": 64, "data.train_images": 16}
-        return {**column, **data, "trainer.max_steps": QUICK_STEPS, "trainer.epochs": 1}
+        return {**column, **data, **QUICK_END}
     return {
         **column,
         **{"data.name": "digits", "data.image_size": 16, "data.train_images": 128},
         **{"data.batch_size": min(batch_size, 32), "model.width": 0.125},
-        **{"trainer.max_steps": QUICK_STEPS, "trainer.epochs": 1},
+        **(QUICK_ROUNDS if "federated.clients" in {**grid.settings, **column} else QUICK_END),
     }

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from benchmarks.accuracy.shipped import shipped_grid
-from pws.bench.cell import CellResult, train_cell
+from pws.bench.cell import train_cell
+from pws.bench.cell_result import CellResult
 from pws.bench.grid import Cell, Grid
 from pws.methods import Method, build_method
 from pws.surgery.standardized import to_layers

@@ -59,13 +59,14 @@ __all__ = [
 ]
 
 if _typing.TYPE_CHECKING:
+    from pws import federated as federated
     from pws import private as private
     from pws import training as training
 else:
 
     def __getattr__(name: str) -> object:
         """Rooms that need more than torch are imported when they are asked for."""
-        if name not in ("private", "training"):
+        if name not in ("federated", "private", "training"):
             raise AttributeError(f"module 'pws' has no attribute {name!r}")
         import importlib
 

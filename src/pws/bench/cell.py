@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from pws.bench.cell_result import CellResult
+from pws.bench.federated_cell import federate_cell
 from pws.bench.grid import Cell
 from pws.bench.result_file import commit
 from pws.methods import Method
@@ -21,32 +22,12 @@ from pws.training.quiet import bare_trainer, real_interrupts
 from pws.training.tasks import module_of, trained_task
 
 
-@dataclass
-class CellResult:
-    """How a cell ended."""
-
-    accuracy: float | None
-    """The task's score in [0, 1]: accuracy, or average precision of boxes; None if the loss went non-finite."""
-    train_loss: float | None
-    """Mean of the last tenth of the steps."""
-    non_finite_step: int | None
-    non_finite_layer: str | None
-    steps: int
-    seconds: float
-    """The time of training, without the evaluations."""
-    commit: str
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    """Steps done, score on the first validation images; on the first test images where there are none."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """All metrics of all test images."""
-    validation: float | None = None
-    """The score on the validation images, if there are any."""
-
-
 def train_cell(cell: Cell, evaluations: int, evaluation_images: int, method: Method | None = None) -> CellResult:
-    """Train the cell on one thread; `method` replaces the recipe's."""
+    """Train the cell on one thread; `method` replaces the recipe's, unless that is federated."""
     torch.set_num_threads(1)
     recipe = cell.recipe
+    if recipe.federated.wanted:
+        return federate_cell(recipe)
     task = trained_task(recipe)
     data = task.data(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)

@@ -168,12 +168,16 @@ def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, Settings]:
         "data.train_images": lambda count: "all images" if count is None else f"{int(count):,} images",
         "model.head": "{} head".format,
         "data.augment": lambda augment: "augmented" if augment else "not augmented",
+        "federated.clients": "{} clients".format,
+        "federated.alpha": lambda alpha: "equal parts" if alpha is None else f"alpha {float(alpha):g}",
+        "federated.skew": "skew {}".format,
         "optim.lr": lambda lr: f"LR {float(lr):g}",  # YAML reads 1e-3 as a word
     }
     varied = [key for key in words if len({str(column.get(key, "left out")) for column in columns}) > 1]
     labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
     if len(set(labels)) < len(columns):
         raise PwsError(
-            f"{path}: columns must differ in network, batch size, images, augmentation or learning rate; got {shown(labels)}."
+            f"{path}: columns must differ in network, batch size, images, augmentation, clients or learning rate; got "
+            f"{shown(labels)}."
         )
     return {label or ONLY_COLUMN: column for label, column in zip(labels, columns, strict=True)}

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pws._errors import PwsError, reason_of
-from pws.bench.cell import CellResult, train_cell
+from pws.bench.cell import train_cell
+from pws.bench.cell_result import CellResult
 from pws.bench.grid import Cell, Grid
 from pws.bench.grid_tables import MASK_AP, VALIDATION, StoredCell, settings_of
 from pws.bench.launcher import Launcher

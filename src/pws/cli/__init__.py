@@ -14,6 +14,7 @@ from pws.cli.exit_code import exit_code_of
 COMMANDS: Final = {
     "demo": "see networks collapse at a large learning rate, and train there with PWS and BatchNorm; takes a minute",
     "train": "train a recipe: pws train fashion-mnist-allconv-pws --optim.lr 0.5",
+    "federate": "train a recipe on clients that keep their images: pws federate RECIPE --federated.clients 10",
     "diagnose": "explain layer by layer why a network collapses: pws diagnose runs/NAME --out report.html",
     "export": "write a run's network for other programs: pws export runs/NAME --format onnx",
     "convert": "remove BatchNorm from a model: pws convert --model timm:resnet18 --out converted",
@@ -26,6 +27,7 @@ COMMANDS: Final = {
 GOES_ON: Final = {
     "pack": "; the same command goes on",
     "train": "; `pws train runs/NAME --resume` goes on",
+    "federate": "; `pws federate runs/NAME --resume` goes on",
     "bench": "; `pws bench accuracy` goes on when the same command is given again",
 }
 USAGE: Final = "\n".join(

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from pws.bench.cell import CellResult, train_cell
+from pws.bench.cell import train_cell
+from pws.bench.cell_result import CellResult
 from pws.bench.grid import Cell, Grid, load_grid
 from pws.bench.grid_report import write_grid_report
 from pws.bench.grid_tables import over_seeds

@@ -46,6 +46,11 @@ def run(arguments: list[str]) -> int:
     check_word("RECIPE", arguments[0])
     recipe, parsed = parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
     check_word("--runs", parsed.runs)
+    if recipe.federated.wanted:
+        raise PwsError(
+            f"federated.clients ({recipe.federated.clients}) divides the images among clients, which `pws federate` trains. "
+            "Use that command, or leave federated out."
+        )
     given = Path(arguments[0])
     # A run's own folder is what --resume goes on in, wherever it lies.
     folder = given if parsed.resume and given.is_dir() else Path(parsed.runs) / recipe.name

@@ -2,6 +2,7 @@
 
 from pws.training._evaluate import evaluate
 from pws.training.callbacks import ClipGrad
+from pws.training.federated import FederatedConfig
 from pws.training.monitor import MonitorCallback
 from pws.training.own import fit
 from pws.training.private.config import PrivacyConfig
@@ -17,6 +18,7 @@ __all__ = [
     "DataConfig",
     "DetectionEvaluation",
     "Evaluation",
+    "FederatedConfig",
     "ModelConfig",
     "MonitorCallback",
     "OptimConfig",

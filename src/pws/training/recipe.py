@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from pws._errors import PwsError, shown
+from pws.training.federated import FederatedConfig, check_federated
 from pws.training.private.config import PrivacyConfig, check_private
 from pws.training.rules import (
     AT_LEAST_ONE,
@@ -297,6 +298,7 @@ class Recipe:
         optim: the optimizer and its schedule.
         trainer: where and how long.
         privacy: trains with differential privacy where its epsilon or noise is set.
+        federated: divides the images among clients; `pws federate` trains such a recipe.
     """
 
     name: str = ""
@@ -307,9 +309,12 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    federated: FederatedConfig = field(default_factory=FederatedConfig)
 
     def __post_init__(self) -> None:
         check_rules({"seed": SEED}, self)
+        if self.federated.wanted:
+            check_federated(self)
         if self.privacy.wanted:
             check_private(self)
             if self.model.method == "pws" and self.model.form is None:

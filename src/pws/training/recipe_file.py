@@ -17,7 +17,17 @@ from pws.training.parsing import PARSER_ERRORS, parser_message
 from pws.training.recipe import Recipe
 from pws.training.yaml_file import read_yaml
 
-RESULT: Final = ("task", "seed", "model", "data", "optim", "privacy", "trainer.epochs", "trainer.max_steps")
+RESULT: Final = (
+    "task",
+    "seed",
+    "model",
+    "data",
+    "optim",
+    "privacy",
+    "federated",
+    "trainer.epochs",
+    "trainer.max_steps",
+)
 """The settings that a run's result depends on; devices, precision and the like may change between sessions."""
 
 

@@ -74,9 +74,10 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
                 shutil.rmtree(folder)  # it would block the next try
             raise
         except OSError as error:
+            command = "federate" if recipe.federated.wanted else "train"
             raise PwsError(
                 f"the run stopped: {error.strerror or error}: {error.filename or folder}. Make room on the disk, or mend what "
-                f"else is wrong there, and `pws train {folder} --resume` goes on."
+                f"else is wrong there, and `pws {command} {folder} --resume` goes on."
             ) from error
 
 
@@ -138,8 +139,7 @@ def resume_from(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
         PwsError: the folder holds a finished run, or one of another recipe, or its checkpoints are not the network's or gone.
     """
     if is_first_process():
-        _check_unfinished(folder)
-        _check_same(folder / RECIPE, recipe)
+        check_goes_on(folder, recipe)
     start = _newest(folder / CHECKPOINTS, recipe, module)
     if not is_first_process():
         return start
@@ -150,6 +150,12 @@ def resume_from(folder: Path, recipe: Recipe, module: nn.Module) -> Start:
     if start.checkpoint is None:
         _check_began(folder)
     return start
+
+
+def check_goes_on(folder: Path, recipe: Recipe) -> None:
+    """Raise `PwsError` if the folder holds a finished run, or one of another recipe."""
+    _check_unfinished(folder)
+    _check_same(folder / RECIPE, recipe)
 
 
 def _check_unfinished(folder: Path) -> None:
