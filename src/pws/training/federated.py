@@ -89,8 +89,8 @@ def check_federated(recipe: Any) -> None:
             )
     if recipe.privacy.wanted:
         raise PwsError(
-            "privacy.epsilon and noise are settings of `pws train`: clients of a federated run do not add noise. Leave out privacy, "
-            "or federated."
+            "privacy.epsilon and noise are settings of `pws train`: clients of a federated run do not add noise. Leave out "
+            "privacy, or federated."
         )
     if recipe.trainer.precision not in ("32-true", "64-true") or recipe.trainer.devices not in ("auto", 1):
         raise PwsError(
