@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "depth": ("theory.depth", "variance along the depth before and after five steps (seconds)"),
     "forecast": ("theory.forecast", "forecast and real smallest diverging learning rates (an hour)"),
     "cost": ("theory.cost", "what a diagnosis and a monitor cost, in training steps (two minutes)"),
+    "private": ("theory.private", "average gradients of single images, and of noise (a minute)"),
     "accuracy": (
         "accuracy.command",
         "a grid of methods, learning rates and batch sizes (5 to 75 minutes on two cores)",

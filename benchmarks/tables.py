@@ -25,6 +25,7 @@ from benchmarks.sampler_tables import ghost_table, hooks_table
 from benchmarks.scale import exchanged_table, memory_table
 from benchmarks.speed.tables import images_table, kept_table, peak_table, ratio_table, step_table
 from benchmarks.stream import epochs_table
+from benchmarks.theory.private import private_table
 from pws._errors import PwsError, UnknownNameError, one_line, reason_of, shown
 from pws._files import write_whole
 from pws.bench.grid_tables import StoredCell, accuracy_table, mask_table, range_table, rate_table, steps_table
@@ -53,10 +54,21 @@ TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
     "models": {"summary": conversions_summary, "all": conversions_table},
     "exchanged": {"exchanged": exchanged_table, "memory": memory_table},
     "epochs": {"epochs": epochs_table},
+    "private": {"shares": private_table},
     "samplers": {"hooks": hooks_table, "ghost": ghost_table},
 }
 """By a key of the result (of one of `MADE_BY`), its tables; the first is the main one."""
-MADE_BY: Final = ("accuracy", "speed", "warm-start", "convert", "scale", "stream", "make-trainable", "samplers")
+MADE_BY: Final = (
+    "accuracy",
+    "speed",
+    "warm-start",
+    "convert",
+    "scale",
+    "stream",
+    "make-trainable",
+    "samplers",
+    "private",
+)
 
 
 def run(arguments: list[str]) -> int:

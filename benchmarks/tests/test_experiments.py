@@ -62,6 +62,7 @@ def test_all_commands_are_tested() -> None:
         "cost",
         "stream",
         "scale",
+        "private",
         "samplers",
         "warm-start",
         "make-trainable",
