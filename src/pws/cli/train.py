@@ -9,6 +9,7 @@ from pathlib import Path
 from pws._errors import PwsError
 from pws.cli.arguments import check_word
 from pws.diagnosis import CollapseWarning
+from pws.training.agreement import one_voice
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
 from pws.training.quiet import quiet_lightning
@@ -19,6 +20,7 @@ from pws.training.summary import Summary
 USAGE = "pws train RECIPE [--resume] [--monitor [STEPS]] [--runs DIR] [--PART.KEY VALUE ...]"
 
 
+@one_voice()
 def run(arguments: list[str]) -> int:
     """Parse, train, print how it ended."""
     parser = recipe_parser(
