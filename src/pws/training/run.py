@@ -100,8 +100,8 @@ def train(
             write_whole(folder / SUMMARY, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
             if watch is not None:
                 failure = leave_report(watch, folder, recipe.name, failure)
-    if failure is not None:
-        raise failure
+        if failure is not None:
+            raise failure
     return summary
 
 
