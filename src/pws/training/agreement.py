@@ -25,6 +25,10 @@ FAIL: Final = timedelta(seconds=20)
 START: Final = "start"
 
 
+class LostProcessError(PwsError):
+    """Another process of the run ended while this one trained; what that one met is not known here."""
+
+
 class Launched:
     """The processes that a launcher started, this one among them; a store holds what each of them says."""
 
@@ -111,7 +115,7 @@ def one_voice() -> Iterator[None]:
     """Let the first process that meets an error raise it, and all others that meet the same `ToldElsewhereError`."""
     try:
         yield
-    except (ToldElsewhereError, NonFiniteLossError):
+    except (ToldElsewhereError, LostProcessError, NonFiniteLossError):
         raise
     except (Exception, SystemExit) as error:
         if _told_elsewhere(reason_of(error)):

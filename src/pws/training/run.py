@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import DoublePrecision
 
 from pws._errors import PwsError, one_line
 from pws._files import write_whole
-from pws.training.agreement import agree, one_voice
+from pws.training.agreement import LostProcessError, agree, one_voice
 from pws.training.callbacks import VALIDATION, Clock, averages, is_first_process
 from pws.training.checkpoint_writers import BestCheckpoint, CheckpointFiles, checkpoint_callbacks
 from pws.training.checkpointing import checkpoint_activations
@@ -131,7 +131,7 @@ def _fit(
     except RuntimeError as error:
         if not any(word in str(error) for word in LOST):
             raise
-        raise PwsError(
+        raise LostProcessError(
             f"another process of the run ended, and this one can't go on without it ({one_line(error)[:120]}). What that one "
             "said stands above, or in its log; the system may have killed it for its memory. --resume goes on."
         ) from error
