@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import struct
 import sys
 import time
@@ -22,12 +23,13 @@ Points = Counter[tuple[str, int, float]]
 """Name, step and value, counted."""
 
 
-def recipe(logger: str) -> Recipe:
+def recipe(logger: str, *flags: str) -> Recipe:
     return load_recipe(
         "fashion-mnist-allconv-pws",
         *("--data.name=digits", "--data.image_size=12", "--data.train_images=128", "--data.batch_size=8"),
         *("--model.width=0.08", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.epochs=2"),
         *("--name=logged", "--optim.lr=0.07", f"--trainer.logger={logger}"),
+        *flags,
     )
 
 
@@ -140,6 +142,7 @@ def test_mlflow_has_the_numbers_and_the_recipe_and_a_resumed_run_goes_on(
         monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     killed(monkeypatch, recipe("mlflow"), run)
     train(recipe("mlflow"), run, resume=True, quiet=True)
+    assert ("MLFLOW_TRACKING_URI" in os.environ) == (store == "by the environment")
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("pws")
     assert experiment is not None
@@ -155,6 +158,26 @@ def test_mlflow_has_the_numbers_and_the_recipe_and_a_resumed_run_goes_on(
     )
     assert len(points) > 6
     assert points == in_metrics_file(run)
+
+
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+def test_a_run_whose_loss_went_non_finite_has_failed_there(
+    logger: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    diverging = ("--model.method=none", "--optim.lr=1e6", "--optim.step_bound=null")
+    with pytest.raises(run_module.NonFiniteLossError):
+        train(recipe(logger, *diverging), run, quiet=True)
+    known = (run / logger / "run_id").read_text().strip()
+    if logger == "mlflow":
+        assert MlflowClient(f"sqlite:///{run}/mlflow/mlflow.db").get_run(known).info.status == "FAILED"
+    else:
+        wait_for_wandb(run, 1)
+        ends = [record.exit.exit_code for record in wandb_records(run) if record.WhichOneof("record_type") == "exit"]
+        assert ends == [1]
 
 
 @pytest.mark.parametrize(("logger", "package"), [("wandb", "wandb"), ("mlflow", "mlflow")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import signal
 import socket
@@ -14,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from shared_runs import CLASSIFIER, DETECTOR, assert_same_end, child_of, command, noise, one_process, run
+from forked import processes, run_forked, wait
+from shared_runs import CLASSIFIER, DETECTOR, assert_same_end, command, noise, one_process
 from small_runs import ONE_THREAD
 
 from pws.training import train
@@ -34,7 +34,8 @@ def images_of_noise(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_several_processes_train_as_one(tmp_path: Path, noise: str, task: str, devices: int, strategy: str) -> None:
     settings = (*CLASSIFIER, noise) if task == "classify" else DETECTOR
     train(one_process(*settings), tmp_path / "one", quiet=True)
-    run(tmp_path / "several", *settings, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}")
+    own = command(tmp_path / "several", *settings, f"--trainer.devices={devices}", f"--trainer.strategy={strategy}")
+    run_forked(devices, free_port(), tmp_path / "several", own[3:])
     assert_same_end(tmp_path / "several", tmp_path / "one")
     found, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("several", "one"))
     assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-6)
@@ -48,10 +49,13 @@ def test_ten_kills_at_random_moments(tmp_path: Path, noise: str) -> None:
     settings = (*CLASSIFIER, noise, "--trainer.epochs=30")
     train(one_process(*settings), tmp_path / "whole", quiet=True)
     draw, folder = random.Random(0), tmp_path / "killed"
+    noticed = 0
     for number in range(10):
         strategy = f"--trainer.strategy={('ddp', 'fsdp2')[number % 2]}"
         resume = ["--resume"] if folder.exists() else []
-        kill_one_of_two(command(folder, *settings, "--trainer.devices=2", strategy, *resume), draw.uniform(0, 1.5))
+        own = command(folder, *settings, "--trainer.devices=2", strategy, *resume)[3:]
+        noticed += kill_one_of_two(folder, own, draw.uniform(0, 1.5))
+    assert noticed >= 5
     train(one_process(*settings), folder, resume=True, quiet=True)
     assert_same_end(folder, tmp_path / "whole")
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (folder, tmp_path / "whole")]
@@ -62,20 +66,24 @@ def test_ten_kills_at_random_moments(tmp_path: Path, noise: str) -> None:
         )
 
 
-def kill_one_of_two(arguments: list[str], seconds: float) -> None:
-    """Start a run, and kill its second process so many seconds after the training began."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    line = process.stdout.readline()
-    assert " allconv with pws " in line, line + process.stderr.read()
-    time.sleep(seconds)
-    os.kill(child_of(process.pid), signal.SIGKILL)
-    process.communicate(timeout=100)
-    assert process.returncode in (
-        2,
-        -signal.SIGKILL,
-    )  # Lightning kills the first process where it sees the other one dead
+def kill_one_of_two(folder: Path, arguments: list[str], seconds: float) -> bool:
+    """Start a run, and kill its second process so many seconds after the training began; whether the first one noticed."""
+    log = folder.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    with processes(2, free_port(), log, arguments) as ranks:
+        end = time.monotonic() + 100
+        while " allconv with pws " not in (log.read_text() if log.exists() else ""):
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.01)
+        time.sleep(seconds)
+        ranks[1].kill()
+        wait(ranks, 5)
+        # The first one waits for it where they have not met yet, until the launcher ends it too.
+        assert ranks[0].exitcode in (2, None), log.read_text()
+        assert ranks[1].exitcode == -signal.SIGKILL, log.read_text()
+        noticed = "another process of the run ended" in log.read_text()
+        assert noticed == (ranks[0].exitcode == 2), log.read_text()
+        return noticed
 
 
 def test_two_nodes_of_torchrun(tmp_path: Path, noise: str) -> None:

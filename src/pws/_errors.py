@@ -18,6 +18,10 @@ class ShapeError(PwsError):
     """A tensor's shape makes the operation meaningless."""
 
 
+class ToldElsewhereError(PwsError):
+    """Another process of the same run tells what is wrong: the command line of this one is silent."""
+
+
 class UnknownNameError(PwsError):
     """A name that is in no registry."""
 

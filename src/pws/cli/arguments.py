@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser
 
 from pws._errors import PwsError
 from pws.training.parsing import PARSER_ERRORS, parser_message
+from pws.training.recipe import Recipe
+from pws.training.recipe_file import find_recipe, parse_recipe
 from pws.training.rules import PROCESSES
 
 
@@ -96,6 +98,21 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Any:
     for key, value in vars(parsed).items():
         check_word(key, value)
     return parsed
+
+
+def given_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Any] | None:
+    """The recipe that a command is given first, its settings over it, and all that was parsed; None where help was printed.
+
+    Raises:
+        PwsError: something else comes first, or the recipe or a setting is wrong.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        parser.print_help()
+        return None
+    if arguments[0].startswith("-"):
+        raise PwsError(f"the recipe comes first: {parser.prog}; got {arguments[0]!r}.")
+    check_word("RECIPE", arguments[0])
+    return parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
 
 
 def check_word(key: str, value: Any) -> None:

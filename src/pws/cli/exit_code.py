@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from pws._error_messages import frames_of_others, message_of
-from pws._errors import reason_of
+from pws._errors import ToldElsewhereError, reason_of
 from pws.cli.output import guarded_output
 from pws.cli.process import process_as_found
 
@@ -35,6 +35,8 @@ def _checked(work: Callable[[], int], program: str, goes_on: str) -> int:
         return work()
     except KeyboardInterrupt:
         return _fail(program, f"interrupted{goes_on}", 130)
+    except ToldElsewhereError:
+        return 2
     except (Exception, SystemExit) as error:
         frames, message = frames_of_others(error), message_of(error)
         if message is None and not frames:

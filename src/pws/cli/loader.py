@@ -12,9 +12,9 @@ from rich.table import Table
 from pws._errors import PwsError
 from pws.bench.loader_speed import LoaderSpeed, measure_loader
 from pws.bench.result_file import write_result
-from pws.cli.arguments import add_force, check_free, check_word
+from pws.cli.arguments import add_force, check_free, check_word, given_recipe
 from pws.training.quiet import quiet_lightning
-from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser
+from pws.training.recipe_file import recipe_parser
 
 USAGE: Final = "pws bench loader RECIPE [--seconds S] [--out DIR] [--force] [--PART.KEY VALUE ...]"
 LONGEST: Final = 3600
@@ -31,13 +31,10 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each of the two at most")
     parser.add_argument("--out", type=str, help="folder of loader.json, which holds the numbers")
     add_force(parser)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        parser.print_help()
+    given = given_recipe(parser, arguments)
+    if given is None:
         return 0
-    if arguments[0].startswith("-"):
-        raise PwsError(f"the recipe comes first: {USAGE}; got {arguments[0]!r}.")
-    check_word("RECIPE", arguments[0])
-    recipe, parsed = parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
+    recipe, parsed = given
     check_word("--out", parsed.out)
     if not 0 < parsed.seconds <= LONGEST:
         raise PwsError(f"--seconds must be positive, and at most {LONGEST}; got {parsed.seconds}.")

@@ -6,19 +6,20 @@ import sys
 import warnings
 from pathlib import Path
 
-from pws._errors import PwsError
-from pws.cli.arguments import check_word
+from pws.cli.arguments import check_word, given_recipe
 from pws.diagnosis import CollapseWarning
+from pws.training.agreement import one_voice
 from pws.training.callbacks import is_first_process
 from pws.training.module import NonFiniteLossError
 from pws.training.quiet import quiet_lightning
-from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser, shipped_recipes
+from pws.training.recipe_file import recipe_parser, shipped_recipes
 from pws.training.run import train
 from pws.training.summary import Summary
 
 USAGE = "pws train RECIPE [--resume] [--monitor [STEPS]] [--runs DIR] [--PART.KEY VALUE ...]"
 
 
+@one_voice()
 def run(arguments: list[str]) -> int:
     """Parse, train, print how it ended."""
     parser = recipe_parser(
@@ -38,22 +39,19 @@ def run(arguments: list[str]) -> int:
         help="diagnose the network every STEPS steps (50 if no number is given), and write diagnosis.html to the run's folder",
     )
     parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder lies")
-    if not arguments or arguments[0] in ("-h", "--help"):
-        parser.print_help()
+    given = given_recipe(parser, arguments)
+    if given is None:
         return 0
-    if arguments[0].startswith("-"):
-        raise PwsError(f"the recipe comes first: {USAGE}; got {arguments[0]!r}.")
-    check_word("RECIPE", arguments[0])
-    recipe, parsed = parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
+    recipe, parsed = given
     check_word("--runs", parsed.runs)
     if recipe.federated.wanted:
         raise PwsError(
             f"federated.clients ({recipe.federated.clients}) divides the images among clients, which `pws federate` trains. "
             "Use that command, or leave federated out."
         )
-    given = Path(arguments[0])
+    named = Path(arguments[0])
     # A run's own folder is what --resume goes on in, wherever it lies.
-    folder = given if parsed.resume and given.is_dir() else Path(parsed.runs) / recipe.name
+    folder = named if parsed.resume and named.is_dir() else Path(parsed.runs) / recipe.name
     quiet_lightning()
     warnings.filterwarnings("ignore", category=CollapseWarning)  # the closing message says the same
     try:

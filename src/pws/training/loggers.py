@@ -22,6 +22,7 @@ PROJECT: Final = "pws"
 RUN_ID: Final = "run_id"
 """The file with the id that the logger's service knows the run by: a resumed run goes on there."""
 
+TRACKING: Final = "MLFLOW_TRACKING_URI"
 Known = str | None
 """The id of a run that goes on; None for a new one."""
 
@@ -41,14 +42,18 @@ def _wandb(name: str, folder: Path, known: Known, *, quiet: bool) -> tuple[Logge
 
 
 def _mlflow(name: str, folder: Path, known: Known, *, quiet: bool) -> tuple[Logger, str]:
+    given = os.environ.get(TRACKING)
     logger = MLFlowLogger(
         os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT),
         name,
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.resolve()}/mlflow.db"),
-        artifact_location=None if "MLFLOW_TRACKING_URI" in os.environ else (folder / "artifacts").resolve().as_uri(),
+        tracking_uri=given or f"sqlite:///{folder.resolve()}/mlflow.db",
+        artifact_location=None if given else (folder / "artifacts").resolve().as_uri(),
         run_id=known,
     )
-    return logger, str(logger.run_id)
+    found = str(logger.run_id)
+    if given is None:
+        os.environ.pop(TRACKING, None)  # MLflow sets it, and the process's next run has a store of its own
+    return logger, found
 
 
 LOGGERS: Final[dict[str, tuple[Callable[..., tuple[Logger, str]], str]]] = {
@@ -90,7 +95,10 @@ def named_loggers(recipe: Recipe, run: Path, *, quiet: bool) -> list[Logger]:
 
 @contextmanager
 def closed(trainer: Trainer) -> Iterator[None]:
-    """End the run of Weights & Biases with the block: a process has one run, and the next training would go on in it."""
+    """End the run of Weights & Biases with the block, as failed if that fails; Lightning ends that of MLflow.
+
+    A process has one run of Weights & Biases, and the next training would go on in it.
+    """
     code = 1
     try:
         yield

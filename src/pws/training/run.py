@@ -16,6 +16,7 @@ from lightning.pytorch.plugins import DoublePrecision
 
 from pws._errors import PwsError, one_line
 from pws._files import write_whole
+from pws.training.agreement import LostProcessError, agree, one_voice
 from pws.training.callbacks import VALIDATION, Clock, averages, is_first_process
 from pws.training.checkpoint_writers import BestCheckpoint, CheckpointFiles, checkpoint_callbacks
 from pws.training.checkpointing import checkpoint_activations
@@ -40,6 +41,7 @@ LOST: Final = ("gloo/transport", "by peer", "NCCL")
 """What the errors say that torch raises where another process is gone; they have no class of their own."""
 
 
+@one_voice()
 def train(
     recipe: Recipe,
     folder: Path,
@@ -84,6 +86,8 @@ def train(
             _say(_headline(recipe, data, module, folder, start, resume=resume), start, quiet=quiet)
         board = TensorBoardLogger(folder, name="", version="tensorboard", purge_step=start.step or None)
         trainer.loggers = [MetricsFile(folder, start.rows), board, *named_loggers(recipe, folder, quiet=quiet)]
+        if trainer.world_size > 1:
+            agree()
         failure, metrics = _fit(trainer, module, data, start.checkpoint, clock)
         best = folder / CHECKPOINTS / BEST
         tested = best if validates and best.exists() else None
@@ -97,8 +101,8 @@ def train(
             write_whole(folder / SUMMARY, json.dumps(asdict(summary), indent=2, allow_nan=False) + "\n")
             if watch is not None:
                 failure = leave_report(watch, folder, recipe.name, failure)
-    if failure is not None:
-        raise failure
+        if failure is not None:
+            raise failure
     return summary
 
 
@@ -128,7 +132,7 @@ def _fit(
     except RuntimeError as error:
         if not any(word in str(error) for word in LOST):
             raise
-        raise PwsError(
+        raise LostProcessError(
             f"another process of the run ended, and this one can't go on without it ({one_line(error)[:120]}). What that one "
             "said stands above, or in its log; the system may have killed it for its memory. --resume goes on."
         ) from error

@@ -62,6 +62,8 @@ def litdata() -> Any:
         raise PwsError(
             f"packed images need litdata ({error.name} is missing): pip install 'pws-torch[stream]'."
         ) from error
+    # Its faster client of object stores takes no http:// address, and must not start before loader processes are forked.
+    litdata.streaming.downloader._OBSTORE_AVAILABLE = False
     return litdata
 
 
@@ -97,7 +99,11 @@ class PackedFolder:
         """Have a shard's file in the folder."""
         if self.url is not None and not (self.folder / part / shard.file).exists():
             copy_from(f"{self.url}/{part}", shard.file, self.folder / part)
-            check_size(self.folder / part / shard.file, shard)
+            try:
+                check_size(self.folder / part / shard.file, shard)
+            except PwsError:
+                (self.folder / part / shard.file).unlink()  # the store's may be mended
+                raise
 
 
 def open_packed(root: str) -> PackedFolder:
@@ -139,7 +145,9 @@ def copy_from(url: str, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + PATIENCE
     try:
-        downloader = litdata().streaming.downloader.get_downloader(url, str(folder), [])
+        # None: the user's settings of AWS count. litdata's own would try a thousand times.
+        options = {"config": None} if url.startswith("s3://") else {}
+        downloader = litdata().streaming.downloader.get_downloader(url, str(folder), [], options)
         while True:
             downloader.download_file(f"{url}/{name}", str(folder / name))
             if (folder / name).exists():
