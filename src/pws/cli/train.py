@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from pws._errors import PwsError
 from pws.cli.arguments import check_word, given_recipe
 from pws.diagnosis import CollapseWarning
 from pws.training.agreement import one_voice
