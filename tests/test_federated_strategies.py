@@ -93,7 +93,9 @@ def test_fedprox_adds_half_the_squared_distance() -> None:
         distance = sum((p - s).square().sum() for p, s in zip(theirs.parameters(), start, strict=True))
         (F.cross_entropy(theirs(images), labels) + 0.7 / 2 * distance).backward()
         optimizer.step()
-    train_steps(Classifier(ours, OptimConfig(), 3), torch.optim.SGD(ours.parameters(), lr=0.5), batches, 0.7)
+    train_steps(
+        Classifier(ours, OptimConfig(), 3), torch.optim.SGD(ours.parameters(), lr=0.5), batches, proximal_mu=0.7
+    )
     torch.testing.assert_close(ours[1].weight, theirs[1].weight, rtol=1e-12, atol=1e-12)
 
 

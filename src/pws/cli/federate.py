@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pws._errors import PwsError
-from pws.cli.arguments import check_word
+from pws.cli.arguments import check_word, given_recipe
 from pws.training.quiet import quiet_lightning
-from pws.training.recipe_file import find_recipe, parse_recipe, recipe_parser, shipped_recipes
+from pws.training.recipe_file import recipe_parser, shipped_recipes
 
 if TYPE_CHECKING:
     from pws.federated import FederatedSummary
@@ -37,19 +36,16 @@ def run(arguments: list[str]) -> int:
         "on this machine, with the same numbers",
     )
     parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder lies")
-    if not arguments or arguments[0] in ("-h", "--help"):
-        parser.print_help()
+    given = given_recipe(parser, arguments)
+    if given is None:
         return 0
-    if arguments[0].startswith("-"):
-        raise PwsError(f"the recipe comes first: {USAGE}; got {arguments[0]!r}.")
-    check_word("RECIPE", arguments[0])
-    recipe, parsed = parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
+    recipe, parsed = given
     check_word("--runs", parsed.runs)
     from pws.federated import federate
 
-    given = Path(arguments[0])
+    named = Path(arguments[0])
     # A run's own folder is what --resume goes on in, wherever it lies.
-    folder = given if parsed.resume and given.is_dir() else Path(parsed.runs) / recipe.name
+    folder = named if parsed.resume and named.is_dir() else Path(parsed.runs) / recipe.name
     quiet_lightning()
     print(_closing(federate(recipe, folder, engine=parsed.engine, resume=parsed.resume), folder))
     return 0

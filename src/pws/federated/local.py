@@ -32,13 +32,10 @@ def train_client(federation: Federation, client: int, number: int, proximal_mu: 
     steps = config.local_steps or config.local_epochs * per_epoch
     torch.manual_seed(seed_of(recipe.seed, "steps", client, number))
     module = federation.module.train()
-    optimizer = client_optimizer(module, round_optim(recipe, number))
-    return train_steps(module, optimizer, islice(_batches(data, number), steps), proximal_mu)
-
-
-def client_optimizer(module: TaskModule, optim: OptimConfig) -> Optimizer:
-    """The recipe's optimizer, new in each round; one of `pws.optim` adopts the weights that the client has received."""
-    return build_optimizer(module.model, optim, step_bound(optim, module.method))
+    bound = step_bound(recipe.optim, module.method, steps)
+    # New in each round: one of `pws.optim` adopts the weights that the client has received.
+    optimizer = build_optimizer(module.model, round_optim(recipe, number), bound)
+    return train_steps(module, optimizer, islice(_batches(data, number), steps), bound, proximal_mu)
 
 
 def round_optim(recipe: Recipe, number: int) -> OptimConfig:
@@ -47,8 +44,17 @@ def round_optim(recipe: Recipe, number: int) -> OptimConfig:
     return replace(recipe.optim, lr=recipe.optim.lr * factor)
 
 
-def train_steps(module: TaskModule, optimizer: Optimizer, batches: Iterable[Batch], proximal_mu: float = 0.0) -> float:
-    """A step per batch; with `proximal_mu` the loss grows by half of it times the squared distance to the start."""
+def train_steps(
+    module: TaskModule,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    bound: float | None = None,
+    proximal_mu: float = 0.0,
+) -> float:
+    """A step per batch, bounded for layers whose optimizer does not do it.
+
+    With `proximal_mu` the loss grows by half of it times the squared distance to the start.
+    """
     model, losses = module.model, []
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start = [parameter.detach().clone() for parameter in parameters] if proximal_mu else []
@@ -59,15 +65,14 @@ def train_steps(module: TaskModule, optimizer: Optimizer, batches: Iterable[Batc
         for parameter, received in zip(parameters, start, strict=False):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - received, alpha=proximal_mu)
-        _before_step(module, model, optimizer)
+        _before_step(module, model, optimizer, bound)
         optimizer.step()
         losses.append(loss.detach())
     return float(torch.stack(losses).mean())
 
 
-def _before_step(module: TaskModule, model: nn.Module, optimizer: Optimizer) -> None:
+def _before_step(module: TaskModule, model: nn.Module, optimizer: Optimizer, bound: float | None) -> None:
     """What training does to gradients: the method's bound, its rule, the recipe's clipping."""
-    bound = step_bound(module.optim, module.method)
     if bound is not None and not marked(model):
         clip_grad(model, optimizer, bound)
     if module.method is not None and module.method.gradients is not None:

@@ -14,6 +14,7 @@ from pws._param_groups import param_groups
 from pws.methods import Method
 from pws.optim import SGD, AdamW, Wrapped
 from pws.optim.adamw import TAKEN_BOUND
+from pws.optim.bound import bound_with
 from pws.training.recipe import OptimConfig
 
 
@@ -36,14 +37,17 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, bound: float | None) -
     return Wrapped(groups, _class_of(optim.name), **settings, step_bound=bound)
 
 
-def step_bound(optim: OptimConfig, method: Method | None) -> float | None:
-    """The recipe's bound on a layer's step; "method" is the method's own for sgd, and what the others bound the step they take
-    with; it gives way to a clipped norm."""
+def step_bound(optim: OptimConfig, method: Method | None, steps: int | None = None) -> float | None:
+    """The recipe's bound on a layer's step; it gives way to a clipped norm.
+
+    "method" is the method's own: for sgd by its momentum, which may start anew after `steps`, for others the bound on the step
+    as it is taken.
+    """
     if optim.step_bound != "method":
         return optim.step_bound
     if method is None or method.step_bound is None or optim.clip_norm is not None:
         return None
-    return method.step_bound if optim.name == "sgd" else TAKEN_BOUND
+    return bound_with(optim.momentum, steps, method.step_bound) if optim.name == "sgd" else TAKEN_BOUND
 
 
 def _class_of(name: str) -> type[Optimizer]:

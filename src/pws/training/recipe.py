@@ -195,8 +195,8 @@ class OptimConfig:
         decay: (step) factor at each milestone.
         warmup_epochs: epochs over which the learning rate rises linearly from 0; fractions too.
         clip_norm: clip the gradient to this global norm, in place of the method's own step bound.
-        step_bound: no layer's step is longer than this. "method" takes the method's own bound: for pws 0.03 with sgd and 0.05
-            with others, none for other methods. null means no bound.
+        step_bound: no layer's step is longer than this. "method" takes the method's own: for pws 0.3 * (1 - momentum) with sgd
+            and 0.05 with others, none for other methods. null means no bound.
         ema: validate, test and store an average of the weights: after each step this part of it stays, the rest is the weights.
         label_smoothing: part of each label that is spread over all classes.
     """

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from pws._preserve import random_state
 from pws.training.classifier import Classifier
-from pws.training.optimizer import build_optimizer
+from pws.training.optimizer import build_optimizer, step_bound
 from pws.training.private.config import PrivacyConfig
 from pws.training.private.engine import Accounting, bounding, check_trainable
 from pws.training.private.spent import Spent
@@ -20,9 +20,8 @@ from pws.training.private.spent import Spent
 class PrivateClassifier(Classifier):
     """Takes a step in parts of the physical batch size; Opacus' optimizer adds them up before the noise.
 
-    The bound of a method on the step is left out: clipping bounds what an image does, and the bound would shorten steps whose
-    length is that of the noise. A recipe's own `optim.step_bound` holds, behind the noise. So does no rule of a method on the
-    gradients (nf's clipping): that of each image takes its place.
+    The bound on the step holds behind the noise. A rule of the method on the gradients (nf's clipping) is left out: each
+    image's clipping takes its place.
     """
 
     def __init__(self, *args: Any, privacy: PrivacyConfig, **settings: Any) -> None:
@@ -33,7 +32,7 @@ class PrivateClassifier(Classifier):
 
     def built_optimizer(self) -> Optimizer:
         """Opacus' around the recipe's."""
-        bound = None if self.optim.step_bound == "method" else self.optim.step_bound
+        bound = step_bound(self.optim, self.method)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         loss = nn.CrossEntropyLoss(label_smoothing=self.optim.label_smoothing)
         sizes = len(data.splits.train), data.config.batch_size, int(self.trainer.estimated_stepping_batches)
