@@ -1,8 +1,8 @@
 """Private training with Opacus; needs the extra `private`. Importing it makes the samplers below known to Opacus."""
 
 from pws.private import _register as _register  # first: it says what is missing
-from pws.private.grad_sampler import standardized_grad_sample
+from pws.private.grad_sampler import conv_grad_sample, standardized_grad_sample
 from pws.private.make_trainable import make_trainable
 from pws.private.norm_sampler import conv_norm_sample, standardized_norm_sample
 
-__all__ = ["conv_norm_sample", "make_trainable", "standardized_grad_sample", "standardized_norm_sample"]
+__all__ = ["conv_grad_sample", "conv_norm_sample", "make_trainable", "standardized_grad_sample", "standardized_norm_sample"]
