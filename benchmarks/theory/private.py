@@ -109,5 +109,6 @@ def draw(result: Result, path: Path) -> None:
         axes.bar(places, [100 * row[key] for row in rows], 0.25, label=name)
     axes.set_xticks(range(len(rows)), [f"{row['network']} x {row['width']:g}" for row in rows])
     axes.set_ylabel("average gradient, % of the squared norm")
-    axes.legend()
+    axes.set_ylim(0, 130)
+    axes.legend(loc="upper right")
     save_figure(figure, path)
