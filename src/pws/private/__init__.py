@@ -5,4 +5,10 @@ from pws.private.grad_sampler import conv_grad_sample, standardized_grad_sample
 from pws.private.make_trainable import make_trainable
 from pws.private.norm_sampler import conv_norm_sample, standardized_norm_sample
 
-__all__ = ["conv_grad_sample", "conv_norm_sample", "make_trainable", "standardized_grad_sample", "standardized_norm_sample"]
+__all__ = [
+    "conv_grad_sample",
+    "conv_norm_sample",
+    "make_trainable",
+    "standardized_grad_sample",
+    "standardized_norm_sample",
+]
