@@ -87,7 +87,9 @@ def test_a_methods_gradient_rule_acts_in_training() -> None:
 
 def test_the_steps_are_bounded_as_the_recipe_says() -> None:
     assert max(lengths(first_step("--optim.step_bound=null"))) > 0.1
-    assert max(lengths(first_step())) == pytest.approx(0.03, rel=1e-3)
+    for momentum in (0.0, 0.5, 0.9):
+        found = max(lengths(first_step(f"--optim.momentum={momentum}", "--optim.lr=10")))
+        assert found == pytest.approx(0.3 * (1 - momentum), rel=1e-3)
     assert max(lengths(first_step("--optim.step_bound=0.01"))) == pytest.approx(0.01, rel=1e-3)
     bounded = first_step("--model.method=none", "--optim.step_bound=0.01")
     assert max(lengths(bounded)) == pytest.approx(0.01, rel=1e-3)

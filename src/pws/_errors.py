@@ -34,7 +34,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else "."
-    return hint if close and len(names) > 24 else f"{hint} Valid: {', '.join(names)}"
+    return hint if close and len(names) > 24 else f"{hint} Valid: {_listed(names)}"
+
+
+def _listed(names: list[str]) -> str:
+    """The names, those with the same beginning up to a dot together: `seed, data.{name, root}`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        beginning, dot, end = name.rpartition(".")
+        groups.setdefault(beginning + dot, []).append(end)
+    return ", ".join(
+        f"{beginning}{{{', '.join(ends)}}}"
+        if beginning and len(ends) > 1
+        else ", ".join(beginning + end for end in ends)
+        for beginning, ends in groups.items()
+    )
 
 
 def one_line(error: BaseException, longest: int = 500) -> str:

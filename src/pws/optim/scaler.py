@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 _asked: Final[WeakSet[Optimizer]] = WeakSet()
 _without_scaler: list[int] = []
-"""The references to each kind of scaler when none was in use. Objects refer to their class: as many mean that none is now."""
+"""The references to each kind of scaler when there was none. Objects refer to their class: as many mean that there is none."""
 
 
 def notice_scaled_gradients(optimizer: Optimizer) -> None:
@@ -29,9 +29,11 @@ def notice_scaled_gradients(optimizer: Optimizer) -> None:
     references = [sys.getrefcount(kind) for kind in kinds]
     if references == _without_scaler:
         return
-    scalers = _scalers_in_use(kinds)
+    scalers = _scalers(kinds)
     _without_scaler[:] = [] if scalers else references
     for scaler in scalers:
+        if not scaler.is_enabled() or scaler._scale is None:  # it has scaled no loss
+            continue
         stages = [state["stage"] for state in scaler._per_optimizer_states.values()]
         if OptState.UNSCALED not in stages and scaler.get_scale() > 1:
             warnings.warn(
@@ -51,8 +53,6 @@ def _kinds() -> list[type[GradScaler]]:
     return kinds
 
 
-def _scalers_in_use(kinds: list[type[GradScaler]]) -> list[GradScaler]:
-    """Those that have scaled a loss."""
+def _scalers(kinds: list[type[GradScaler]]) -> list[GradScaler]:
     # An object refers to its class: so this is found in a fraction of the time that a look at all objects takes.
-    found = [item for item in gc.get_referrers(*kinds) if type(item) in kinds]
-    return [scaler for scaler in found if scaler.is_enabled() and scaler._scale is not None]
+    return [item for item in gc.get_referrers(*kinds) if type(item) in kinds]
