@@ -65,7 +65,6 @@ def test_all_commands_are_tested() -> None:
         "private",
         "samplers",
         "warm-start",
-        "make-trainable",
     ]
     assert sorted(COMMANDS) == sorted([*experiments, "accuracy", "speed", "convert", "make-trainable", "tables"])
 
