@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pws._errors import PwsError
-from pws.training.rules import AT_LEAST_ONE, POSITIVE, Rule, check_rules
+from pws.training.rules import AT_LEAST_ONE, POSITIVE, Rule, check_only, check_rules
 
 PART: Final[Rule] = ("above 0, and at most 1", lambda value: 0 < value <= 1)
 FEDERATED_RULES: Final[dict[str, Rule]] = {
@@ -79,14 +79,7 @@ class FederatedConfig:
 
 def check_federated(recipe: Any) -> None:
     """Raise `PwsError` for a setting that a federated run can't have."""
-    for setting, (only, why) in UNLIKE_CLIENTS.items():
-        value: Any = recipe
-        for name in setting.split("."):
-            value = getattr(value, name)
-        if value != only:
-            raise PwsError(
-                f"a federated run (federated.clients) takes {setting} {only} alone: {why}. Got {value!r}: leave it out."
-            )
+    check_only(recipe, UNLIKE_CLIENTS, "a federated run (federated.clients)")
     if recipe.privacy.wanted:
         raise PwsError(
             "privacy.epsilon and noise are settings of `pws train`: clients of a federated run do not add noise. Leave out "

@@ -32,3 +32,13 @@ def check_rules(rules: Mapping[str, Rule], values: object, where: str = "") -> N
         value = getattr(values, name)
         if value is not None and not isinstance(value, str) and not holds(value):
             raise PwsError(f"{where}{name} must be {words}; got {shown(value)}.")
+
+
+def check_only(recipe: object, only: Mapping[str, tuple[Any, str]], run: str) -> None:
+    """Raise `PwsError` for a dotted setting of a recipe with another value than the only one that `run` takes, and say why."""
+    for setting, (value, why) in only.items():
+        found: Any = recipe
+        for name in setting.split("."):
+            found = getattr(found, name)
+        if found != value:
+            raise PwsError(f"{run} takes {setting} {value} alone: {why}. Got {found!r}: leave it out.")

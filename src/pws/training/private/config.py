@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pws._errors import PwsError
-from pws.training.rules import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Rule, check_rules
+from pws.training.rules import AT_LEAST_ONE, NOT_NEGATIVE, POSITIVE, Rule, check_only, check_rules
 
 DELTA: Final[Rule] = ("above 0 and below 1", lambda value: 0 < value < 1)
 PRIVACY_RULES: Final[dict[str, Rule]] = {
@@ -91,14 +91,7 @@ def check_delta(privacy: PrivacyConfig, images: int) -> None:
 
 def check_private(recipe: Any) -> None:
     """Raise `PwsError` for a setting that a private run can't have."""
-    for setting, (only, why) in UNLIKE_PRIVACY.items():
-        value: Any = recipe
-        for name in setting.split("."):
-            value = getattr(value, name)
-        if value != only:
-            raise PwsError(
-                f"a private run (privacy.epsilon or noise) takes {setting} {only} alone: {why}. Got {value!r}."
-            )
+    check_only(recipe, UNLIKE_PRIVACY, "a private run (privacy.epsilon or noise)")
     trainer, privacy = recipe.trainer, recipe.privacy
     if trainer.precision.startswith("16") or trainer.strategy != "auto" or trainer.devices not in ("auto", 1):
         raise PwsError(
