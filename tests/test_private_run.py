@@ -145,6 +145,16 @@ def test_batches_hold_each_image_on_its_own() -> None:
     assert float((times > 1).float().mean()) == pytest.approx(1 - 0.9**10 - 0.9**9, abs=0.02)
 
 
+def test_batches_are_not_drawn_from_the_numbers_of_the_noise() -> None:
+    """A step draws its noise after torch.manual_seed(its number), with seed 0 in the first epoch."""
+    for epoch in range(10):
+        sampler = PoissonSampler(1000, 100, seed=0, repeats=1)
+        sampler.set_epoch(epoch)
+        _, numbers = next(iter(sampler))
+        same = torch.rand(1000, generator=torch.Generator().manual_seed(epoch)) < 0.1
+        assert numbers != same.nonzero().flatten().tolist()
+
+
 def test_a_resumed_sampler_goes_on_with_the_same_batches() -> None:
     sampler = PoissonSampler(50, 8, seed=3, repeats=1)
     sampler.set_epoch(2)

@@ -100,7 +100,8 @@ class PoissonSampler(EpochSampler):
         return self.steps
 
     def __iter__(self) -> Iterator[Key]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        # Negative, as no step's own seed is: the noise must not come from the same numbers.
+        generator = torch.Generator().manual_seed(-1 - (self.seed * 1_000_003 + self.epoch))
         for batch in range(self.steps):
             chosen = (torch.rand(self.count, generator=generator) * self.steps < 1).nonzero().flatten()
             if batch >= self.first_batch:

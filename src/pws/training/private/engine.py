@@ -119,8 +119,8 @@ def bounding(model: nn.Module, bound: float | None) -> Callable[[Any], None] | N
     """What bounds the step behind the noise, where the optimizer does not do it itself."""
     if bound is None or marked(model):
         return None
-    return lambda optimizer: _clip(model, optimizer, bound)
 
+    def bounded(optimizer: Any) -> None:
+        clip_grad(model, optimizer, bound)
 
-def _clip(model: nn.Module, optimizer: Any, bound: float) -> None:
-    clip_grad(model, optimizer, bound)
+    return bounded
