@@ -34,7 +34,7 @@ def federate(
         recipe: what to train; its `federated` part says how. 10 clients if it names no number.
         folder: the run's folder; must not exist unless `resume`.
         engine: simulation asks one client after the other in this process. deployment starts Flower's server and a process per
-            client on this machine, which talk over its network; its numbers are the same.
+            client on this machine, which talk over its network; its numbers are the same up to rounding.
         resume: go on behind the last round that is stored, to the result of an uninterrupted run.
         quiet: print nothing.
 
