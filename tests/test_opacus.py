@@ -13,7 +13,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from tolerances import assert_close
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from twins import BOUND, positions
+from twins import positions
 
 import pws
 from pws._mark import mark
@@ -97,8 +97,8 @@ def test_noise_moves_no_layer_further_than_the_bound(mode: str, lr: float) -> No
         before = positions(net, inner)
         epoch(model, optimizer, criterion, [batch])
         lengths = [float((now - before[name]).norm()) for name, now in positions(net, inner).items()]
-        assert all(0 < length <= BOUND * (1 + 1e-5) for length in lengths)
-        assert lr < 1 or lengths == pytest.approx([BOUND] * len(lengths), rel=1e-3)
+        assert all(0 < length <= 0.3 * (1 + 1e-5) for length in lengths)
+        assert lr < 1 or lengths == pytest.approx([0.3] * len(lengths), rel=1e-3)
     for name in pws.marked(net):
         assert float(net.get_submodule(name).weight.flatten(1).mean(1).abs().max()) < 1e-6
 
@@ -140,7 +140,7 @@ def test_the_hook_that_is_told_bounds_the_noisy_step() -> None:
         before = [p.detach().clone() for p in net[0].parameters()]
         epoch(model, optimizer, criterion, [batch])
         moved = [float((p - old).norm()) for p, old in zip(net[0].parameters(), before, strict=True)]
-        assert sum(length**2 for length in moved) ** 0.5 == pytest.approx(BOUND, rel=1e-3)
+        assert sum(length**2 for length in moved) ** 0.5 == pytest.approx(0.3, rel=1e-3)
 
 
 def test_a_private_run_goes_on_from_its_state_to_the_same_bits() -> None:

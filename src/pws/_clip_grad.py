@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pws._errors import PwsError
-from pws.optim.bound import STEP_BOUND, by_layer, peak_lr
+from pws.optim.bound import Bound, bound_for, by_layer, peak_lr
 from pws.optim.moving import norms_of
 from pws.optim.scaler import notice_scaled_gradients
 from pws.optim.sharding import complete_gradient, is_sharded, local, sum_over_shards
 
 
-def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND) -> Tensor:
+def clip_grad(model: nn.Module, optimizer: Optimizer, bound: Bound = "auto") -> Tensor:
     """Shorten gradients in place so that no layer's step is longer than `bound`; call it before `optimizer.step()`.
 
         length = sqrt(sum_p (lr_p ||g_p||)^2),        g_p <- g_p min(1, bound / length)
@@ -38,7 +38,8 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
         model: the network; parameters of it that the optimizer does not hold, or that have no gradient, are passed over.
         optimizer: SGD, with or without momentum; on optimizers that divide by the gradient's size, such as Adam, it has
             hardly any effect.
-        bound: the longest step, in the unit of the weights.
+        bound: the longest step, in the unit of the weights. "auto" is `0.3 (1 - momentum)`, with the optimizer's momentum (0.9
+            where it has none), which moves a layer at the bound equally far with every momentum.
 
     Returns:
         The largest length before clipping, a scalar tensor; where a gradient is not finite, neither is it.
@@ -47,8 +48,11 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: float = STEP_BOUND)
         PwsError: the bound is not positive, the optimizer holds no parameter of the model, or it steps in the backward pass.
             Or the gradients are per sample, and Opacus' optimizer has yet to make those that count.
     """
-    if not 0 < bound < float("inf"):
-        raise PwsError(f"the bound on a step's length must be positive and finite; got {bound!r}. Usual: {STEP_BOUND}.")
+    bound = bound_for(optimizer) if bound == "auto" else bound
+    if isinstance(bound, str) or not 0 < bound < float("inf"):
+        raise PwsError(
+            f"the bound on a step's length must be positive and finite; got {bound!r}. Leave it out for the usual one."
+        )
     if getattr(optimizer, "step_in_backward", False):
         raise PwsError(
             "step_in_backward=True has moved the layers in the backward pass, and no gradient is left to clip. The optimizer's "

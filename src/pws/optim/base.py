@@ -326,7 +326,7 @@ def groups_of(params: nn.Module | Groups, defaults: dict[str, Any]) -> list[dict
 
 def check_bound(step_bound: float | None) -> None:
     """Raise `PwsError` unless a step can be bounded by this."""
-    if step_bound is not None and not 0 < step_bound < float("inf"):
+    if step_bound is not None and (isinstance(step_bound, str) or not 0 < step_bound < float("inf")):
         raise PwsError(
             f"step_bound is the longest step of a layer, positive and finite, or None for no bound; got {step_bound!r}. "
             "Leave it out for the default."

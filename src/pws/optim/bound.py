@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from pws._errors import PwsError
 
 STEP_BOUND: Final = 0.03
 """The longest step of a layer of PWS: about the largest that training held at every batch size (methods.md in docs), with
 momentum 0.9, whose steps add up to tenfold ones."""
 USUAL_MOMENTUM: Final = 0.9
+Bound = float | Literal["auto"]
+"""A bound, or the one that belongs to the momentum (`bound_with`)."""
 
 
 def bound_with(momentum: float, steps: int | None = None, usual: float = STEP_BOUND) -> float:
@@ -29,12 +34,25 @@ def bound_with(momentum: float, steps: int | None = None, usual: float = STEP_BO
         [0.3, 0.15, 0.03]
         >>> [round(bound_with(0.9, steps), 3) for steps in (1, 10, 10_000)]
         [0.3, 0.072, 0.03]
+
+    Raises:
+        PwsError: steps of this momentum add up without end.
     """
+    if not 0 <= momentum < 1:
+        raise PwsError(
+            f"the usual bound on a step, 0.3 (1 - momentum), needs a momentum of at least 0 and below 1; got {momentum!r}. "
+            "Set the bound by hand."
+        )
     lasting = usual * ((1 - momentum) / (1 - USUAL_MOMENTUM))
     if steps is None:
         return lasting
     lacking = momentum * (1 - momentum**steps) / (1 - momentum)  # steps' worth that the fresh momentum lacks
     return lasting * steps / (steps - lacking)
+
+
+def bound_for(optimizer: Optimizer) -> float:
+    """The bound that belongs to the largest momentum of an optimizer's groups; to the usual one where they have none."""
+    return bound_with(max(float(group.get("momentum", USUAL_MOMENTUM)) for group in optimizer.param_groups))
 
 
 def peak_lr(group: dict[str, Any]) -> float:

@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd
 from pws._errors import PwsError
 from pws.kernels import SGDRates
 from pws.optim.base import Groups, Peaks, StandardizingOptimizer, check_not_negative
-from pws.optim.bound import STEP_BOUND, factors_of, peak_lr
+from pws.optim.bound import Bound, bound_with, factors_of, peak_lr
 from pws.optim.moving import Moving, can_be_fused, gradient_of
 from pws.optim.planning import moving
 from pws.optim.sharding import local
@@ -39,7 +39,8 @@ class SGD(StandardizingOptimizer):
         momentum: momentum factor.
         weight_decay: decay of the weights; alpha, biases and norm parameters have none.
         nesterov: Nesterov momentum.
-        step_bound: the longest gradient step of a layer, before momentum; None for none.
+        step_bound: the longest gradient step of a layer, before momentum; None for none. "auto" is `0.3 (1 - momentum)`, which
+            moves a layer at the bound equally far with every momentum.
         step_in_backward: step the layers in the backward pass, as soon as a sixteenth of all gradients is there, and free it.
             `step()` then only ends the iteration. For one backward pass per step: no accumulation, GradScaler, clipping or DDP.
 
@@ -66,14 +67,15 @@ class SGD(StandardizingOptimizer):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
-        step_bound: float | None = STEP_BOUND,
+        step_bound: Bound | None = "auto",
         step_in_backward: bool = False,
     ) -> None:
         check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and not momentum:
             raise PwsError("nesterov needs a momentum above 0; got momentum 0.")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, {**defaults, "scale_lr_factor": 1.0}, step_bound, step_in_backward)
+        bound = bound_with(momentum) if step_bound == "auto" else step_bound
+        super().__init__(params, {**defaults, "scale_lr_factor": 1.0}, bound, step_in_backward)
 
     def move(self, parameters: Iterable[Tensor] | None) -> None:
         """See `StandardizingOptimizer`."""

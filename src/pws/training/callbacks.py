@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from pws._clip_grad import clip_grad
-from pws.optim.bound import STEP_BOUND
+from pws.optim.bound import Bound
 from pws.training.recipe import OptimConfig
 
 VALIDATION: Final = "val_"
@@ -92,7 +92,7 @@ class ClipGrad(Callback):
     Lightning unscales the gradients before, and accumulates them; leave its own `gradient_clip_val` out.
     """
 
-    def __init__(self, bound: float = STEP_BOUND) -> None:
+    def __init__(self, bound: Bound = "auto") -> None:
         self.bound = bound
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
