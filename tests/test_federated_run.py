@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pws
+import pws.training
 from pws import PwsError
 from pws._mark import marked
 from pws.cli import main
@@ -211,6 +212,9 @@ def test_personal_norms_stay_with_their_client(tmp_path: Path) -> None:
         stored = weights(tmp_path / "run")[f"model.{name}"]
         assert torch.equal(stored, federation.initial[name])  # the server has never seen another
     assert 0 < summary.metrics["accuracy"] <= 1
+    for use in (evaluate, pws.load, pws.training.weights):
+        with pytest.raises(PwsError, match="norms, which are with the clients"):
+            use(tmp_path / "run")
 
 
 def test_methods_without_norms_can_keep_none(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pws._errors import PwsError
-from pws.optim.bound import Bound, bound_for, by_layer, peak_lr
+from pws.optim.bound import Bound, bound_for, by_layer, is_bound, peak_lr
 from pws.optim.moving import norms_of
 from pws.optim.scaler import notice_scaled_gradients
 from pws.optim.sharding import complete_gradient, is_sharded, local, sum_over_shards
@@ -49,7 +49,7 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: Bound = "auto") -> 
             Or the gradients are per sample, and Opacus' optimizer has yet to make those that count.
     """
     bound = bound_for(optimizer) if bound == "auto" else bound
-    if isinstance(bound, str) or not 0 < bound < float("inf"):
+    if not is_bound(bound):
         raise PwsError(
             f"the bound on a step's length must be positive and finite; got {bound!r}. Leave it out for the usual one."
         )

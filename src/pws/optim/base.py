@@ -19,6 +19,7 @@ from pws._mark import Mark, adopt, kernel_of
 from pws._param_groups import Group, Member, param_groups
 from pws._standardize import constants, swap_channels
 from pws.kernels import Layer
+from pws.optim.bound import is_bound
 from pws.optim.in_backward import REFUSAL, StepInBackward
 from pws.optim.layout import centre, filters, filters_shape, same_layout
 from pws.optim.moving import Moving
@@ -326,7 +327,7 @@ def groups_of(params: nn.Module | Groups, defaults: dict[str, Any]) -> list[dict
 
 def check_bound(step_bound: float | None) -> None:
     """Raise `PwsError` unless a step can be bounded by this."""
-    if step_bound is not None and (isinstance(step_bound, str) or not 0 < step_bound < float("inf")):
+    if step_bound is not None and not is_bound(step_bound):
         raise PwsError(
             f"step_bound is the longest step of a layer, positive and finite, or None for no bound; got {step_bound!r}. "
             "Leave it out for the default."

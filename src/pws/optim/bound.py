@@ -55,6 +55,11 @@ def bound_for(optimizer: Optimizer) -> float:
     return bound_with(max(float(group.get("momentum", USUAL_MOMENTUM)) for group in optimizer.param_groups))
 
 
+def is_bound(value: object) -> bool:
+    """Whether a step can be bounded by this."""
+    return isinstance(value, int | float) and 0 < value < float("inf")
+
+
 def peak_lr(group: dict[str, Any]) -> float:
     """The largest rate of a group over its schedule, as far as the group tells."""
     return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from pws._errors import PwsError, one_line
 from pws.optim.sharding import is_sharded
+from pws.training.federated import check_has_norms
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import RESULT, differing
 
@@ -214,6 +215,7 @@ def _next_step(path: Path) -> str:
 
 def load_weights(module: nn.Module, path: Path, recipe: Recipe) -> None:
     """Load a checkpoint's weights; raise `PwsError` unless it is as `pws train` wrote it, of this network and recipe."""
+    check_has_norms(recipe.federated)
     weights = read_checkpoint(path, module, recipe)["state_dict"]
     if any(map(is_sharded, module.parameters())):
         set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True))

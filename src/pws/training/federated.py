@@ -77,6 +77,15 @@ class FederatedConfig:
         return max(1, round(self.participation * (self.clients or 0)))
 
 
+def check_has_norms(config: FederatedConfig) -> None:
+    """Raise `PwsError` for a run whose checkpoints lack the norms."""
+    if config.personal_norms:
+        raise PwsError(
+            "a run with federated.personal_norms has a network per client: its checkpoints hold everything but the norms, "
+            "which are with the clients. summary.json has the accuracy over all clients. For one network leave personal_norms out."
+        )
+
+
 def check_federated(recipe: Any) -> None:
     """Raise `PwsError` for a setting that a federated run can't have."""
     check_only(recipe, UNLIKE_CLIENTS, "a federated run (federated.clients)")

@@ -16,6 +16,7 @@ from pws.training.classifier import logits_of
 from pws.training.data import normalized
 from pws.training.detect.facts import ObjectFacts
 from pws.training.facts import ImageFacts, read_facts
+from pws.training.federated import check_has_norms
 from pws.training.recipe import Recipe
 from pws.training.recipe_file import load_recipe
 from pws.training.tasks import TASKS, check_named, module_of
@@ -158,7 +159,8 @@ def weights(run: str | Path, checkpoint: str = "best") -> dict[str, Tensor]:
         checkpoint: "best", "last" or the path of a file.
 
     Raises:
-        PwsError: the checkpoint is missing or damaged.
+        PwsError: the checkpoint is missing, damaged, or without the norms.
     """
+    check_has_norms(load_recipe(Path(run) / "recipe.yaml").federated)
     stored = read_weights(checkpoint_path(Path(run), checkpoint))
     return {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pws._errors import PwsError
 from pws.training.checkpoints import checkpoint_path, misfits, read_weights
+from pws.training.federated import check_has_norms
 from pws.training.recipe import ModelConfig
 from pws.training.recipe_file import load_recipe
 
@@ -39,6 +40,7 @@ def load_backbone(model: nn.Module, config: ModelConfig) -> None:
             f"model.backbone must be a classification run with model.method {wanted}; {run} is a run of task {theirs.task} "
             f"with {theirs.model.method}. Train one: pws train RECIPE --model.method {wanted}."
         )
+    check_has_norms(theirs.federated)
     weights = read_weights(checkpoint_path(run, "best"))
     own = dict(_backbone_tensors(model))
     found = {name: weights[key] for name in own if (key := f"model.{_name_in_classifier(name)}") in weights}
