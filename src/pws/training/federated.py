@@ -82,7 +82,7 @@ def check_has_norms(config: FederatedConfig) -> None:
     if config.personal_norms:
         raise PwsError(
             "a run with federated.personal_norms has a network per client: its checkpoints hold everything but the norms, "
-            "which are with the clients. summary.json has the accuracy over all clients. For one network leave personal_norms out."
+            "which are with the clients. summary.json has the accuracy over all clients. For one network leave it out."
         )
 
 
