@@ -172,13 +172,14 @@ def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, Settings]:
         "federated.alpha": lambda alpha: "equal parts" if alpha is None else f"alpha {float(alpha):g}",
         "federated.skew": "skew {}".format,
         "privacy.epsilon": lambda epsilon: f"epsilon {float(epsilon):g}",
+        "privacy.clip_norm": lambda norm: f"clip norm {float(norm):g}",
         "optim.lr": lambda lr: f"LR {float(lr):g}",  # YAML reads 1e-3 as a word
     }
     varied = [key for key in words if len({str(column.get(key, "left out")) for column in columns}) > 1]
     labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
     if len(set(labels)) < len(columns):
         raise PwsError(
-            f"{path}: columns must differ in network, batch size, images, augmentation, clients, epsilon or learning rate; got "
-            f"{shown(labels)}."
+            f"{path}: columns must differ in network, batch size, images, augmentation, clients, epsilon, clip norm or learning "
+            f"rate; got {shown(labels)}."
         )
     return {label or ONLY_COLUMN: column for label, column in zip(labels, columns, strict=True)}
