@@ -179,7 +179,7 @@ def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, Settings]:
     labels = [", ".join(words[key](column[key]) for key in varied if key in column) for column in columns]
     if len(set(labels)) < len(columns):
         raise PwsError(
-            f"{path}: columns must differ in network, batch size, images, augmentation, clients, epsilon, clip norm or learning "
-            f"rate; got {shown(labels)}."
+            f"{path}: columns must differ in network, batch size, images, augmentation, clients, epsilon, clip norm or "
+            f"learning rate; got {shown(labels)}."
         )
     return {label or ONLY_COLUMN: column for label, column in zip(labels, columns, strict=True)}
