@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +33,7 @@ from pws.bench.result_file import Result
 from pws.cli.arguments import command_parser, parse
 from pws.training.parsing import check_entries
 
-MARKED: Final = re.compile(r"(<!-- table ([\w/-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED: Final = re.compile(r"(<!-- table ([\w/+-]+)(?: (\w+))?(?:: ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES: Final[dict[str, dict[str, Callable[[Result], str]]]] = {
     "grid": {
         "accuracy": accuracy_table,
@@ -76,7 +76,8 @@ def run(arguments: list[str]) -> int:
     parser = command_parser(
         "tables",
         "Fill the tables of documents, between <!-- table NAME: ROW; ROW --> and <!-- end -->, from "
-        "benchmarks/results/NAME.json; NAME is such as accuracy/collapse.",
+        "benchmarks/results/NAME.json; NAME is such as accuracy/collapse, and "
+        "NAME+NAME joins the tables of two results, of which ROW? need not be in both.",
         f"{PROGRAM} tables",
         PROGRAM,
     )
@@ -115,24 +116,45 @@ def fill_tables(text: str, results: Path) -> str:
     """
 
     def table(found: re.Match[str]) -> str:
-        start, name, kind, rows, end = found.groups()
-        path, command = results / f"{name}.json", f"{PROGRAM} {name.replace('/', ' ')}"
-        result = _result(path, command, rows)
-        tables = next((tables for key, tables in TABLES.items() if key in result), {})
-        if not tables:
-            raise PwsError(f"{path} has no table: it is no result of {PROGRAM} {', '.join(MADE_BY)}.")
-        if kind is not None and kind not in tables:
-            raise UnknownNameError(f"table of {path}:", kind, tables)
-        try:
-            filled = tables[kind or next(iter(tables))](result)
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            raise PwsError(f"{path} is damaged ({reason_of(error)}). Make it again with `{command}`.") from error
-        return f"{start}\n{filled}\n{end}"
+        start, names, kind, listed, end = found.groups()
+        rows = None if listed is None else [row.strip() for row in listed.split(";")]
+        tables = [_table(results, name, kind, rows) for name in names.split("+")]
+        return f"{start}\n{_side_by_side(tables)}\n{end}"
 
     return MARKED.sub(table, text)
 
 
-def _result(path: Path, command: str, rows: str | None) -> Result:
+def _table(results: Path, name: str, kind: str | None, rows: Sequence[str] | None) -> str:
+    path, command = results / f"{name}.json", f"{PROGRAM} {name.replace('/', ' ')}"
+    result = _result(path, command, rows)
+    tables = next((tables for key, tables in TABLES.items() if key in result), {})
+    if not tables:
+        raise PwsError(f"{path} has no table: it is no result of {PROGRAM} {', '.join(MADE_BY)}.")
+    if kind is not None and kind not in tables:
+        raise UnknownNameError(f"table of {path}:", kind, tables)
+    try:
+        return tables[kind or next(iter(tables))](result)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise PwsError(f"{path} is damaged ({reason_of(error)}). Make it again with `{command}`.") from error
+
+
+def _side_by_side(tables: Sequence[str]) -> str:
+    """Tables of methods as one: a row of a method is as long as all of them, with - where a table lacks it."""
+    if len(tables) == 1:
+        return tables[0]
+    rests = [dict(line.split(" | ", 1) for line in table.splitlines()) for table in tables]
+    starts = dict.fromkeys(start for rest in rests for start in rest)
+    empty = [" | ".join("-" * next(iter(rest.values())).count("|")) + " |" for rest in rests]
+    lines = [
+        " | ".join(
+            [start, *(rest.get(start, none).removesuffix(" |") for rest, none in zip(rests, empty, strict=True))]
+        )
+        for start in starts
+    ]
+    return "".join(f"{line} |\n" for line in lines)
+
+
+def _result(path: Path, command: str, rows: Sequence[str] | None) -> Result:
     if not path.is_file():
         raise PwsError(f"a table wants {path}, which is missing. Make it with `{command}`.")
     try:
@@ -143,13 +165,14 @@ def _result(path: Path, command: str, rows: str | None) -> Result:
         raise PwsError(f"{path} holds no result; got {shown(result)}. Make it again with `{command}`.")
     if rows is None:
         return result
-    chosen, known = [row.strip() for row in rows.split(";")], result.get("rows")
+    known = result.get("rows")
     if not (isinstance(known, dict | list) and all(isinstance(row, str) for row in known)):
         raise PwsError(f"{path} is damaged: rows must be a list or a mapping; got {shown(known)}.")
-    for row in chosen:
-        if row not in known:
+    for row in rows:
+        if row.removesuffix("?") not in known and not row.endswith("?"):
             raise PwsError(f"{path} has no row {row!r}; it has: {'; '.join(known)}.")
+    rows = [name for row in rows if (name := row.removesuffix("?")) in known]
     cells = result.get("cells", [])
     check_entries(StoredCell, cells, f"{path}, cells")
-    kept = {row: known[row] for row in chosen} if isinstance(known, dict) else chosen
-    return {**result, "rows": kept, "cells": [cell for cell in cells if cell["row"] in chosen]}
+    kept = {row: known[row] for row in rows} if isinstance(known, dict) else list(rows)
+    return {**result, "rows": kept, "cells": [cell for cell in cells if cell["row"] in rows]}

@@ -72,6 +72,19 @@ def test_tables_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "up to date" in capsys.readouterr().out
 
 
+def test_tables_side_by_side(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text(json.dumps(RESULT))
+    (tmp_path / "less.json").write_text(json.dumps(RESULT | {"rows": {"a": {}}, "cells": RESULT["cells"][:1]}))
+    text = fill_tables("<!-- table less+small: a; b? -->\n<!-- end -->", tmp_path)
+    one, two = (
+        fill_tables(f"<!-- table {name} -->\n<!-- end -->", tmp_path).splitlines() for name in ("less", "small")
+    )
+    a = [next(line for line in table if line.startswith("| a ")) for table in (one, two)]
+    assert a[0] + a[1].removeprefix("| a |") in text.splitlines()
+    assert "| b | - | 10.0 | nan@7 |" in text.splitlines()
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
 @pytest.mark.parametrize(
     ("marker", "message"),
     [("small: c", "no row 'c'; it has: a; b"), ("other", "is missing"), ("small stepps", "did you mean steps")],
