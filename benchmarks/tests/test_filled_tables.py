@@ -23,7 +23,7 @@ def kept_cell(row: str, accuracy: float | None) -> dict[str, Any]:
     return {"row": row, "column": "LR 0.1" if accuracy else "LR 0.2", "seed": 0, **ended, "steps_to_target": None}
 
 
-RESULT = {
+RESULT: dict[str, Any] = {
     "grid": "small",
     "target": 0.8,
     "settings": {},
