@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,20 @@ from small_runs import ONE_THREAD, TINY
 from torch import nn
 from torch.nn import functional as F
 
+import pws
 from pws import PwsError
 from pws.cli import main
-from pws.federated.local import round_optim, train_steps
+from pws.federated.local import start_round, train_steps
 from pws.federated.nodes import Nodes
+from pws.federated.personal import keep, kept
+from pws.federated.replies import fault_of
+from pws.federated.server import _as
 from pws.federated.simulation import Simulation
 from pws.federated.strategies import moments_of, restore_moments, strategy_of
 from pws.training import OptimConfig, Recipe, load_recipe
 from pws.training.classifier import Classifier
 from pws.training.federated import FederatedConfig
+from pws.training.schedule import lr_factor
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,68 @@ def test_settings_that_clients_can_not_have_are_refused(flag: str) -> None:
 def test_the_schedule_counts_rounds() -> None:
     config = FederatedConfig(clients=2, rounds=4)
     recipe = Recipe(optim=OptimConfig(lr=0.8, schedule="step", milestones=[2]), federated=config)
-    assert [round_optim(recipe, number).lr for number in (1, 2, 3, 4)] == pytest.approx([0.8, 0.8, 0.08, 0.08])
+    rates = []
+    for factor in (lr_factor(recipe.optim, config.rounds, 1)(number) for number in range(4)):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.8)
+        start_round(optimizer, factor)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.8, 0.8, 0.08, 0.08])
+
+
+@pytest.mark.parametrize("form", ["pws.optim", "clip_grad"])
+def test_the_bound_shrinks_with_the_rate_of_the_round(form: str) -> None:
+    layer = nn.Linear(3, 2, bias=False, dtype=torch.float64)
+    before = layer.weight.detach().clone()
+    optimizer: torch.optim.Optimizer = (
+        pws.optim.SGD(layer, lr=0.8) if form == "pws.optim" else torch.optim.SGD(layer.parameters(), lr=0.8)
+    )
+    start_round(optimizer, 0.1)
+    layer.weight.grad = torch.full_like(layer.weight, 100.0)
+    if form == "clip_grad":
+        pws.clip_grad(layer, optimizer)
+    optimizer.step()
+    assert float((layer.weight - before).detach().norm()) == pytest.approx(0.03, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("trained", "metrics", "fault"),
+    [
+        (True, {"num-examples": 0, "loss": 1.0}, "sent 0 as its number of images"),
+        (True, {"num-examples": -5, "loss": 1.0}, "sent -5 as its number of images"),
+        (True, {"num-examples": math.nan, "loss": 1.0}, "sent nan as its number of images"),
+        (True, {"num-examples": math.inf, "loss": 1.0}, "sent inf as its number of images"),
+        (True, {"num-examples": 5, "loss": math.nan}, "sent NaN as its loss"),
+        (True, {"num-examples": 5, "loss": math.inf}, None),
+        (False, {"num-examples": 0, "loss": 0.0, "accuracy": 0.0}, None),
+        (False, {"num-examples": math.nan, "loss": 0.0, "accuracy": 0.0}, "sent nan as its number of images"),
+    ],
+)
+def test_numbers_that_no_average_can_weigh_by_are_a_fault(
+    trained: bool, metrics: dict[str, float], fault: str | None
+) -> None:
+    weight = torch.zeros(2)
+    content = RecordDict({"metrics": MetricRecord(dict(metrics))})
+    if trained:
+        content["arrays"] = ArrayRecord({"weight": weight})
+    found = fault_of(answer(content), frozenset(metrics), {"weight": weight} if trained else None)
+    assert found == fault
+
+
+def answer(content: RecordDict) -> Message:
+    strategy = strategy_of(FederatedConfig(clients=1), [])
+    (sent,) = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), Nodes(Simulation(None, 1), {0: 0})._shown([0]))  # type: ignore[arg-type]
+    return Message(content, reply_to=sent)
+
+
+def test_an_average_of_counts_is_rounded() -> None:
+    assert _as(torch.tensor(49.9999), torch.int64).item() == 50
+    assert _as(torch.tensor([0.25, 0.5]), torch.float32).tolist() == [0.25, 0.5]
+
+
+def test_norms_of_two_rounds_ago_are_kept(tmp_path: Path) -> None:
+    for number in (1, 2, 4, 5):
+        keep(tmp_path, 3, number, {"weight": torch.tensor(float(number))})
+    assert [kept(tmp_path, 3, number).get("weight") for number in (5, 4, 3, 2)] == [5.0, 4.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(("part", "clients", "wanted"), [(0.5, 10, 5), (0.01, 10, 1), (1.0, 3, 3)])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from opacus.optimizers import DPOptimizer
 from small_runs import arguments, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from pws.training import DataConfig, OptimConfig, PrivacyConfig, Recipe, Trainer
 from pws.training.data import seeded
 from pws.training.network import method_for
 from pws.training.private.classifier import PrivateClassifier
+from pws.training.private.engine import Accounting
 from pws.training.samplers import PoissonSampler
 from pws.training.tasks import trained_task
 
@@ -56,7 +58,6 @@ class Points(Dataset[Any]):
         return len(self.labels)
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        number %= len(self)
         shift = torch.randn(4, dtype=torch.float64) if self.shifted else 0.0
         return self.inputs[number] + shift, int(self.labels[number])
 
@@ -101,7 +102,7 @@ def by_hand(recipe: Recipe, data: Points, clip: float) -> nn.Sequential:
 
 def seeded_point(data: Points, epoch: int, number: int) -> tuple[Tensor, int]:
     with seeded(0, epoch, number):
-        return data[number]
+        return data[number % len(data)]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +281,9 @@ WRONG = {
     "clip": ("--privacy.clip_norm=0", "positive"),
     "copies": ("--privacy.augmentations=4", "no augmentation"),
     "batch": ("--data.batch_size=200", "128"),
-    "bn": ("--model.method=bn", "BatchNorm"),
+    "bn": ("--model.method=bn", "mix the images of a batch"),
+    "gc": ("--model.method=gc", "gc would be none"),
+    "ghost": ("--privacy.mode=ghost --trainer.precision=bf16-mixed", "rounds in different ways"),
     "monitor": ("--monitor=1", "--monitor"),
 }
 
@@ -290,11 +293,71 @@ def test_an_impossible_setting_is_one_clear_error(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flag, said = WRONG[name]
-    assert main(arguments(tmp_path / "run", *TINY, *NOISY, flag)) == 2
+    assert main(arguments(tmp_path / "run", *TINY, *NOISY, *flag.split())) == 2
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_a_frozen_batch_norm_is_refused_too(kind: type[nn.BatchNorm1d], affine: bool, tmp_path: Path) -> None:
+    """It mixes the images of a batch, whether it is trained or not, and Opacus looks at trained modules alone."""
+    model = nn.Sequential(nn.Linear(4, 8), kind(8, affine=affine).requires_grad_(False), nn.Linear(8, 3)).double()
+    with pytest.raises(pws.PwsError, match="leaves 1 modules that mix the images of a batch"):
+        fit(model, Points(40), Points(8), settings(), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_module_with_buffers_is_refused(tmp_path: Path) -> None:
+    model = network()
+    model[0].register_buffer("seen", torch.zeros(1))
+    with pytest.raises(pws.PwsError, match="has trained parameters beside the buffers seen"):
+        fit(model, Points(40), Points(8), settings(), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rate_that_is_counted_is_that_of_the_batches() -> None:
+    """93 batches per epoch: the floating-point number 1 / (1 / 93) lies below 93."""
+    net, accounting = network(), Accounting(PrivacyConfig(noise=1.0, delta=1e-4))
+    optimizer, criterion = accounting.attach(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), nn.CrossEntropyLoss(), 930, 10, 5
+    )
+    criterion(net(torch.randn(3, 4).double()), torch.tensor([0, 1, 2])).backward()
+    optimizer.step()
+    assert accounting.engine.accountant.history == [(1.0, 1 / 93, 1)]
+    assert (accounting.spent().sample_rate, optimizer.expected_batch_size) == (1 / 93, 10)
+
+
+def test_a_private_run_takes_one_device_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    class AskedError(Exception):
+        pass
+
+    def trainer(**settings: Any) -> None:
+        asked.append(settings["devices"])
+        raise AskedError
+
+    monkeypatch.setattr(pws.training.run, "Trainer", trainer)
+    for number, flags in enumerate((NOISY, ())):
+        with pytest.raises(AskedError):
+            train(tiny(*flags, "--trainer.devices=auto"), tmp_path / str(number), quiet=True)
+    assert asked == [1, "auto"]
+
+
+def test_rounded_gradients_are_clipped_in_full_precision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = set()
+    clip = DPOptimizer.clip_and_accumulate
+
+    def clipped(self: DPOptimizer) -> None:
+        seen.update(gradient.dtype for gradient in self.grad_samples)
+        clip(self)
+
+    monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", clipped)
+    train(tiny(*NOISY, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1"), tmp_path / "run", quiet=True)
+    assert seen == {torch.float32}
 
 
 def test_an_epsilon_that_no_noise_gives_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

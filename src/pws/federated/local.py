@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import count, islice
 
 import torch
@@ -18,7 +17,6 @@ from pws.training.classifier import Classifier
 from pws.training.data import ImageData
 from pws.training.module import TaskModule
 from pws.training.optimizer import build_optimizer, step_bound
-from pws.training.recipe import OptimConfig, Recipe
 from pws.training.schedule import lr_factor
 
 Batch = tuple[Tensor, Tensor]
@@ -34,14 +32,19 @@ def train_client(federation: Federation, client: int, number: int, proximal_mu: 
     module = federation.module.train()
     bound = step_bound(recipe.optim, module.method, steps)
     # New in each round: one of `pws.optim` adopts the weights that the client has received.
-    optimizer = build_optimizer(module.model, round_optim(recipe, number), bound)
+    optimizer = build_optimizer(module.model, recipe.optim, bound)
+    start_round(optimizer, lr_factor(recipe.optim, config.rounds, 1)(number - 1))
     return train_steps(module, optimizer, islice(_batches(data, number), steps), bound, proximal_mu)
 
 
-def round_optim(recipe: Recipe, number: int) -> OptimConfig:
-    """The recipe's optimizer with the learning rate of a round: the schedule's epochs are rounds."""
-    factor = lr_factor(recipe.optim, recipe.federated.rounds, 1)(number - 1)
-    return replace(recipe.optim, lr=recipe.optim.lr * factor)
+def start_round(optimizer: Optimizer, factor: float) -> None:
+    """Set the learning rates of a round, whose schedule has this factor now.
+
+    As under a scheduler of torch, each group notes its largest rate, which the bound on a step is for.
+    """
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+        group["lr"] *= factor
 
 
 def train_steps(

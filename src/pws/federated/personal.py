@@ -17,10 +17,11 @@ Norms = dict[str, Tensor]
 
 
 def keep(folder: Path, client: int, number: int, norms: Norms) -> None:
-    """Store a client's norms after round `number`, beside those of the round before it: a resumed run repeats a round."""
+    """Store a client's norms after round `number`, beside those of two rounds before it: a resumed run repeats a round, and two
+    where its last checkpoint is damaged."""
     path, stored = _file(folder, client), _stored(folder, client)
-    before = max((n for n in stored if n < number), default=None)
-    content = {number: norms} if before is None else {before: stored[before], number: norms}
+    before = sorted(n for n in stored if n < number)[-2:]
+    content = {**{n: stored[n] for n in before}, number: norms}
     buffer = BytesIO()
     torch.save(content, buffer)
     path.parent.mkdir(exist_ok=True)

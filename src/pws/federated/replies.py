@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Final
@@ -37,6 +38,11 @@ def fault_of(reply: Message, metrics: frozenset[str], wanted: State | None = Non
         or not all(isinstance(v, int | float) for v in found.values())
     ):
         return f"sent other records than {', '.join(sorted(records))} with {', '.join(sorted(metrics))}"
+    images = found["num-examples"]
+    if not 0 <= images < math.inf or (wanted is not None and not images):
+        return f"sent {images} as its number of images"
+    if wanted is not None and math.isnan(found["loss"]):
+        return "sent NaN as its loss"
     return None if wanted is None else _fault_of_arrays(reply, wanted)
 
 

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from pws._errors import PwsError
 from pws._files import write_whole
+from pws.federated.client import METRICS
 from pws.federated.federation import Federation, State, federation_in, seed_of
 from pws.federated.local import measure
 from pws.federated.nodes import Nodes, connected
@@ -73,6 +75,11 @@ class NobodyLeftError(PwsError):
         )
 
 
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """An average in the type of what it is an average of; one of counts is rounded."""
+    return (value.round() if value.is_floating_point() and not dtype.is_floating_point else value).to(dtype)
+
+
 class Server:
     """A federated run in its folder; goes on behind the last round that is stored there."""
 
@@ -117,7 +124,7 @@ class Server:
         assert arrays is not None
         assert metrics is not None
         found = arrays.to_torch_state_dict()
-        self.averaged = {name: found[name].to(value.dtype) for name, value in self.wanted.items()}
+        self.averaged = {name: _as(found[name], value.dtype) for name, value in self.wanted.items()}
         row = {"train_loss": float(metrics["loss"]), "clients": len(good)}  # type: ignore[arg-type]
         if self.validates:
             validated = self._measured(number, "validation")
@@ -161,7 +168,11 @@ class Server:
             return {name: found[name] for name in ("accuracy", "loss")}
         clients = range(len(self.federation.shares))
         replies = self.nodes.evaluate(self.strategy, number, ArrayRecord(self.averaged), part, clients)
-        metrics = self.strategy.aggregate_evaluate(number, self._without_faults(number, replies, MEASURED))
+        good = self._without_faults(number, replies, MEASURED)
+        counted = [reply for reply in good if reply.content.metric_records[METRICS]["num-examples"]]
+        if not counted:
+            raise NobodyLeftError(number, dict.fromkeys(clients, f"has none of the {part} images"))
+        metrics = self.strategy.aggregate_evaluate(number, counted)
         return {name: float(metrics[name]) for name in ("accuracy", "loss")}  # type: ignore[index, arg-type]
 
     def _compare(self, number: int, accuracy: float) -> None:

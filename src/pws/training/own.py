@@ -45,7 +45,8 @@ def fit(
         model: maps a batch of inputs to logits. It is trained in place and as it is: convert it before (`pws.convert`), and set
             `model.calibrate` in the recipe if you wish. It ends with the weights that the test data were given to.
         train_data: samples `(input, label)` by number, with a length; inputs are tensors of one shape, normalized as you wish.
-            What it draws with torch's random numbers is the same for the same seed, epoch and sample.
+            What it draws with torch's random numbers is the same for the same seed, epoch and sample. With
+            privacy.augmentations, set data.augment too: it says that these data augment.
         test_data: the same; read once, at the end.
         recipe: its optimizer and trainer count, its seed, and of its data batch_size, workers, train_images and validation.
         folder: the run's folder; must not exist unless `resume`.
@@ -112,7 +113,7 @@ class OwnBatches(Dataset[tuple[Tensor, Tensor]]):
         pairs = []
         for number in numbers:
             with seeded(self.seed, epoch, number):
-                pairs.append(_sample(self.samples, number))
+                pairs.append(_sample(self.samples, number % len(self.samples)))  # of private.augmentations copies
         try:
             inputs, labels = default_collate(pairs)
         except RuntimeError as error:

@@ -194,7 +194,7 @@ def _trainer(
     try:
         return Trainer(
             accelerator=config.accelerator,
-            devices=config.devices,
+            devices=1 if recipe.privacy.wanted else config.devices,  # PoissonSampler and the noise know no others
             num_nodes=config.num_nodes,
             **_strategy(recipe),
             max_epochs=config.epochs,

@@ -71,20 +71,26 @@ class PrivateClassifier(Classifier):
             loss.backward()
             self._average_copies()
             private.signal_skip_step(number < len(parts) - 1)
-            with self.explained():
+            # In bf16-mixed Opacus' sums would be rounded, and with them what noise and clipping are measured by.
+            with self.explained(), torch.autocast(self.device.type, enabled=False):
                 (private if number < len(parts) - 1 else optimizer).step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
         loss = torch.stack(losses).sum() / max(1, len(images))
         return {"loss": loss, "logged": self.log_losses(batch, loss, {})}
 
     def _average_copies(self) -> None:
-        """The gradient of an image is the mean of those of its augmented copies, which stand beside each other."""
-        if self.privacy.augmentations == 1:
-            return
+        """The gradient of an image is the mean of those of its augmented copies, which stand beside each other.
+
+        In the parameter's precision: of rounded gradients the norms, and so the clipping, would be rounded too.
+        """
         for parameter in self.model.parameters():
             samples: Any = getattr(parameter, "grad_sample", None)
-            if samples is not None:
-                parameter.grad_sample = samples.unflatten(0, (-1, self.privacy.augmentations)).mean(1)  # type: ignore[attr-defined]
+            if samples is None:
+                continue
+            samples = samples.to(parameter.dtype)
+            if self.privacy.augmentations > 1:
+                samples = samples.unflatten(0, (-1, self.privacy.augmentations)).mean(1)
+            parameter.grad_sample = samples  # type: ignore[attr-defined]
 
     def spent(self) -> Spent:
         """The privacy spent until now."""

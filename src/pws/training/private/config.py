@@ -98,6 +98,16 @@ def check_private(recipe: Any) -> None:
             "a private run takes one process (trainer.devices 1, strategy auto) and trainer.precision 32-true, 64-true or "
             f"bf16-mixed; got devices {trainer.devices}, strategy {trainer.strategy}, precision {trainer.precision}."
         )
+    if privacy.mode == "ghost" and trainer.precision == "bf16-mixed":
+        raise PwsError(
+            "privacy.mode ghost takes two backward passes, which bf16-mixed rounds in different ways: an image's gradient "
+            "could be longer than privacy.clip_norm. Use trainer.precision 32-true, or mode hooks."
+        )
+    if recipe.model.method == "gc":
+        raise PwsError(
+            "model.method gc changes gradients alone, and in a private run Opacus' optimizer makes them: gc would be none. Use "
+            "model.method none, or pws."
+        )
     if privacy.augmentations > 1 and not (recipe.data.augment or recipe.data.auto_augment or recipe.data.random_erase):
         raise PwsError(
             f"privacy.augmentations {privacy.augmentations} averages over augmented copies of an image, and the recipe has no "

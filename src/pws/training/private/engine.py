@@ -51,6 +51,7 @@ class Accounting:
             max_grad_norm=self.config.clip_norm,
             grad_sample_mode=self.config.mode,
             wrap_model=False,
+            poisson_sampling=False,  # the engine's own sampler counts int(1 / rate) batches, which makes 92 of 93
         )
         return (parts[1], parts[2]) if self.config.mode == "ghost" else (parts[1], criterion)
 
@@ -104,15 +105,19 @@ def _engine(config: PrivacyConfig) -> PrivacyEngine:
 
 def check_trainable(model: nn.Module, method: str) -> None:
     """Raise `PwsError` if Opacus can't take the gradient of a single image of this network."""
-    from opacus.validators import ModuleValidator
+    from pws.private.acceptance import check_accepted
+    from pws.private.refused_norms import is_refused_norm
 
-    refused = ModuleValidator.validate(model.train(), strict=False)
+    refused = [
+        f"{name}, a {type(module).__name__}" for name, module in model.named_modules() if is_refused_norm(module)
+    ]
     if refused:
         raise PwsError(
             f"a private run needs the gradient of each image alone, and the method {method} leaves {len(refused)} modules that "
-            f"have none ({one_line(refused[0])[:160]}). BatchNorm mixes the images of a batch: use model.method pws, gn, ws or "
-            "none. A trained model of your own loses it by pws.private.make_trainable."
+            f"mix the images of a batch, or keep statistics of them, frozen or not (first: {refused[0]}). Use model.method "
+            "pws, gn, ws or none. A trained model of your own loses them by pws.private.make_trainable."
         )
+    check_accepted(model.train(), {})
 
 
 def bounding(model: nn.Module, bound: float | None) -> Callable[[Any], None] | None:
