@@ -74,6 +74,8 @@ def test_rounds_are_averages_of_clients_that_adopt_the_average(clients: int, tmp
             # Steps at the bound, with momentum that starts anew, go 0.3 each on average.
             reach = sum((1 - 0.9**j) / (1 - 0.9) for j in range(1, len(batches) + 1)) / len(batches)
             optimizer = pws.optim.SGD(groups, momentum=0.9, step_bound=0.3 / reach)
+            for group in optimizer.param_groups:  # the bound is on the step at the schedule's largest rate
+                group["initial_lr"] = recipe.optim.lr
             for inputs, labels in batches:
                 optimizer.zero_grad()
                 F.cross_entropy(own(inputs.double()), labels).backward()
