@@ -108,7 +108,7 @@ def test_max_steps_ends_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert summary.steps == 6
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 6
-    assert evaluate(tmp_path / "run", "last").accuracy == pytest.approx(summary.metrics["accuracy"])
+    assert evaluate(tmp_path / "run", summary.checkpoint).accuracy == pytest.approx(summary.metrics["accuracy"])
 
 
 def test_non_finite_loss_names_step_and_layer(tmp_path: Path) -> None:
