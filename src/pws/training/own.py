@@ -113,7 +113,7 @@ class OwnBatches(Dataset[tuple[Tensor, Tensor]]):
         pairs = []
         for number in numbers:
             with seeded(self.seed, epoch, number):
-                pairs.append(_sample(self.samples, number % len(self.samples)))  # of private.augmentations copies
+                pairs.append(_sample(self.samples, number % len(self.samples)))  # copies count on
         try:
             inputs, labels = default_collate(pairs)
         except RuntimeError as error:
