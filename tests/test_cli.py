@@ -48,6 +48,8 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--optim.leaning_rate=1"], "unknown flag --optim.leaning_rate"),
         (["--optim.lrs=1"], "did you mean --optim.lr"),
         (["--optim.lr=fast"], "optim.lr"),
+        (["--optim.lr.max=1"], "no option --optim.lr.max: optim.lr takes one value"),
+        (["--name.first=1"], "no option --name.first: name takes one value"),
         (["--optim.schedule=cosin"], "optim.schedule"),
         (["--model.gain=rellu"], "unknown activation 'rellu'; did you mean relu"),
         (["--model.method=bn", "--model.gain=1.0"], "the method bn has no option 'gain'"),

@@ -274,6 +274,7 @@ def test_out(name: str, tmp_path: Path, module: str, capsys: pytest.CaptureFixtu
         (["--model=MODULE:small", "--image-size=0"], "--image-size must be at least 1; got 0"),
         (["--model=MODULE:small", "--batch-size=0"], "--batch-size must be at least 1; got 0"),
         (["RUN", "--batch-size=-1"], "--batch-size must be at least 1; got -1"),
+        (["RUN", "--model.method=bn"], "no option --model.method: model takes one value"),
         (["RUN", "--batch-size=1000"], "1000"),
         (["--model=MODULE:grey", "--data=digits", "--batch-size=5000"], "5000"),
         (["RUN", "--lr=-1"], "lr must be positive and finite; got -1"),

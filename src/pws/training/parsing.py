@@ -53,6 +53,9 @@ def parser_message(error: Exception) -> str:
     if isinstance(error, ArithmeticError):
         return f"a number is beyond what a float can be: {one_line(error)}"
     message = one_line(error).replace("the following arguments are required", "missing")
+    nested = re.search(r'Parser key "([^"]*)": .*NestedArg\(key=\'([^\']*)\'', message)
+    if nested:  # jsonargparse takes what is behind a dot for a part of the value
+        return "there is no option --{0}.{1}: {0} takes one value".format(*nested.groups())
     message = re.sub(
         r"(Expected a str\. Got value: [\w.+-]+)$", r"\1 (put it in quotes)", message
     )  # YAML reads numbers
