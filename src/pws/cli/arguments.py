@@ -115,6 +115,25 @@ def given_recipe(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Reci
     return parse_recipe(parser, find_recipe(arguments[0]), arguments[1:])
 
 
+def add_run(parser: ArgumentParser, resume: str) -> None:
+    """Add the flags of a command that trains into a run's folder; `resume` says where it goes on."""
+    parser.add_argument("--resume", action="store_true", help=resume)
+    parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder lies")
+
+
+def given_run(parser: ArgumentParser, arguments: Sequence[str]) -> tuple[Recipe, Path, Any] | None:
+    """The recipe, the run's folder, and all that was parsed (see `given_recipe`, `add_run`)."""
+    given = given_recipe(parser, arguments)
+    if given is None:
+        return None
+    recipe, parsed = given
+    check_word("--runs", parsed.runs)
+    named = Path(arguments[0])
+    # A run's own folder is what --resume goes on in, wherever it lies.
+    folder = named if parsed.resume and named.is_dir() else Path(parsed.runs) / recipe.name
+    return recipe, folder, parsed
+
+
 def check_word(key: str, value: Any) -> None:
     """Raise `PwsError` for a word that is empty, or that no path can be."""
     if value == "" or (isinstance(value, str) and "\0" in value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pws.cli.arguments import check_word, given_recipe
+from pws.cli.arguments import add_run, given_run
 from pws.training.quiet import quiet_lightning
 from pws.training.recipe_file import recipe_parser, shipped_recipes
 
@@ -27,7 +27,7 @@ def run(arguments: list[str]) -> int:
         "Example: pws federate fashion-mnist-allconv-pws --federated.clients 10 --federated.alpha 0.1 --federated.rounds 30. "
         "Exit codes: 0 done, 2 bad input, or no client could be averaged.",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run behind its last whole round")
+    add_run(parser, "go on with the run behind its last whole round")
     parser.add_argument(
         "--engine",
         type=Literal["simulation", "deployment"],
@@ -35,17 +35,12 @@ def run(arguments: list[str]) -> int:
         help="simulation: clients one after the other in this process; deployment: Flower's server and a process per client "
         "on this machine, with the same numbers",
     )
-    parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder lies")
-    given = given_recipe(parser, arguments)
+    given = given_run(parser, arguments)
     if given is None:
         return 0
-    recipe, parsed = given
-    check_word("--runs", parsed.runs)
+    recipe, folder, parsed = given
     from pws.federated import federate
 
-    named = Path(arguments[0])
-    # A run's own folder is what --resume goes on in, wherever it lies.
-    folder = named if parsed.resume and named.is_dir() else Path(parsed.runs) / recipe.name
     quiet_lightning()
     print(_closing(federate(recipe, folder, engine=parsed.engine, resume=parsed.resume), folder))
     return 0

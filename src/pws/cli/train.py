@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from pws._errors import PwsError
-from pws.cli.arguments import check_word, given_recipe
+from pws.cli.arguments import add_run, given_run
 from pws.diagnosis import CollapseWarning
 from pws.training.agreement import one_voice
 from pws.training.callbacks import is_first_process
@@ -30,7 +30,7 @@ def run(arguments: list[str]) -> int:
         "Example: pws train fashion-mnist-allconv-pws --optim.lr 0.5 --trainer.epochs 2 --name fast. "
         "Exit codes: 0 done, 2 bad input, 3 the loss went non-finite.",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run from the end of its last whole epoch")
+    add_run(parser, "go on with the run from the end of its last whole epoch")
     parser.add_argument(
         "--monitor",
         type=int,
@@ -39,20 +39,15 @@ def run(arguments: list[str]) -> int:
         default=None,
         help="diagnose the network every STEPS steps (50 if no number is given), and write diagnosis.html to the run's folder",
     )
-    parser.add_argument("--runs", type=str, default="runs", help="folder in which the run's folder lies")
-    given = given_recipe(parser, arguments)
+    given = given_run(parser, arguments)
     if given is None:
         return 0
-    recipe, parsed = given
-    check_word("--runs", parsed.runs)
+    recipe, folder, parsed = given
     if recipe.federated.wanted:
         raise PwsError(
             f"federated.clients ({recipe.federated.clients}) divides the images among clients, which `pws federate` trains. "
             "Use that command, or leave federated out."
         )
-    named = Path(arguments[0])
-    # A run's own folder is what --resume goes on in, wherever it lies.
-    folder = named if parsed.resume and named.is_dir() else Path(parsed.runs) / recipe.name
     quiet_lightning()
     warnings.filterwarnings("ignore", category=CollapseWarning)  # the closing message says the same
     try:
