@@ -17,6 +17,9 @@ EXAMPLES = {
     "docs/how-to/layers.md": 1,
     "docs/how-to/deploy.md": 2,
     "docs/how-to/diagnose.md": 3,
+    "docs/detection.md": 1,
+    "docs/privacy.md": 2,
+    "docs/federated.md": 1,
 }
 
 
