@@ -168,8 +168,10 @@ def test_filters_with_a_mean_lose_little(given: str) -> None:
     noise = x.mean() + x.std() * torch.randn_like(x)
     copy = told(model.eval(), x[:128] if given == "images" else noise)[0].eval()
     centred = deepcopy(model)
-    for name in (f"{place}.weight" for place in pws.marked(copy)):
-        weight = centred.get_parameter(name)
+    places = [place for place, module in copy.named_modules() if isinstance(module, StandardizedLayer)]
+    assert places
+    for place in places:
+        weight = centred.get_parameter(f"{place}.weight")
         weight.data -= weight.mean((1, 2, 3), keepdim=True)
     wanted = model(x[128:])
     lost, without = (float((net(x[128:]) - wanted).square().mean()) ** 0.5 for net in (copy, centred))
@@ -206,15 +208,22 @@ def epochs(model: nn.Module, optimizer: Any, criterion: Any, loader: Any) -> Non
             optimizer.step()
 
 
+@pytest.mark.parametrize("form", ["layers", "optimizer"])
 @pytest.mark.parametrize("mode", MODES)
-def test_without_noise_and_clipping_private_training_is_training(mode: str) -> None:
-    copy, report = told(trained(Residual(), batches().tensors[0]), batches().tensors[0])
+def test_without_noise_and_clipping_private_training_is_training(mode: str, form: str) -> None:
+    copy, report = told(trained(Residual(), batches().tensors[0]), batches().tensors[0], form=form)
     assert_accepted(copy)
     assert "its scale and shift stay" in report
     assert isinstance(copy.last, nn.Sequential)
     assert [type(part) for part in copy.last] == [Affine, Copy]
     plain = deepcopy(copy)
-    optimizer = pws.optim.SGD(copy, lr=0.3, momentum=0.9)
+
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        if form == "layers":
+            return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        return pws.optim.SGD(model, lr=0.3, momentum=0.9)
+
+    optimizer = sgd(copy)
     parts: Any = PrivacyEngine().make_private(
         module=copy,
         optimizer=optimizer,
@@ -226,7 +235,7 @@ def test_without_noise_and_clipping_private_training_is_training(mode: str) -> N
         grad_sample_mode=mode,
     )
     epochs(parts[0], parts[1], parts[2] if mode == "ghost" else nn.CrossEntropyLoss(), parts[-1])
-    epochs(plain, pws.optim.SGD(plain, lr=0.3, momentum=0.9), nn.CrossEntropyLoss(), DataLoader(batches(), 8))
+    epochs(plain, sgd(plain), nn.CrossEntropyLoss(), DataLoader(batches(), 8))
     for one, other in zip(copy.parameters(), plain.parameters(), strict=True):
         assert_close(one, other, "trajectory float32")
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from twins import positions
 
 import pws
+import pws.private
 from pws._mark import mark
 
 MODES: Final = ("hooks", "functorch", "ew", "ghost")
@@ -44,10 +45,12 @@ def samples() -> TensorDataset:
     return TensorDataset(torch.randn(24, 3, 8, 8), torch.randint(3, (24,)))
 
 
-def private(net: nn.Module, optimizer: Any, mode: str, noise: float, norm: float) -> tuple[Any, Any, Any, Any]:
+def private(
+    net: nn.Module, optimizer: Any, mode: str, noise: float, norm: float, engine: PrivacyEngine | None = None
+) -> tuple[Any, Any, Any, Any]:
     """Model, optimizer, criterion and data, in batches of eight."""
     criterion = nn.CrossEntropyLoss()
-    parts = PrivacyEngine().make_private(
+    parts = (engine or PrivacyEngine()).make_private(
         module=net,
         optimizer=optimizer,
         criterion=criterion,
@@ -126,21 +129,28 @@ def test_clipping_before_the_private_step_is_refused(given: str) -> None:
     model, optimizer, criterion, loader = private(net, inner, "hooks", noise=1.0, norm=1.0)
     images, labels = next(iter(loader))
     criterion(model(images), labels).backward()
-    with pytest.raises(pws.PwsError, match="attach_step_hook"):
+    with pytest.raises(pws.PwsError, match="bound_steps"):
         pws.clip_grad(net, optimizer if given == "private" else inner)
 
 
-def test_the_hook_that_is_told_bounds_the_noisy_step() -> None:
-    net = layer_form()
+def test_bound_steps_bounds_the_noisy_step_and_leaves_the_accountant_at_work() -> None:
+    net, engine = layer_form(), PrivacyEngine()
     model, optimizer, criterion, loader = private(
-        net, torch.optim.SGD(pws.param_groups(net, lr=30.0)), "hooks", noise=1.0, norm=1.0
+        net, torch.optim.SGD(pws.param_groups(net, lr=30.0)), "hooks", noise=1.0, norm=1.0, engine=engine
     )
-    optimizer.attach_step_hook(lambda dp: pws.clip_grad(net, dp))
-    for batch in loader:
+    pws.private.bound_steps(net, optimizer)
+    for step, batch in enumerate(loader):
+        assert sum(steps for *_, steps in engine.accountant.history) == step
         before = [p.detach().clone() for p in net[0].parameters()]
         epoch(model, optimizer, criterion, [batch])
         moved = [float((p - old).norm()) for p, old in zip(net[0].parameters(), before, strict=True)]
         assert sum(length**2 for length in moved) ** 0.5 == pytest.approx(0.3, rel=1e-3)
+
+
+def test_bound_steps_is_told_another_optimizer() -> None:
+    net = layer_form()
+    with pytest.raises(pws.PwsError, match=r"got SGD\. Give what PrivacyEngine\.make_private returned"):
+        pws.private.bound_steps(net, torch.optim.SGD(net.parameters(), lr=0.1))
 
 
 def test_a_private_run_goes_on_from_its_state_to_the_same_bits() -> None:

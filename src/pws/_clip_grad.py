@@ -31,7 +31,7 @@ def clip_grad(model: nn.Module, optimizer: Optimizer, bound: Bound = "auto") -> 
     networks train, whose gradients differ in size from layer to layer.
 
     Under `torch.amp.GradScaler` call `scaler.unscale_(optimizer)` first, as for torch's `clip_grad_norm_`. A warning tells if
-    it is missing. With Opacus call it inside the step: `optimizer.attach_step_hook(lambda o: pws.clip_grad(model, o))`.
+    it is missing. With Opacus `pws.private.bound_steps(model, optimizer)` calls it inside the step.
     Sharded parameters (`fully_shard`) are clipped by the length of the whole layer's step; every process calls it.
 
     Args:
@@ -112,7 +112,7 @@ def _check_sampled(parameter: Any) -> None:
     if isinstance(newest, Tensor) and not hasattr(newest, "_processed"):
         raise PwsError(
             "Opacus makes the gradients inside its optimizer's step, from gradients per sample: what is clipped before is "
-            "lost. Clip there: optimizer.attach_step_hook(lambda o: pws.clip_grad(model, o)); or train with pws.optim, whose "
+            "lost. Call pws.private.bound_steps(model, optimizer) once, which clips there; or train with pws.optim, whose "
             "bound holds."
         )
 

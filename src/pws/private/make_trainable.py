@@ -25,7 +25,7 @@ def make_trainable(
     model: nn.Module,
     images: Any,
     *,
-    form: Form = "optimizer",
+    form: Form = "layers",
     progress: Progress | None = None,
     forward: Forward | None = None,
     report: Callable[[str], object] = print,
@@ -49,7 +49,8 @@ def make_trainable(
     Args:
         model: any module. It is left alone.
         images: some hundred images as the model takes them, or whatever its forward takes, as in `pws.plan`.
-        form: "optimizer" for an optimizer of `pws.optim`, "layers" for any other, as in `pws.plan`.
+        form: "layers" for any optimizer, with `bound_steps`; "optimizer" for one of `pws.optim`, as in `pws.plan`. The layers
+            take the average gradient out before an image's gradient is clipped, and train better in private.
         progress: called with the number of layers fitted and of all.
         forward: runs the model, `forward(model, images)`, where the images have another form.
         report: called once with the text that says what was done to each layer and norm, and the error that is left.
@@ -68,7 +69,7 @@ def make_trainable(
         >>> private = make_trainable(model, torch.randn(4, 3, 8, 8), report=lambda text: None)
         >>> private
         Sequential(
-          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), gamma=0.001, gain=1)
           (1): Identity()
           (2): ReLU()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pws._mark import marked
 from pws._preserve import random_state
 from pws.training.classifier import Classifier
 from pws.training.optimizer import build_optimizer, step_bound
 from pws.training.private.config import PrivacyConfig
-from pws.training.private.engine import Accounting, bounding, check_trainable
+from pws.training.private.engine import Accounting, check_trainable
 from pws.training.private.spent import Spent
 
 
@@ -38,9 +40,8 @@ class PrivateClassifier(Classifier):
         sizes = len(data.splits.train), data.config.batch_size, int(self.trainer.estimated_stepping_batches)
         inner = build_optimizer(self.model, self.optim, bound)
         private, self.criterion = self.accounting.attach(self.model, inner, loss, *sizes)
-        bounded, counted = bounding(self.model, bound), private.step_hook
-        if bounded is not None:
-            private.attach_step_hook(lambda optimizer: (counted(optimizer), bounded(optimizer)))
+        if bound is not None and not marked(self.model):  # an optimizer of pws.optim bounds its steps itself
+            import_module("pws.private").bound_steps(self.model, private, bound)
         optimizer: Optimizer = private
         return optimizer
 

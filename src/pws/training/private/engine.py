@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -13,9 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from pws._clip_grad import clip_grad
 from pws._errors import PwsError, one_line
-from pws._mark import marked
 from pws.training.private.config import PrivacyConfig
 from pws.training.private.spent import Spent
 
@@ -118,14 +115,3 @@ def check_trainable(model: nn.Module, method: str) -> None:
             "pws, gn, ws or none. A trained model of your own loses them by pws.private.make_trainable."
         )
     check_accepted(model.train(), {})
-
-
-def bounding(model: nn.Module, bound: float | None) -> Callable[[Any], None] | None:
-    """What bounds the step behind the noise, where the optimizer does not do it itself."""
-    if bound is None or marked(model):
-        return None
-
-    def bounded(optimizer: Any) -> None:
-        clip_grad(model, optimizer, bound)
-
-    return bounded
