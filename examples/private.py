@@ -8,8 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import pws
-from pws.private import make_trainable
+from pws.private import bound_steps, make_trainable
 
 torch.manual_seed(0)
 warnings.filterwarnings("ignore", message="Secure RNG|Full backward hook|Optimal order")  # of Opacus and its hooks
@@ -52,13 +51,14 @@ engine = PrivacyEngine()
 loader = DataLoader(TensorDataset(images[private], labels[private]), batch_size=128)
 model, optimizer, loader = engine.make_private_with_epsilon(
     module=model.train(),
-    optimizer=pws.optim.SGD(model, lr=0.1, momentum=0.9),
+    optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
     data_loader=loader,
     target_epsilon=8.0,
     target_delta=1e-4,
     epochs=2,
     max_grad_norm=1.0,
 )
+bound_steps(model, optimizer)  # no layer moves further than this, however large the noise
 for _ in range(2):
     for x, y in loader:
         optimizer.zero_grad()
