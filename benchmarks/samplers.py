@@ -25,7 +25,7 @@ from pws.bench.timers import TimedStep, TimerHere
 from pws.bench.timing import costs, measure_rounds, ratio_text
 from pws.bench.timing import measure as measure_steps
 
-SETTINGS: Final = {"batch": 64, "seconds": 30.0, "processes": 2}
+SETTINGS: Final = {"batch": 64, "seconds": 15.0, "processes": 2}
 QUICK: Final = {"batch": 4, "seconds": 0.0, "processes": 0}
 
 
