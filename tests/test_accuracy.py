@@ -213,6 +213,8 @@ def test_columns_can_differ_in_images_and_augmentation(tmp_path: Path) -> None:
         (GRID.replace("rows:", "lines:"), "grid key in .*: 'lines'"),
         (GRID.replace("optim.lr: 0.01", "optim.lrr: 0.01"), "column 1: 'optim.lrr'; did you mean optim.lr"),
         (GRID.replace("optim.lr: 0.01", "optim.lr: 1.0e+9"), "columns must differ"),
+        (GRID.replace("max_steps: 4", "max_steps: 4, precision: 64-true"), "alone; got trainer.precision '64-true'"),
+        (GRID.replace("max_steps: 4", "max_steps: 4, devices: 2"), "alone; got trainer.devices 2"),
         (GRID.replace("optim.lr: 0.01", "optim.lr: small"), "column 1: optim.lr: Expected a float. Got value: small"),
         (GRID.replace("optim.lr: 0.01", "optim.lr: -1"), "optim.lr must be at least 0"),
         ("rows: {bn: {}}", "missing: columns"),

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from pws._errors import PwsError, shown
 from pws.training.parsing import parse_as
-from pws.training.recipe import Recipe
+from pws.training.recipe import Recipe, TrainerConfig
 from pws.training.recipe_file import recipe_of, settings_in
 from pws.training.rules import AT_LEAST_ONE, POSITIVE, check_rules
 from pws.training.yaml_file import read_yaml
@@ -86,7 +86,18 @@ class Grid:
             recipe = recipe_of(settings)
         except PwsError as error:
             raise PwsError(f"{self.path}, row {row!r}, column {column!r}: {error}") from error
+        _check_trainer(recipe.trainer, f"{self.path}, row {row!r}, column {column!r}")
         return Cell(row, column, replace(recipe, name="cell"), settings)
+
+
+def _check_trainer(trainer: TrainerConfig, where: str) -> None:
+    length, plain = ("epochs", "max_steps"), TrainerConfig()
+    for key, value in vars(trainer).items():
+        if key not in length and value != getattr(plain, key):
+            raise PwsError(
+                f"{where}: a cell trains on one thread of the CPU, and takes trainer.epochs and trainer.max_steps alone; got "
+                f"trainer.{key} {value!r}. Leave it out, or train the recipe with pws train."
+            )
 
 
 def cell_settings(shared: Settings, column: Settings, row: str, own: Settings, seed: int) -> dict[str, Any]:
