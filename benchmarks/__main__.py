@@ -28,14 +28,14 @@ COMMANDS: Final = {
     "scale": ("scale", "memory per process of a sharded ResNet-50, bytes exchanged per step (a minute)"),
     "samplers": (
         "samplers",
-        "gradients per sample in Opacus: its sampler, ours, functorch; ghost clipping (six minutes)",
+        "gradients per sample in Opacus: its sampler, ours, functorch; ghost clipping (ten minutes)",
     ),
     "warm-start": ("convert.warm_start", "trained networks converted, then fine-tuned (a quarter of an hour)"),
     "make-trainable": ("convert.make_trainable", "trained networks made trainable for Opacus (ten minutes)"),
     "tables": ("tables", "the tables of README.md and docs filled from the result files (seconds)"),
 }
 """Name to module and line."""
-GOES_ON: Final = ("forecast", "accuracy", "speed", "convert", "warm-start")
+GOES_ON: Final = ("forecast", "accuracy", "speed", "convert", "warm-start", "samplers")
 USAGE: Final = "\n".join(
     [
         "usage: python -m benchmarks NAME [options]     (python -m benchmarks NAME --help tells the options)",

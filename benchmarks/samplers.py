@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,7 +20,7 @@ import pws.private
 from benchmarks.experiment import PROGRAM, Say, run_experiment
 from benchmarks.sampler_tables import MIB
 from pws.bench.plotting import new_figure, save_figure
-from pws.bench.result_file import write_result
+from pws.bench.result_file import read_result, write_result
 from pws.bench.timers import TimedStep, TimerHere
 from pws.bench.timing import costs, measure_rounds, ratio_text
 from pws.bench.timing import measure as measure_steps
@@ -38,6 +38,14 @@ class Case:
     strides: tuple[int, ...]
     kernel: int
     pixels: int
+
+
+@dataclass
+class StoredCase:
+    """A case in samplers.json: by mode and row, the costs."""
+
+    hooks: dict[str, Any]
+    ghost: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,17 +89,28 @@ def run(arguments: list[str]) -> int:
 
 
 def measure(out: Path, quick: bool, say: Say) -> None:
-    """Write samplers.json and samplers.png."""
-    cases, settings = (QUICK_CASES, QUICK) if quick else (CASES, SETTINGS)
-    found: dict[str, dict[str, Any]] = {}
+    """Go on with what an interrupted samplers.json holds; write it and samplers.png."""
+    path, (cases, settings) = out / "samplers.json", (QUICK_CASES, QUICK) if quick else (CASES, SETTINGS)
+    found = _interrupted(path, cases, settings)
     for name, case in cases.items():
+        if name in found:
+            continue
+        modes = {}
         for mode in ROWS:
             check_parity(case, mode)
-            found.setdefault(name, {})[mode] = timed = _timed(case, mode, settings)
+            modes[mode] = timed = _timed(case, mode, settings)
             for row, cost in timed.items():
                 say(f"{name}, {mode}, {row}: {ratio_text(cost['ratio'])}, peak {cost['peak'] / MIB:.1f} MiB")
-    write_result(out / "samplers.json", f"{PROGRAM} samplers", {"settings": settings, "samplers": found})
+        found[name] = modes
+        write_result(path, f"{PROGRAM} samplers", {"settings": settings, "samplers": found})
     _draw(found, out / "samplers.png")
+
+
+def _interrupted(path: Path, cases: Mapping[str, Case], settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The cases in the file at `path`; none if it holds all of them, which are then timed anew."""
+    stored = read_result(path, "samplers", dict, StoredCase) or {"samplers": {}}
+    found: dict[str, dict[str, Any]] = stored["samplers"]
+    return found if stored.get("settings") == settings and found.keys() < cases.keys() else {}
 
 
 def _timed(case: Case, mode: str, settings: dict[str, Any]) -> dict[str, Any]:

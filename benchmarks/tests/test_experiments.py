@@ -151,6 +151,19 @@ def test_samplers_are_timed_beside_opacus(tmp_path: Path) -> None:
     assert "| 2 convolutions | 1.00, " in fill_tables(text, tmp_path)
 
 
+def test_samplers_go_on_where_they_were_interrupted(tmp_path: Path) -> None:
+    first, *_ = QUICK_CASES.items()
+    both = {"first": first[1], "second": first[1]}
+    with patch.dict(QUICK_CASES, both, clear=True):
+        whole = bench("samplers", tmp_path)
+        stored = {"first": whole["samplers"]["first"]}
+        (tmp_path / "samplers.json").write_text(json.dumps({**whole, "samplers": stored}))
+        resumed = bench("samplers", tmp_path)["samplers"]
+        assert resumed["first"] == stored["first"]
+        assert list(resumed) == ["first", "second"]
+        assert bench("samplers", tmp_path)["samplers"]["first"] != stored["first"], "a whole result is measured anew"
+
+
 def test_a_sampler_that_finds_other_norms_is_not_timed() -> None:
     wrong = {pws.Conv2d: lambda *given: {p: 2 * n for p, n in standardized_norm_sample(*given).items()}}
     with patch.dict(GradSampleHooksFastGradientClipping.NORM_SAMPLERS, wrong), pytest.raises(AssertionError):
