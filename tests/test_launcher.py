@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,15 @@ def test_each_job_ends_in_its_own_way(
             assert f"#SBATCH {line}\n" in script
 
 
+@pytest.fixture
+def _in_the_background() -> Iterator[None]:
+    """SIGINT as a shell's background jobs find it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("_in_the_background")
 @pytest.mark.parametrize("cluster", [pytest.param("local", marks=pytest.mark.slow), "slurm"])
 def test_what_is_wrong_with_the_input_ends_all(
     cluster: Literal["local", "slurm"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import traceback
 from collections import deque
@@ -92,7 +93,7 @@ def _submitted(executor: Any, tasks: Mapping[Key, tuple[Any, ...]]) -> dict[Key,
     if not tasks:
         return {}
     try:
-        with _stderr_to(executor.folder / "submission.log"), executor.batch():
+        with _stderr_to(executor.folder / "submission.log"), _interruptible(), executor.batch():
             return {key: executor.submit(_in_job, *task) for key, task in tasks.items()}
     except RuntimeError as error:
         raise PwsError(
@@ -112,6 +113,19 @@ def _stderr_to(path: Path) -> Iterator[None]:
     finally:
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let what starts here end at SIGINT, by which submitit cancels: a shell's background job ignores it, and so would its children."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _in_job(setup: Callable[[], Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:
