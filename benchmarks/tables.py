@@ -119,7 +119,7 @@ def fill_tables(text: str, results: Path) -> str:
         start, names, kind, listed, end = found.groups()
         rows = None if listed is None else [row.strip() for row in listed.split(";")]
         tables = [_table(results, name, kind, rows) for name in names.split("+")]
-        return f"{start}\n{_side_by_side(tables)}\n{end}"
+        return f"{start}\n{_side_by_side(tables).rstrip()}\n\n{end}"  # Markdown takes a line right below for a row
 
     return MARKED.sub(table, text)
 

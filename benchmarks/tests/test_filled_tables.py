@@ -72,6 +72,12 @@ def test_tables_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "up to date" in capsys.readouterr().out
 
 
+def test_an_empty_line_ends_each_table() -> None:
+    ends = [text for path in documents() for text in path.read_text().split("<!-- end -->")[:-1]]
+    assert len(ends) > 20
+    assert all(text.endswith("|\n\n") for text in ends)
+
+
 def test_tables_side_by_side(tmp_path: Path) -> None:
     (tmp_path / "small.json").write_text(json.dumps(RESULT))
     (tmp_path / "less.json").write_text(json.dumps(RESULT | {"rows": {"a": {}}, "cells": RESULT["cells"][:1]}))
