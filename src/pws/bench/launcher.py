@@ -117,7 +117,10 @@ def _stderr_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let what starts here end at SIGINT, by which submitit cancels: a shell's background job ignores it, and so would its children."""
+    """Let what starts here end at SIGINT, by which submitit cancels.
+
+    A shell's background job ignores it, and so would its children.
+    """
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
