@@ -30,6 +30,7 @@ CONVOLUTIONS: Final[Cases] = {
     "2d reflect, same": ("Conv2d", {"args": (3, 5, 4), "padding": "same", "padding_mode": "reflect"}, (3, 6, 6)),
     "2d one position": ("Conv2d", {"args": (8, 12, 3)}, (8, 3, 3)),
     "2d few positions": ("Conv2d", {"args": (16, 16, 3), "stride": 2, "groups": 2, "padding": 1}, (16, 4, 4)),
+    "2d one pixel": ("Conv2d", {"args": (3, 4, 3), "padding": 1}, (3, 1, 1)),
     "2d 1x1": ("Conv2d", {"args": (6, 5, 1)}, (6, 4, 3)),
     "3d": (
         "Conv3d",
@@ -198,11 +199,18 @@ def marked() -> nn.Sequential:
     return net
 
 
-def stepped(make: Callable[[], nn.Sequential], mode: str, clip: float, count: int = 8) -> nn.Sequential:
+def stepped(
+    make: Callable[[], nn.Sequential],
+    mode: str,
+    clip: float,
+    count: int = 8,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> nn.Sequential:
     """The network after two private steps without noise, in float64."""
     torch.manual_seed(0)
-    net = make().double()
-    data = TensorDataset(torch.randn(16, 3, 8, 8, dtype=torch.float64), torch.randint(3, (16,)))
+    net = make().double().to(memory_format=memory_format)
+    images = torch.randn(16, 3, 8, 8, dtype=torch.float64).to(memory_format=memory_format)
+    data = TensorDataset(images, torch.randint(3, (16,)))
     sgd: Any = pws.optim.SGD(net, lr=0.3) if make is marked else torch.optim.SGD(net.parameters(), lr=0.3)
     model, optimizer, *criterion, loader = PrivacyEngine().make_private(
         module=net,
@@ -217,7 +225,7 @@ def stepped(make: Callable[[], nn.Sequential], mode: str, clip: float, count: in
     loss_of: Any = criterion[0] if criterion else nn.CrossEntropyLoss()
     for images, labels in loader:
         optimizer.zero_grad()
-        loss_of(model(images[:count]), labels[:count]).backward()
+        loss_of(model(images[:count].to(memory_format=memory_format)), labels[:count]).backward()  # stacked anew
         optimizer.step()
     return net
 
@@ -250,6 +258,30 @@ def test_gradients_of_torchs_convolutions_are_right_whatever_the_padding(name: s
     dy = torch.randn_like(layer(x))
     found = sampled(GradSampleHooks.GRAD_SAMPLERS[type(layer)], layer, x, dy)
     assert_gradients(found, one_by_one(layer, x, dy))
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same values, those of a position side by side in memory."""
+    return images.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize("of", [GradSampleHooks.GRAD_SAMPLERS, GradSampleHooksFastGradientClipping.NORM_SAMPLERS])
+@pytest.mark.parametrize(("room", "name"), WITH_NORMS)
+def test_the_memory_format_changes_nothing(room: Any, name: str, of: dict[type, Sampler]) -> None:
+    """Opacus' own sampler for convolutions takes every image's memory for contiguous."""
+    layer, x = layer_of(room, name)
+    dy = torch.randn_like(layer(x))
+    found = sampled(of[type(layer)], layer, channels_last(x), channels_last(dy))
+    check = assert_gradients if of is GradSampleHooks.GRAD_SAMPLERS else assert_norms
+    check(found, one_by_one(layer, x, dy))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("make", [layers, marked])
+def test_a_step_in_channels_last_is_the_same(make: Callable[[], nn.Sequential], mode: str) -> None:
+    last = stepped(make, mode, 0.05, memory_format=torch.channels_last)
+    for one, other in zip(last.parameters(), stepped(make, mode, 0.05).parameters(), strict=True):
+        assert_close(one, other, "trajectory")
 
 
 def test_a_network_of_layers_needs_no_functorch() -> None:

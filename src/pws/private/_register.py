@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pws._errors import PwsError
@@ -23,9 +24,11 @@ register_norm_sampler((nn.Conv1d, nn.Conv2d, nn.Conv3d))(conv_norm_sample)
 
 
 def _conv_grad_sample(layer: Any, activations: list[Tensor], backprops: Tensor) -> dict[Tensor, Tensor]:
-    """Opacus' own where it is right."""
-    right = compute_conv_grad_sample if layer.padding_mode == "zeros" else conv_grad_sample
-    found: dict[Tensor, Tensor] = right(layer, activations, backprops)
+    """Opacus' own where it is right: it takes every padding for zeros, and images to lie in memory channel by channel."""
+    x = activations[0]
+    right = layer.padding_mode == "zeros" and x.stride() == torch.empty(x.shape, device="meta").stride()
+    sample = compute_conv_grad_sample if right else conv_grad_sample
+    found: dict[Tensor, Tensor] = sample(layer, activations, backprops)
     return found
 
 

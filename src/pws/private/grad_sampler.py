@@ -43,9 +43,10 @@ def standardized_grad_sample(layer: StandardizedLayer, activations: Sequence[Ten
 
 @sampler
 def conv_grad_sample(layer: Any, activations: Sequence[Tensor], backprops: Tensor) -> Samples:
-    """Make the gradient of each sample in weight and bias of a torch.nn convolution that pads otherwise than by zeros.
+    """Make the gradient of each sample in weight and bias of a torch.nn convolution of any padding and memory format.
 
-    Opacus takes every padding for zeros: the gradients would be wrong, and so the norms to which they are clipped.
+    Opacus' own takes every padding for zeros, and reads the memory of images in `torch.channels_last` in the wrong order: the
+    gradients would be wrong, and so the norms to which they are clipped.
     """
     found: Samples = {}
     if layer.weight.requires_grad:
