@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,6 +65,7 @@ def shares(network: Network, quick: bool) -> dict[str, float]:
 
 def image_share(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """The mean over the images."""
+    import_module("pws.private")  # its sampler is right in these images' memory format, which Opacus' own is not
     from opacus.grad_sample import GradSampleHooks
 
     hooks = GradSampleHooks(model)
