@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,19 @@ def settings(**privacy: Any) -> Recipe:
     )
 
 
-def by_hand(recipe: Recipe, data: Points, clip: float) -> nn.Sequential:
+def convolutions() -> nn.Sequential:
+    """In the memory format of a recipe's networks."""
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        *(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.Tanh(), nn.Conv2d(3, 2, 2), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(8, 3)),
+    )
+    return net.double().to(memory_format=torch.channels_last)
+
+
+def by_hand(net: nn.Sequential, recipe: Recipe, data: Points, clip: float) -> nn.Sequential:
     """DP-SGD without noise: each image's gradient by a backward pass of its own."""
-    net, copies = network(), recipe.privacy.augmentations
+    copies = recipe.privacy.augmentations
     sampler = PoissonSampler(len(data), 8, seed=0, repeats=copies)
     expected = len(data) // len(sampler)
     for epoch in range(2):
@@ -117,12 +128,15 @@ def seeded_point(data: Points, epoch: int, number: int) -> tuple[Tensor, int]:
         ({"clip_norm": 0.3, "augmentations": 4, "physical_batch_size": 10}, 0.3),
     ],
 )
-def test_a_step_is_the_mean_of_clipped_gradients(privacy: dict[str, Any], clip: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [network, convolutions])
+def test_a_step_is_the_mean_of_clipped_gradients(
+    make: Callable[[], nn.Sequential], privacy: dict[str, Any], clip: float, tmp_path: Path
+) -> None:
     copies = privacy.get("augmentations", 1)
-    data, net, recipe = Points(30, shifted=copies > 1), network(), settings(**privacy)
+    data, net, recipe = Points(30, shifted=copies > 1), make(), settings(**privacy)
     summary = fit(net, data, Points(6), recipe, tmp_path / "run", quiet=True)
     assert summary.steps == 8
-    for found, wanted in zip(net.parameters(), by_hand(recipe, data, clip).parameters(), strict=True):
+    for found, wanted in zip(net.parameters(), by_hand(make(), recipe, data, clip).parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
 
 
