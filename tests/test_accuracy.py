@@ -197,6 +197,18 @@ def test_settings_left_at_their_defaults_are_named_in_the_tables() -> None:
     }
 
 
+@pytest.mark.parametrize(("task", "label"), [("classify", "accuracy"), ("detect", "box AP")])
+def test_an_only_column_is_named_by_what_it_holds(task: str, label: str, tmp_path: Path) -> None:
+    model = {"classify": "allconv", "detect": "ssd-vgg16"}[task]
+    text = f"settings: {{task: {task}}}\ncolumns: [{{model.name: {model}}}]\nrows: {{bn: {{}}}}\n"
+    (tmp_path / "grid.yaml").write_text(text)
+    grid = load_grid(tmp_path / "grid.yaml")
+    assert list(grid.columns) == [label]
+    cell = {"row": "bn", "column": label, "seed": 0}
+    stored = {"settings": grid.settings, "rows": grid.rows, "columns": grid.columns, "cells": [cell]}
+    assert [name.count(",") for name in rates_of(stored)] == [1]  # network and batch size alone
+
+
 def test_columns_can_differ_in_images_and_augmentation(tmp_path: Path) -> None:
     columns = (
         "data.batch_size: 8, data.augment: true",

@@ -21,7 +21,7 @@ from pws.training.rules import AT_LEAST_ONE, POSITIVE, check_rules
 from pws.training.yaml_file import read_yaml
 
 MOST_CELLS: Final = 10_000
-ONLY_COLUMN: Final = "accuracy"
+ONLY_COLUMN: Final = {"classify": "accuracy", "detect": "box AP"}
 """Label of a column with nothing to be told apart from."""
 Settings = Mapping[str, Any]
 """What a recipe differs in from the defaults, dotted."""
@@ -141,8 +141,8 @@ def load_grid(path: Path) -> Grid:
     for key in ("columns", "rows", "seeds"):
         if not content.get(key, [0]):
             raise PwsError(f"{path}: {key} must hold at least one; got {shown(content[key])}.")
-    columns = _columns(path, content["columns"])
     shared = _settings(path, "settings", content.get("settings") or {})
+    columns = _columns(path, content["columns"], shared.get("task"))
     rows, seeds = _rows(path, file, content["rows"], len(columns))
     counts = file.target, file.evaluations, file.evaluation_images
     grid = Grid(path, file.title or path.stem, shared, columns, rows, seeds, *counts)
@@ -170,8 +170,9 @@ def _settings(path: Path, where: str, content: Mapping[str, Any]) -> dict[str, A
     return settings_in(content, f"{path}, {where}")
 
 
-def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, Settings]:
+def _columns(path: Path, listed: list[dict[str, Any]], task: Any) -> dict[str, Settings]:
     """Label to settings; a label names whatever differs among the columns, in the words of the field."""
+    only = ONLY_COLUMN.get(task, ONLY_COLUMN["classify"])
     columns = [_settings(path, f"column {number}", settings) for number, settings in enumerate(listed, 1)]
     words: dict[str, Callable[[Any], str]] = {
         "model.name": str,
@@ -193,4 +194,4 @@ def _columns(path: Path, listed: list[dict[str, Any]]) -> dict[str, Settings]:
             f"{path}: columns must differ in network, batch size, images, augmentation, clients, epsilon, clip norm or "
             f"learning rate; got {shown(labels)}."
         )
-    return {label or ONLY_COLUMN: column for label, column in zip(labels, columns, strict=True)}
+    return {label or only: column for label, column in zip(labels, columns, strict=True)}

@@ -185,7 +185,7 @@ def rates_of(result: Mapping[str, Any]) -> dict[str, list[tuple[float, str]]]:
     for cell in result["cells"]:
         recipe = recipe_of(settings_of(result, cell))
         parts = [recipe.model.name, f"batch {recipe.data.batch_size}"]
-        told = [] if cell["column"] == ONLY_COLUMN else cell["column"].split(", ")
+        told = [] if cell["column"] in ONLY_COLUMN.values() else cell["column"].split(", ")
         parts += [part for part in told if part not in parts and not part.startswith("LR ")]
         groups.setdefault(", ".join(parts), {})[recipe.optim.lr] = cell["column"]
     return {group: sorted(rates.items()) for group, rates in groups.items()}
