@@ -172,7 +172,7 @@ def _settings(path: Path, where: str, content: Mapping[str, Any]) -> dict[str, A
 
 def _columns(path: Path, listed: list[dict[str, Any]], task: Any) -> dict[str, Settings]:
     """Label to settings; a label names whatever differs among the columns, in the words of the field."""
-    only = ONLY_COLUMN.get(task, ONLY_COLUMN["classify"])
+    only = ONLY_COLUMN.get(str(task), ONLY_COLUMN["classify"])
     columns = [_settings(path, f"column {number}", settings) for number, settings in enumerate(listed, 1)]
     words: dict[str, Callable[[Any], str]] = {
         "model.name": str,
