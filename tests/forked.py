@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -43,6 +44,14 @@ def wait(ranks: list[BaseProcess], seconds: float) -> None:
     end = time.monotonic() + seconds
     for rank in ranks:
         rank.join(max(0.0, end - time.monotonic()))
+
+
+def free_port() -> int:
+    """For processes on this machine to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _rank(rank: int, count: int, port: int, log: Path, arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pws
 from pws._errors import PwsError
+from pws._files import partial_of
 from pws.models.detector_spec import DetectorSpec
 from pws.models.detectors import DETECTORS, build_detector, hidden_layers
 from pws.training import DataConfig, Recipe, train
@@ -170,6 +171,23 @@ def test_a_trained_detector_does_without_the_run_of_its_backbone(backbones: Path
         n.split(".")[2] for n, p in own.named_parameters() if n.startswith("backbone.body.") and not p.requires_grad
     }
     assert frozen == {"conv1", "bn1", "layer1"}
+
+
+def test_a_detector_killed_while_it_wrote_its_first_checkpoint_has_its_backbone(
+    backbones: Path, tmp_path: Path
+) -> None:
+    recipe = tiny(model__method="bn", model__backbone=str(backbones / "bn"), trainer__epochs=1)
+    train(recipe, tmp_path / "whole", quiet=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    written = [*(tmp_path / "killed" / "checkpoints").iterdir(), *(tmp_path / "killed").glob("[ms]*.*")]
+    for path in written:  # metrics.csv and summary.json too
+        path.unlink()
+    left = partial_of(tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    left.write_bytes(b"a part of one")
+    train(recipe, tmp_path / "killed", resume=True, quiet=True)
+    assert not left.exists()
+    found, wanted = (weights(tmp_path / name) for name in ("killed", "whole"))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize(

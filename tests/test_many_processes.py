@@ -6,18 +6,19 @@ import csv
 import json
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import processes, run_forked, wait
-from shared_runs import CLASSIFIER, DETECTOR, assert_same_end, command, noise, one_process
+from forked import free_port, processes, run_forked, wait
+from shared_runs import CLASSIFIER, DETECTOR, assert_same_end, command, last, noise, one_process
 from small_runs import ONE_THREAD
 
 from pws.training import train
+from pws.training.checkpoints import LAST
 
 pytestmark = pytest.mark.slow
 
@@ -52,10 +53,11 @@ def test_ten_kills_at_random_moments(tmp_path: Path, noise: str) -> None:
     noticed = 0
     for number in range(10):
         strategy = f"--trainer.strategy={('ddp', 'fsdp2')[number % 2]}"
-        resume = ["--resume"] if folder.exists() else []
+        resume = ["--resume"] if number else []
         own = command(folder, *settings, "--trainer.devices=2", strategy, *resume)[3:]
-        noticed += kill_one_of_two(folder, own, draw.uniform(0, 1.5))
+        noticed += kill_one_of_two(folder, own, number and draw.randint(0, 4), draw.uniform(0, 0.1))
     assert noticed >= 5
+    assert 0 < last(folder)["global_step"] < last(tmp_path / "whole")["global_step"]
     train(one_process(*settings), folder, resume=True, quiet=True)
     assert_same_end(folder, tmp_path / "whole")
     rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (folder, tmp_path / "whole")]
@@ -66,15 +68,23 @@ def test_ten_kills_at_random_moments(tmp_path: Path, noise: str) -> None:
         )
 
 
-def kill_one_of_two(folder: Path, arguments: list[str], seconds: float) -> bool:
-    """Start a run, and kill its second process so many seconds after the training began; whether the first one noticed."""
-    log = folder.with_suffix(".log")
+def kill_one_of_two(folder: Path, arguments: list[str], checkpoints: int, seconds: float) -> bool:
+    """Start a run, and kill its second process so long behind so many checkpoints; whether the first one noticed."""
+    log, newest = folder.with_suffix(".log"), folder / "checkpoints" / LAST
     log.unlink(missing_ok=True)
     with processes(2, free_port(), log, arguments) as ranks:
-        end = time.monotonic() + 100
-        while " allconv with pws " not in (log.read_text() if log.exists() else ""):
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.01)
+
+        def wait_for(what: Callable[[], object]) -> None:
+            end = time.monotonic() + 100
+            while not what():
+                assert time.monotonic() < end, log.read_text()
+                assert ranks[0].is_alive(), log.read_text()
+                time.sleep(0.005)
+
+        wait_for(lambda: log.exists() and " allconv with pws " in log.read_text())
+        for _ in range(checkpoints):
+            before = written(newest)
+            wait_for(lambda before=before: written(newest) not in (None, before))
         time.sleep(seconds)
         ranks[1].kill()
         wait(ranks, 5)
@@ -83,7 +93,16 @@ def kill_one_of_two(folder: Path, arguments: list[str], seconds: float) -> bool:
         assert ranks[1].exitcode == -signal.SIGKILL, log.read_text()
         noticed = "another process of the run ended" in log.read_text()
         assert noticed == (ranks[0].exitcode == 2), log.read_text()
+        assert not noticed or "--resume goes on" in log.read_text()
         return noticed
+
+
+def written(path: Path) -> int | None:
+    """When, in ns."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def test_two_nodes_of_torchrun(tmp_path: Path, noise: str) -> None:
@@ -104,10 +123,3 @@ def test_two_nodes_of_torchrun(tmp_path: Path, noise: str) -> None:
         _, said = node.communicate(timeout=300)
         assert node.returncode == 0, said
     assert_same_end(tmp_path / "nodes", tmp_path / "one")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import free_port
 from small_runs import ONE_THREAD, arguments
 from test_cluster_environment import PLACES, SLURM
-from test_many_processes import free_port
 
 TWO = ("--trainer.devices=2", "--trainer.max_steps=1")
 # Each case: the flags of both processes, those of the second one alone, and what the only message says.

@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from pws.cli import main
 from pws.training import load_recipe
 from pws.training.classifier import Classifier
+from pws.training.metrics_file import MetricsFile
 from pws.training.run_folder import LOCK
 
 EPOCHS = 4
@@ -106,12 +108,29 @@ def test_a_full_disk_in_the_run(room: int, whole: Path, tmp_path: Path, capsys: 
     error = capsys.readouterr().err
     assert os.strerror(errno.EFBIG) in error
     assert error.count("\n") == 1
+    assert "--resume" not in error
+    assert not folder.exists(), "it holds no checkpoint, and blocks the next try"
+    assert start(folder) == 0
+    assert_like(folder, whole)
+
+
+def test_a_disk_that_fills_behind_a_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, keep, disk = tmp_path / "run", MetricsFile.log_metrics, ExitStack()
+
+    def keep_and_fill(self: MetricsFile, metrics: dict[str, Any], step: int | None = None) -> None:
+        if list(folder.glob("checkpoints/*")):
+            disk.enter_context(room_for(100_000))
+        keep(self, metrics, step)
+
+    with disk, monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "log_metrics", keep_and_fill)
+        assert start(folder) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"pws: the run stopped: File too large: .*best\.ckpt\. .* --resume goes on\.\n", error)
     assert not list(tmp_path.rglob("*.partial*"))
-    if not folder.exists():  # it did not even begin
-        assert start(folder) == 0
-    else:
-        assert f"`pws train {folder} --resume` goes on" in error
-        assert resume(folder) == 0
+    assert resume(folder) == 0
     assert_like(folder, whole)
 
 

@@ -14,8 +14,9 @@ from typing import Final
 
 import pytest
 import torch
+from forked import free_port, run_forked
 from shared_runs import CLASSIFIER, SHARDED, assert_same_end, child_of, command, last, noise, one_process, run
-from small_runs import ONE_THREAD, assert_equal
+from small_runs import ONE_THREAD
 
 import pws
 from pws._errors import PwsError
@@ -63,23 +64,31 @@ def test_a_killed_process_loses_nothing(killed: Path, noise: str, tmp_path: Path
     torch.testing.assert_close(found, wanted)
 
 
+PLAIN_SGD: Final = ("--model.method=none", "--optim.momentum=0")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer", [PLAIN_SGD, (), ("--optim.name=adamw", "--optim.lr=0.01")], ids=["sgd", "momentum", "adamw"]
+)
 @pytest.mark.parametrize("sharded_first", [True, False])
-def test_an_optimizer_without_a_state(noise: str, tmp_path: Path, sharded_first: bool) -> None:
-    """Plain SGD, resumed whole after it was sharded, or sharded after it was whole."""
-    settings = (*CLASSIFIER, noise, "--model.method=none", "--optim.momentum=0", "--trainer.epochs=2")
+def test_a_run_changes_its_strategy(
+    noise: str, tmp_path: Path, sharded_first: bool, optimizer: tuple[str, ...]
+) -> None:
+    """Sharded on two processes and resumed whole on one, or the other way; plain SGD has no state."""
+    settings = (*CLASSIFIER, noise, *optimizer, "--trainer.epochs=2")
     train(one_process(*settings), tmp_path / "whole", quiet=True)
-    ways = (("--trainer.devices=1", "--trainer.strategy=fsdp2"), ("--trainer.devices=1",))
-    first, then = ways if sharded_first else ways[::-1]
-    run(tmp_path / "run", *settings, *first)
-    (tmp_path / "run" / "summary.json").unlink()
-    last_one = tmp_path / "run" / "checkpoints" / LAST
-    shutil.rmtree(
-        last_one
-    ) if last_one.is_dir() else last_one.unlink()  # the end is gone; before.ckpt is within epoch 2
-    run(tmp_path / "run", *settings, *then, "--resume")
-    found, wanted = (last(tmp_path / name) for name in ("run", "whole"))
-    assert_equal(found["state_dict"], wanted["state_dict"], 1e-9)
+    folder = tmp_path / "run"
+    newest = folder / "checkpoints" / LAST
+    for number, sharded in enumerate((sharded_first, not sharded_first)):
+        if sharded:
+            run_forked(2, free_port(), folder, command(folder, *settings, *SHARDED, *["--resume"] * number)[3:])
+        else:
+            train(one_process(*settings), folder, resume=bool(number), quiet=True)
+        if number == 0:  # the end is gone; before.ckpt is within epoch 2
+            (folder / "summary.json").unlink()
+            (shutil.rmtree if newest.is_dir() else os.unlink)(newest)
+    assert_same_end(folder, tmp_path / "whole", stateless=optimizer == PLAIN_SGD)
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "rest"])

@@ -22,6 +22,10 @@ class ToldElsewhereError(PwsError):
     """Another process of the same run tells what is wrong: the command line of this one is silent."""
 
 
+class StoppedRunError(PwsError):
+    """A run stopped for something other than its recipe and data: its folder stays, and --resume goes on, as the error says."""
+
+
 class UnknownNameError(PwsError):
     """A name that is in no registry."""
 

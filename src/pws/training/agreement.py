@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed import DistNetworkError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from pws._errors import PwsError, ToldElsewhereError, one_line, reason_of
+from pws._errors import PwsError, StoppedRunError, ToldElsewhereError, one_line, reason_of
 from pws.training.module import NonFiniteLossError
 
 BEGIN: Final = timedelta(minutes=30)
@@ -25,7 +25,7 @@ FAIL: Final = timedelta(seconds=20)
 START: Final = "start"
 
 
-class LostProcessError(PwsError):
+class LostProcessError(StoppedRunError):
     """Another process of the run ended while this one trained; what that one met is not known here."""
 
 

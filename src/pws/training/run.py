@@ -32,7 +32,7 @@ from pws.training.monitor import MonitorCallback, leave_report, watcher
 from pws.training.progress import EpochLines, Pace, StepBar
 from pws.training.quiet import real_interrupts
 from pws.training.recipe import FSDP2, Recipe
-from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, resume_from, take_up
+from pws.training.run_folder import CHECKPOINTS, SUMMARY, Start, claimed, has_checkpoint, resume_from, take_up
 from pws.training.sharded import Sharded
 from pws.training.summary import Summary, summarize
 from pws.training.tasks import Task, module_of, trained_task
@@ -70,7 +70,7 @@ def train(
     task = trained_task(recipe, task)
     data = task.data(recipe.data, recipe.seed)
     seed_everything(recipe.seed, workers=True, verbose=False)
-    module = _module(recipe, data, task, fresh=not (resume and any((folder / CHECKPOINTS).glob("*.ckpt"))))
+    module = _module(recipe, data, task, fresh=not (resume and has_checkpoint(folder)))
     clock = Clock(VALIDATION + module.SCORE)
     validates = data.splits.validation is not None
     trainer = _trainer(recipe, module, folder, clock, watch, validates=validates, quiet=quiet)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import yaml
 from torch import nn
 
-from pws._errors import PwsError
+from pws._errors import PwsError, StoppedRunError
 from pws._files import remove_partials, write_whole
 from pws.training.callbacks import is_first_process
 from pws.training.checkpoint_files import restore
@@ -49,6 +49,11 @@ def _content(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe_dict(recipe), sort_keys=False)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run goes on from a checkpoint, whole or not; what a kill left half-written is none."""
+    return any((folder / CHECKPOINTS / name).exists() for name in (LAST, BEFORE, BEST))
+
+
 @contextmanager
 def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     """Hold a run's folder for this process, which makes that of a new run; bad input before its first checkpoint unmakes it.
@@ -69,16 +74,17 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
         _take(lock, folder)
         try:
             yield
-        except (Exception, SystemExit):  # of the data, or of a model of others
-            if not resume and not any((*folder.glob(f"{CHECKPOINTS}/*"), *folder.glob(SUMMARY))):
-                shutil.rmtree(folder)  # it would block the next try
+        except StoppedRunError:
             raise
-        except OSError as error:
-            command = "federate" if recipe.federated.wanted else "train"
-            raise PwsError(
-                f"the run stopped: {error.strerror or error}: {error.filename or folder}. Make room on the disk, or mend what "
-                f"else is wrong there, and `pws {command} {folder} --resume` goes on."
-            ) from error
+        except (Exception, SystemExit) as error:  # of the data, or of a model of others
+            if not (resume or has_checkpoint(folder) or (folder / SUMMARY).exists()):
+                shutil.rmtree(folder)  # it would block the next try
+            elif isinstance(error, OSError):
+                raise StoppedRunError(
+                    f"the run stopped: {error.strerror or error}: {error.filename or folder}. Make room on the disk, or mend "
+                    "what else is wrong there, and --resume goes on."
+                ) from error
+            raise
 
 
 def _make(folder: Path, recipe: Recipe) -> None:

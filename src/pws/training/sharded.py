@@ -7,20 +7,24 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.optim import Optimizer
 
-from pws._errors import PwsError, one_line
+from pws._errors import StoppedRunError, one_line
 from pws.training.checkpoint_files import put_folder
 from pws.training.checkpoints import CHECKSUM, FILES, REST, checksum_of, file_checksums, load_checkpoint
 from pws.training.module import from_all_processes
 from pws.training.recipe import Recipe
+
+WHOLE: Final = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
 class Sharded(ModelParallelStrategy):
@@ -59,18 +63,38 @@ class Sharded(ModelParallelStrategy):
         self._writing = _then(written, lambda: _finish(partial, path, rest) if self.is_global_zero else None)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read one of several processes or of one; Lightning would look for the first state of an optimizer that has none."""
+        """Read one of several processes or of one, which is a file.
+
+        Lightning reads a file too, but wrongly: it sends each tensor in its memory format to processes that take it for
+        contiguous, numbers the optimizer's parameters as the network's, and looks for the first state where there is none.
+        """
         path = Path(self.broadcast(str(checkpoint_path)))
-        stored = load_checkpoint(path)["optimizer_states"] if path.is_file() else []
-        if all(optimizer["state"] for optimizer in stored):
+        if not path.is_file():
             return super().load_checkpoint(path, weights_only)
-        optimizers, self.optimizers = self.optimizers, []
-        rest = super().load_checkpoint(path, weights_only)
-        self.optimizers = optimizers
-        for optimizer, old in zip(optimizers, stored, strict=True):
-            for group, settings in zip(optimizer.param_groups, old["param_groups"], strict=True):
+        checkpoint = load_checkpoint(path)
+        assert self.model is not None
+        set_model_state_dict(self.model, _contiguous(checkpoint["state_dict"]), options=WHOLE)
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            self._share_out(stored, optimizer)
+        return checkpoint
+
+    def _share_out(self, stored: dict[str, Any], optimizer: Optimizer) -> None:
+        """Give each process its part of the state that one process stored of the same optimizer."""
+        if not stored["state"]:
+            for group, settings in zip(optimizer.param_groups, stored["param_groups"], strict=True):
                 group.update({key: value for key, value in settings.items() if key != "params"})
-        return rest
+            return
+        assert self.model is not None
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        numbered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        named: dict[str, Any] = {
+            "state": {numbered[number]: _contiguous(state) for number, state in stored["state"].items()},
+            "param_groups": [
+                {**group, "params": [numbered[number] for number in group["params"]]}
+                for group in stored["param_groups"]
+            ],
+        }
+        set_optimizer_state_dict(self.model, optimizer, named, options=WHOLE)
 
     def wait(self) -> None:
         """Until the checkpoint is written; raise the same error in all processes if it could not be."""
@@ -79,9 +103,9 @@ class Sharded(ModelParallelStrategy):
         error, self._writing = self._writing.exception(), None
         seen = [reason for reason in from_all_processes(error and _reason(error)) if reason]
         if seen:
-            raise PwsError(
-                f"a checkpoint could not be written: {seen[0]}. The one before is whole. Make room on the disk, or mend what "
-                "else is wrong there, and --resume goes on."
+            raise StoppedRunError(
+                f"a checkpoint could not be written: {seen[0]}. The one before, if any, is whole. Make room on the disk, or "
+                "mend what else is wrong there, and --resume goes on."
             )
 
     def on_train_end(self) -> None:
@@ -93,6 +117,10 @@ class Sharded(ModelParallelStrategy):
         if self._writing is not None:
             self._writing.exception()
         super().teardown()
+
+
+def _contiguous(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.contiguous() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
 def _reason(error: BaseException) -> str:
