@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pws._layers import StandardizedLayer
-from pws.private.kernel_gradient import Samples, parts, product, sampler, samples_at_once, weights, wide
+from pws.private.kernel_gradient import Samples, products, sampler, samples_at_once, weights, wide
 from pws.private.standardization import standardization
 
 
@@ -50,7 +50,7 @@ def conv_grad_sample(layer: Any, activations: Sequence[Tensor], backprops: Tenso
     """
     found: Samples = {}
     if layer.weight.requires_grad:
-        each = [product(layer, of_part) for _, of_part in parts(layer, activations[0], backprops)]
+        each = [G_BOK for _, G_BOK in products(layer, activations[0], backprops)]
         rows_BOK = torch.cat(each) if each else backprops.new_zeros(0, *layer.weight.flatten(1).shape)
         found[layer.weight] = weights(layer, rows_BOK.to(backprops.dtype))
     if layer.bias is not None and layer.bias.requires_grad:
@@ -71,12 +71,12 @@ def _kernel_parameters(layer: StandardizedLayer, x: Tensor, dy: Tensor) -> tuple
     """
     known = standardization(layer, wide(dy))
     filters, fan_in = known.w.shape
-    most = min(len(dy), samples_at_once(layer, x, dy))
+    most = min(len(dy), samples_at_once(known.w.numel(), dy.device))
     w_NK, factor_N = known.w.repeat(most, 1), known.factor.repeat(most)
     mean_N, rstd_N = known.mean.repeat(most), known.rstd.repeat(most)
     dw_BOK, dalpha_BO = dy.new_empty(len(dy), filters, fan_in), dy.new_empty(len(dy), filters)
-    for part, found in parts(layer, x, dy):
-        G_1NK = product(layer, found).view(1, -1, fan_in)
+    for part, G_BOK in products(layer, x, dy):
+        G_1NK = G_BOK.view(1, -1, fan_in)
         count = G_1NK.shape[1]
         dw_1NK, along_N, _ = torch.ops.aten.native_batch_norm_backward(
             *(G_1NK, w_NK[:count].unsqueeze(0), factor_N[:count], None, None, mean_N[:count], rstd_N[:count]),

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AT_ONCE: Final = {"cpu": 2**19}
-"""Numbers of the largest of the three matrices that are worked on together: on a CPU they stay in the cache."""
+AT_ONCE: Final = {"cpu": 2**20}
+"""Numbers of a matrix that are worked on together: on a CPU they stay in the cache."""
 AT_ONCE_ELSEWHERE: Final = 2**26
 TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 Matrices = tuple[Tensor, Tensor]
@@ -47,22 +47,36 @@ def wide(dy: Tensor) -> torch.dtype:
     return torch.promote_types(dy.dtype, torch.float32)
 
 
-def parts(layer: nn.Module, x: Tensor, dy: Tensor) -> Iterator[tuple[slice, Matrices]]:
+def parts(layer: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[slice, Matrices]]:
     """Some samples at a time, their L and R in float32 at least: no memory is needed for those of all samples."""
-    dtype, step = wide(dy), samples_at_once(layer, x, dy)
-    for start in range(0, len(dy), step):
-        part = slice(start, start + step)
+    channel = -1 if isinstance(layer, nn.Linear) else 1
+    seen, other = (dy, x) if isinstance(layer, TRANSPOSED) else (x, dy)
+    patch = seen.shape[channel] * layer.weight.shape[2:].numel()
+    dtype = wide(dy)
+    for part in slices(len(dy), max(patch, other.shape[channel]) * positions_of(layer, x, dy), dy.device):
         yield part, matrices(layer, x[part].to(dtype), dy[part].to(dtype))
 
 
-def samples_at_once(layer: Any, x: Tensor, dy: Tensor) -> int:
-    """How many samples are worked on together."""
-    channel = -1 if isinstance(layer, nn.Linear) else 1
-    seen, other = (dy, x) if isinstance(layer, TRANSPOSED) else (x, dy)
-    patch: int = seen.shape[channel] * layer.weight.shape[2:].numel()
-    largest = max(1, layer.weight.numel(), max(patch, other.shape[channel]) * positions_of(layer, x, dy))
-    numbers: int = AT_ONCE.get(dy.device.type, AT_ONCE_ELSEWHERE) // largest
-    return max(1, numbers)
+def products(layer: Any, x: Tensor, dy: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some samples at a time, their `G`, `(B, O, K)`."""
+    filters = filters_of(layer)
+    for part, (left, right) in parts(layer, x, dy):
+        for inner in slices(len(left), layer.weight.numel(), dy.device):
+            G_BOK = torch.matmul(left[inner], right[inner].mT).view(-1, filters, layer.weight.numel() // filters)
+            start = part.start + inner.start
+            yield slice(start, start + len(G_BOK)), G_BOK
+
+
+def slices(samples: int, numbers: int, device: torch.device) -> Iterator[slice]:
+    """As many samples at a time as `samples_at_once` says."""
+    step = samples_at_once(numbers, device)
+    for start in range(0, samples, step):
+        yield slice(start, start + step)
+
+
+def samples_at_once(numbers: int, device: torch.device) -> int:
+    """How many samples are worked on together, of so many numbers each."""
+    return max(1, AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE) // max(1, numbers))
 
 
 def matrices(layer: Any, x: Tensor, dy: Tensor) -> Matrices:
@@ -94,12 +108,6 @@ def weights(layer: Any, rows_BOK: Tensor) -> Tensor:
         grouped = (layer.groups, shape[1], shape[2:].numel(), shape[0] // layer.groups)
         rows_BOK = rows_BOK.view(len(rows_BOK), *grouped).permute(0, 1, 4, 2, 3)
     return rows_BOK.reshape(len(rows_BOK), *shape)
-
-
-def product(layer: nn.Module, found: Matrices) -> Tensor:
-    """`G` of each sample, `(B, O, K)`."""
-    left, right = found
-    return torch.matmul(left, right.mT).view(len(left), filters_of(layer), -1)
 
 
 def filters_of(layer: Any) -> int:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from pws._layers import StandardizedLayer
 from pws.private.grad_sampler import bias_gradients
-from pws.private.kernel_gradient import Samples, parts, positions_of, product, sampler, wide
+from pws.private.kernel_gradient import Samples, parts, positions_of, products, sampler, wide
 from pws.private.standardization import Standardization, standardization
 
 TOUCH: Final = 16
@@ -85,9 +85,13 @@ def _bias_norms(layer: Any, dy: Tensor) -> Samples:
 
 def _plain_squares(layer: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
     """`|G|^2` of each sample, `(B,)`."""
-    gram, squares_B = takes_gram(layer, positions_of(layer, x, dy)), dy.new_empty(len(dy), dtype=wide(dy))
-    for part, found in parts(layer, x, dy):
-        squares_B[part] = _gram(*found) if gram else _square(product(layer, found)).sum(1)
+    squares_B = dy.new_empty(len(dy), dtype=wide(dy))
+    if takes_gram(layer, positions_of(layer, x, dy)):
+        for part, (left, right) in parts(layer, x, dy):
+            squares_B[part] = _gram(left, right)
+    else:
+        for part, G_BOK in products(layer, x, dy):
+            squares_B[part] = _square(G_BOK).sum(1)
     return squares_B
 
 
@@ -96,19 +100,18 @@ def _standardized_squares(
 ) -> tuple[Tensor, Tensor]:
     """`|d w|^2` of each sample `(B,)`, and `a` `(B, O)`."""
     h_OK, scale_O = known.h, known.scale
-    fan_in, gram = h_OK.shape[1], takes_gram(layer, positions_of(layer, x, dy))
-    squares_B, along_BO = h_OK.new_empty(len(dy)), h_OK.new_empty(len(dy), len(h_OK))
-    for part, (left, right) in parts(layer, x, dy):
-        if gram:
+    fan_in, squares_B = h_OK.shape[1], h_OK.new_empty(len(dy))
+    if takes_gram(layer, positions_of(layer, x, dy)):
+        for part, (left, right) in parts(layer, x, dy):
             scale_GM1 = scale_O.view(left.shape[1], -1, 1)
             squares_B[part] = _gram(left * scale_GM1, right - right.mean(2, keepdim=True))
-        else:
-            G_BOK = product(layer, (left, right))
+        along_BO = bias_gradients(layer, _forward(layer, x.to(h_OK.dtype), h_OK) * dy)
+    else:
+        along_BO = h_OK.new_empty(len(dy), len(h_OK))
+        for part, G_BOK in products(layer, x, dy):
             along_BO[part] = torch.linalg.vecdot(G_BOK, h_OK)
             G_BOK -= G_BOK.mean(2, keepdim=True)
             squares_B[part] = _square(G_BOK) @ scale_O.square()
-    if gram:
-        along_BO = bias_gradients(layer, _forward(layer, x.to(h_OK.dtype), h_OK) * dy)
     twice_O = 2 / fan_in - h_OK.square().sum(1) / fan_in**2
     return squares_B - along_BO.square() @ (scale_O.square() * twice_O), along_BO
 
