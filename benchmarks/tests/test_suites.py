@@ -148,6 +148,10 @@ def test_the_peak_of_a_step() -> None:
 def test_a_suite_goes_on_where_it_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Processes take seconds to start; tests/test_speed.py is about them.
+    monkeypatch.setattr(
+        timing, "timers_of", lambda builders: nullcontext({row: TimerHere(build) for row, build in builders.items()})
+    )
     (tmp_path / "tiny.yaml").write_text(TINY)
     arguments = ["speed", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path)]
     assert main(arguments) == 0
@@ -159,10 +163,6 @@ def test_a_suite_goes_on_where_it_stopped(
     ]
     assert list(first["cases"][2]["rows"]) == ["none", "pws"]
     assert first["cases"][0]["rows"]["none"]["ratio"] == [1, 1, 1]
-    # Processes take seconds to start; that they serve is seen by now.
-    monkeypatch.setattr(
-        timing, "timers_of", lambda builders: nullcontext({row: TimerHere(build) for row, build in builders.items()})
-    )
     (tmp_path / "tiny.json").write_text(json.dumps({**first, "cases": first["cases"][1:]}))
     assert main(arguments) == 0
     second = json.loads((tmp_path / "tiny.json").read_text())
