@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import free_port, run_forked
 from small_runs import ONE_THREAD, assert_equal, command, run_command, tiny, weights
 
 from pws.training import train
@@ -42,18 +43,21 @@ def test_kill_and_resume(tmp_path: Path) -> None:
 # Not both calibrated and augmented: a zero-mean kernel answers the even corners of augmented images with rounding, of which
 # ReLU lets one half through, and calibration rounds differently on two processes.
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "launcher"),
     [
-        ("--model.method=none", "--data.augment=true"),
-        ("--model.method=pws", "--data.augment=true"),
-        ("--model.method=pws", "--model.calibrate=all"),
+        (("--model.method=none", "--data.augment=true"), "lightning"),
+        (("--model.method=pws", "--data.augment=true"), "torchrun"),
+        (("--model.method=pws", "--model.calibrate=all"), "torchrun"),
     ],
 )
-def test_two_processes_train_as_one(tmp_path: Path, setting: tuple[str, ...]) -> None:
+def test_two_processes_train_as_one(tmp_path: Path, setting: tuple[str, ...], launcher: str) -> None:
     # float64, so that the order of sums does not hide a difference in what is summed.
     flags = ("--trainer.epochs=2", "--trainer.precision=64-true", *setting)
     one = train(tiny(*flags), tmp_path / "one", quiet=True)
-    run_command(tmp_path / "two", *flags, "--trainer.devices=2")
+    if launcher == "lightning":
+        run_command(tmp_path / "two", *flags, "--trainer.devices=2")
+    else:
+        run_forked(2, free_port(), tmp_path / "two", command(tmp_path / "two", *flags, "--trainer.devices=2")[3:])
     assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-9)
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     assert (two["steps"], two["metrics"]["accuracy"]) == (one.steps, one.metrics["accuracy"])
