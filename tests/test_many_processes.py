@@ -21,6 +21,7 @@ from pws.training import train
 from pws.training.checkpoints import LAST
 
 pytestmark = pytest.mark.slow
+LOST = "another process of the run ended"
 
 
 @pytest.fixture(scope="module", name="noise")
@@ -47,7 +48,7 @@ def test_several_processes_train_as_one(tmp_path: Path, noise: str, task: str, d
 
 def test_ten_kills_at_random_moments(tmp_path: Path, noise: str) -> None:
     """One of two processes dies ten times, of DDP and of FSDP2 in turn: no batch is lost or trained twice."""
-    settings = (*CLASSIFIER, noise, "--trainer.epochs=30")
+    settings = (*CLASSIFIER, noise, "--trainer.epochs=40")
     train(one_process(*settings), tmp_path / "whole", quiet=True)
     draw, folder = random.Random(0), tmp_path / "killed"
     noticed = 0
@@ -88,10 +89,12 @@ def kill_one_of_two(folder: Path, arguments: list[str], checkpoints: int, second
         time.sleep(seconds)
         ranks[1].kill()
         wait(ranks, 5)
+        if LOST in log.read_text():  # it is about to end
+            wait(ranks, 60)
         # The first one waits for it where they have not met yet, until the launcher ends it too.
         assert ranks[0].exitcode in (2, None), log.read_text()
         assert ranks[1].exitcode == -signal.SIGKILL, log.read_text()
-        noticed = "another process of the run ended" in log.read_text()
+        noticed = LOST in log.read_text()
         assert noticed == (ranks[0].exitcode == 2), log.read_text()
         assert not noticed or "--resume goes on" in log.read_text()
         return noticed
