@@ -138,10 +138,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_disk_that_fills_leaves_the_checkpoint_before(tmp_path: Path, noise: str) -> None:
-    script = tmp_path / "full.py"
-    script.write_text(FULL_DISK)
-    own = command(tmp_path / "run", *CLASSIFIER, noise, "--trainer.devices=1", "--trainer.strategy=fsdp2")[3:]
+@pytest.mark.parametrize("room_for_one", [True, False])
+def test_a_disk_that_fills_leaves_the_checkpoint_before(tmp_path: Path, noise: str, room_for_one: bool) -> None:
+    script, folder = tmp_path / "full.py", tmp_path / "run"
+    script.write_text(FULL_DISK.replace("full = []", f"full = {[] if room_for_one else [True]}"))
+    own = command(folder, *CLASSIFIER, noise, "--trainer.devices=1", "--trainer.strategy=fsdp2")[3:]
     done = subprocess.run(
         [sys.executable, str(script), *own], capture_output=True, text=True, env=ONE_THREAD, timeout=300
     )
@@ -149,4 +150,6 @@ def test_a_disk_that_fills_leaves_the_checkpoint_before(tmp_path: Path, noise: s
     assert "a checkpoint could not be written" in done.stderr
     assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
-    assert last(tmp_path / "run")["global_step"] == 2
+    assert ("--resume goes on" in done.stderr) == room_for_one
+    assert folder.exists() == room_for_one  # where it holds no checkpoint, it would block the next try
+    assert not room_for_one or last(folder)["global_step"] == 2

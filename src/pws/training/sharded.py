@@ -18,11 +18,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.optim import Optimizer
 
-from pws._errors import StoppedRunError, one_line
+from pws._errors import PwsError, StoppedRunError, one_line
 from pws.training.checkpoint_files import put_folder
 from pws.training.checkpoints import CHECKSUM, FILES, REST, checksum_of, file_checksums, load_checkpoint
 from pws.training.module import from_all_processes
 from pws.training.recipe import Recipe
+from pws.training.run_folder import has_checkpoint
 
 WHOLE: Final = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -39,6 +40,7 @@ class Sharded(ModelParallelStrategy):
         self.recipe = recipe
         self._writing: Future[None] | None = None
         self._group: Any = None
+        self._run = Path()
 
     def setup_environment(self) -> None:
         """Start the processes' group, and one that checkpoints alone use: they are written beside the training."""
@@ -50,6 +52,7 @@ class Sharded(ModelParallelStrategy):
         """Begin to write it, once the one before is written."""
         self.wait()
         path = Path(self.broadcast(str(filepath)))
+        self._run = path.parent.parent
         partial = path.with_name(f".{path.stem}.partial")
         if self.is_global_zero:
             shutil.rmtree(partial, ignore_errors=True)
@@ -102,11 +105,14 @@ class Sharded(ModelParallelStrategy):
             return
         error, self._writing = self._writing.exception(), None
         seen = [reason for reason in from_all_processes(error and _reason(error)) if reason]
-        if seen:
-            raise StoppedRunError(
-                f"a checkpoint could not be written: {seen[0]}. The one before, if any, is whole. Make room on the disk, or "
-                "mend what else is wrong there, and --resume goes on."
-            )
+        if not seen:
+            return
+        failed = (
+            f"a checkpoint could not be written: {seen[0]}. Make room on the disk, or mend what else is wrong there"
+        )
+        if self.broadcast(has_checkpoint(self._run)):
+            raise StoppedRunError(f"{failed}; the checkpoint before is whole, and --resume goes on.")
+        raise PwsError(f"{failed}. There is none before it: start the run again.")
 
     def on_train_end(self) -> None:
         """Leave nothing half written."""
